@@ -1,0 +1,1 @@
+"""distckpt: the checkpoint manager for distributed PyTorch."""

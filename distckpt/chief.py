@@ -1,0 +1,468 @@
+"""The chief's side of the protocol: claim, begin, commit, release, candidates.
+
+Torch-free and single-threaded, but for the deletions that the janitor runs behind it.
+Only the chief writes anything but a rank's own shard file. Every change is one appended
+record; what this object remembers is always what the newest record says, plus
+TensorFlow's recovery rule, which reaches the disk with the next commit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distckpt import paths, policy, record, state, storage
+from distckpt.errors import (
+    ConfigError,
+    DirectoryInUseError,
+    FencedError,
+    OutcomeUnknown,
+    StorageError,
+)
+from distckpt.identity import Identity
+from distckpt.janitor import Janitor, remove_published
+from distckpt.layout import Table
+from distckpt.lock import DirectoryLock
+from distckpt.manifest import Manifest, Shard
+from distckpt.paths import Attempt
+from distckpt.record import Entry, Record, digest
+from distckpt.state import Head
+
+_logger = logging.getLogger(__name__)
+
+_LOCK_WAIT_SECONDS = 30.0
+_MIN_FREE_BYTES = 2**20
+_MAX_CLAIMS_LOST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """By which files the ranks show that they share the chief's directory."""
+
+    epoch: int
+    nonce: str
+
+    def file(self, rank: int) -> str:
+        """Name one rank's probe file."""
+        return paths.probe_file(self.epoch, self.nonce, rank)
+
+
+class Chief:
+    """Owns the record chain of one run directory.
+
+    Making one reads and writes nothing. ``prepare_claim`` and ``finish_claim`` make it
+    the directory's only writer; they, and everything that writes, raise ``FencedError``
+    once another chief has claimed.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        checkpoint_name: str,
+        retention: policy.Retention,
+        identity: Identity,
+        takeover: bool = False,
+        janitor: Janitor | None = None,
+    ) -> None:
+        self._directory = directory
+        self._checkpoint_name = checkpoint_name
+        self._retention = retention
+        self._identity = identity
+        self._takeover = takeover
+        self._janitor = janitor or Janitor(directory)
+        self._writer = paths.random_hex(8)
+        self._epoch: int | None = None
+        self._lock: DirectoryLock | None = None
+        self._probe: Probe | None = None
+        self._uncertain = False
+        self._fenced = ""
+        self._load(state.read_head(directory))
+
+    def _load(self, head: Head | None) -> None:
+        """Take over what a record says, by TensorFlow's recovery rule."""
+        self._head = head
+        newest = None if head is None else head.record
+        managed = policy.recover(newest, time.time())
+        if managed.seconds_behind:
+            _logger.warning(
+                "time.time() returned a value %f seconds behind the last preserved "
+                "checkpoint timestamp.",
+                managed.seconds_behind,
+            )
+        self._live = managed.live
+        self._last_preserved = managed.last_preserved
+        self._kept = (*(newest.kept if newest else ()), *managed.forgotten)
+        self._bad = newest.bad if newest else ()
+        self._releasing = newest.releasing if newest else ()
+
+    # What is known
+
+    @property
+    def latest(self) -> Attempt | None:
+        """The newest committed checkpoint that is not known to be bad."""
+        candidates = self.candidates
+        return candidates[0].attempt if candidates else None
+
+    @property
+    def checkpoints(self) -> list[Attempt]:
+        """The managed checkpoints, oldest first."""
+        return [entry.attempt for entry in self._live]
+
+    @property
+    def candidates(self) -> list[Entry]:
+        """All that can be restored, newest commit first."""
+        every = (*self._live, *self._kept)
+        return sorted(every, key=lambda entry: entry.record, reverse=True)
+
+    @property
+    def has_committed(self) -> bool:
+        """Tell whether this chain ever committed anything."""
+        return self._head is not None and self._head.record.has_committed
+
+    @property
+    def is_claimed(self) -> bool:
+        """Tell whether this chief has claimed the directory."""
+        return self._epoch is not None
+
+    # Claim
+
+    def prepare_claim(self) -> Probe:
+        """C1: make the directory, take the lock, probe what the disk can do.
+
+        Raises:
+            DirectoryInUseError: Another live job holds the directory.
+            StorageError: It cannot be written, or has no hard links.
+            CorruptStateError: Its records cannot be read.
+        """
+        records = os.path.join(self._directory, paths.RECORDS_DIRECTORY)
+        storage.make_directories(self._directory)
+        self._acquire_lock()
+        newest = state.read_head(self._directory)
+        if newest != self._head:
+            self._load(newest)
+        storage.make_directories(records)
+        self._probe_links(records)
+        free = storage.free_bytes(self._directory)
+        if free < _MIN_FREE_BYTES:
+            msg = f"{self._directory}: only {free} bytes are free; make room first."
+            raise StorageError(msg, operation="statvfs", path=self._directory)
+        self._probe = Probe(self._next_epoch, paths.random_hex(8))
+        storage.write_new_file(self._probe_path(), b"")
+        return self._probe
+
+    @property
+    def _next_epoch(self) -> int:
+        return 1 if self._head is None else self._head.record.epoch + 1
+
+    def _acquire_lock(self) -> None:
+        if self._lock is None:
+            self._lock = DirectoryLock(self._directory)
+        if self._lock.acquire(0):
+            return
+        newest = state.read_head(self._directory)
+        holder = None if newest is None else newest.record
+        if holder is not None and holder.run == self._identity.run:
+            # A process of this very job that has not gone yet, or never will: the next
+            # record fences it.
+            _logger.info("the lock on %s is held by this job itself", self._directory)
+            return
+        if self._takeover:
+            _logger.warning("taking %s over from a live job", self._directory)
+            return
+        if not self._lock.acquire(_LOCK_WAIT_SECONDS):
+            owner = (
+                "a job that has not claimed it yet"
+                if holder is None
+                else f"job {holder.run!r} (restart {holder.restart}, last record at "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(holder.written))} UTC)"
+            )
+            msg = (
+                f"{self._directory} is in use by {owner}; waited "
+                f"{_LOCK_WAIT_SECONDS:.0f} s. End that job, use another directory, or "
+                "pass takeover=True to fence it."
+            )
+            raise DirectoryInUseError(msg)
+
+    def _probe_links(self, records: str) -> None:
+        path = os.path.join(records, paths.temporary_file(self._next_epoch))
+        other = os.path.join(records, paths.temporary_file(self._next_epoch))
+        storage.write_new_file(path, b"")
+        try:
+            storage.link(path, other)
+        except StorageError as error:
+            msg = (
+                f"{self._directory}: this filesystem has no hard links ({error}); without "
+                "them two jobs could commit over each other. Use another filesystem."
+            )
+            raise StorageError(
+                msg, operation="link", path=path, errno=error.errno
+            ) from error
+        finally:
+            storage.remove_file(path)
+            storage.remove_file(other)
+
+    def finish_claim(self) -> None:
+        """C3 and C4: append the claim that fences all others, then sweep behind.
+
+        Raises:
+            StorageError, OutcomeUnknown: The claim could not be appended.
+        """
+        self.abandon_claim()
+        for _ in range(_MAX_CLAIMS_LOST):
+            newest = state.read_head(self._directory)
+            if newest != self._head:
+                # Re-read, never skip: what another chief has just committed must be in
+                # the lists that this claim copies.
+                self._load(newest)
+            try:
+                head = state.append(self._directory, self._claim_record())
+            except FencedError:
+                continue
+            break
+        else:
+            msg = f"{self._directory}: other jobs claim it again and again."
+            raise DirectoryInUseError(msg)
+        self._head = head
+        self._epoch = head.record.epoch
+        self._after_append()
+        claimed = head.record
+        listed = (*claimed.live, *claimed.kept, *claimed.bad, *claimed.releasing)
+        self._janitor.sweep(
+            claimed.epoch, claimed.chain, [entry.attempt for entry in listed]
+        )
+
+    def abandon_claim(self) -> None:
+        """Remove the chief's own probe."""
+        if self._probe is not None:
+            storage.remove_file(self._probe_path())
+            self._probe = None
+
+    def _probe_path(self) -> str:
+        assert self._probe is not None
+        return os.path.join(self._directory, self._probe.file(0))
+
+    def _claim_record(self) -> Record:
+        """Copy the newest record's lists verbatim under a new epoch."""
+        if self._head is None:
+            return Record(
+                number=1,
+                previous="",
+                chain=paths.random_hex(8),
+                epoch=1,
+                writer=self._writer,
+                run=self._identity.run,
+                restart=self._identity.restart,
+                action=record.CLAIM,
+                written=float(time.time()),
+            )
+        newest = self._head.record
+        return replace(
+            newest,
+            number=newest.number + 1,
+            previous=self._head.digest,
+            epoch=newest.epoch + 1,
+            writer=self._writer,
+            run=self._identity.run,
+            restart=self._identity.restart,
+            action=record.CLAIM,
+            written=float(time.time()),
+        )
+
+    # Save
+
+    def begin(self, number: int | None, save_counter: int) -> Attempt:
+        """S1: choose the number and make the pending directory.
+
+        Args:
+            number: What the caller asked for; it may replace a live checkpoint.
+            save_counter: The checkpoint's counter; by default the next one is used.
+
+        Raises:
+            FencedError: Another chief has claimed the directory.
+            ConfigError: The default number is that of a live checkpoint.
+            StorageError: The directory could not be made.
+        """
+        self._check_newest()
+        assert self._epoch is not None, "begin before claim"
+        chosen = save_counter + 1 if number is None else number
+        prefix = f"{self._checkpoint_name}-{chosen}"
+        if number is None and any(e.attempt.prefix == prefix for e in self.candidates):
+            msg = (
+                f"{prefix} is already live in {self._directory}, and saving would replace "
+                "it: restore first (restore_or_initialize()), so that numbering goes on, "
+                "or pass checkpoint_number to replace it."
+            )
+            raise ConfigError(msg)
+        attempt = Attempt(self._checkpoint_name, chosen, self._epoch, paths.random_hex(4))
+        storage.make_directory(self._path(attempt.pending))
+        storage.sync_directory(self._directory)
+        return attempt
+
+    def commit(
+        self,
+        attempt: Attempt,
+        *,
+        step: int | None,
+        shards: Sequence[Shard],
+        layouts: Sequence[Table],
+        values: Mapping[str, Any],
+    ) -> None:
+        """S7: write the manifest, publish the attempt and append the commit.
+
+        After return the checkpoint is durable and acknowledged. After ``StorageError``
+        nothing was committed and the attempt is removed; after any other error the next
+        claim decides.
+
+        Raises:
+            FencedError: Another chief has claimed the directory.
+            OutcomeUnknown: The link was tried and the disk will not say.
+            StorageError: It failed before that.
+        """
+        assert self._head is not None
+        manifest = Manifest(
+            attempt=attempt,
+            chain=self._head.record.chain,
+            step=step,
+            created=float(time.time()),
+            shards=tuple(shards),
+            layouts=tuple(layouts),
+            values=dict(values),
+        )
+        data = manifest.encode()
+        pending = self._path(attempt.pending)
+        try:
+            storage.write_new_file(os.path.join(pending, paths.MANIFEST_FILE), data)
+            storage.sync_directory(pending)
+            storage.rename(pending, self._path(attempt.published))
+            storage.sync_directory(self._directory)
+            self._append_commit(attempt, step, digest(data))
+        except OutcomeUnknown:
+            self._uncertain = True
+            raise
+        except StorageError:
+            # Raised before the link was tried, so the attempt is certainly in no record.
+            # After any other error it may be, or another chief owns the directory.
+            self.abandon(attempt)
+            raise
+        self._after_append()
+
+    def _append_commit(self, attempt: Attempt, step: int | None, manifest: str) -> None:
+        self._check_newest()
+        assert self._head is not None
+        newest = self._head.record
+        entry = Entry(
+            attempt=attempt,
+            record=newest.number + 1,
+            time=float(time.time()),
+            step=step,
+            manifest=manifest,
+        )
+        prefix = attempt.prefix
+        others = [e for e in self._live if e.attempt.prefix != prefix]
+        replaced = [e for e in self.candidates if e.attempt.prefix == prefix]
+        swept = policy.sweep([*others, entry], self._last_preserved, self._retention)
+        kept = [e for e in self._kept if e.attempt.prefix != prefix]
+        deleted = self._janitor.take_released()
+        releasing = [e for e in self._releasing if e.attempt not in deleted]
+        head = state.append(
+            self._directory,
+            replace(
+                newest,
+                number=newest.number + 1,
+                previous=self._head.digest,
+                action=record.COMMIT,
+                written=float(time.time()),
+                live=swept.live,
+                kept=(*kept, *swept.preserved),
+                bad=self._bad,
+                releasing=(*releasing, *replaced, *swept.dropped),
+                last_preserved=swept.last_preserved,
+                last_step=newest.last_step if step is None else step,
+            ),
+        )
+        self._head = head
+        self._take_lists()
+
+    def _take_lists(self) -> None:
+        """Take over verbatim what a record of our own says."""
+        assert self._head is not None
+        newest = self._head.record
+        assert newest.last_preserved is not None
+        self._live, self._kept, self._bad = newest.live, newest.kept, newest.bad
+        self._releasing = newest.releasing
+        self._last_preserved = newest.last_preserved
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what is left of an attempt that was not committed.
+
+        At once, because a full disk must not stay full. A failure is a warning: the
+        next claim sweeps.
+        """
+        if self._uncertain:
+            return
+        try:
+            if storage.exists(self._path(attempt.published)):
+                remove_published(self._directory, attempt)
+            storage.remove_tree(self._path(attempt.pending))
+        except StorageError as error:
+            _logger.warning("could not remove a failed save, left for later: %s", error)
+
+    def _check_newest(self) -> None:
+        if self._fenced:
+            raise FencedError(self._fenced)
+        if state.is_newest(self._directory, self._head):
+            return
+        newest = state.read_head(self._directory)
+        assert newest is not None
+        if newest.record.writer == self._writer and self._uncertain:
+            # An append of ours whose outcome was unknown is there after all.
+            self._head = newest
+            self._take_lists()
+            return
+        self._fenced = (
+            f"{self._directory} has been claimed by job {newest.record.run!r} (epoch "
+            f"{newest.record.epoch}, this one is {self._epoch}); this manager may not "
+            "write there any more. What it committed is safe."
+        )
+        raise FencedError(self._fenced)
+
+    def _after_append(self) -> None:
+        """S9: nothing here can fail the commit, which is durable already."""
+        assert self._head is not None
+        self._uncertain = False
+        try:
+            state.write_copy(self._directory, self._head)
+        except StorageError as error:
+            _logger.warning("the state file is behind the records: %s", error)
+        self._janitor.release([entry.attempt for entry in self._head.record.releasing])
+        self._janitor.prune_records()
+
+    # Restore
+
+    def confirm_bad(self, entry: Entry) -> None:
+        """Take an attempt that failed to verify out of all lists.
+
+        The next commit lists it as bad; it stays on disk.
+        """
+        self._live = tuple(e for e in self._live if e.attempt != entry.attempt)
+        self._kept = tuple(e for e in self._kept if e.attempt != entry.attempt)
+        self._bad = (*self._bad, entry)
+
+    # End
+
+    def settle(self, timeout_seconds: float) -> bool:
+        """Wait until all deletions are through; False if the time was not enough."""
+        return self._janitor.wait(timeout_seconds)
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)

@@ -1,0 +1,303 @@
+"""The command ``distckpt``: look at run directories and verify them, without torch.
+
+Exit codes: 0 all is well, 1 something is wrong with a checkpoint, 2 wrong usage, 3 the
+directory or checkpoint is not there or cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import click
+
+from distckpt import paths, storage
+from distckpt.errors import CheckpointNotFound, DistckptError
+from distckpt.manifest import Manifest
+from distckpt.readers import locate, read_manifest, read_record
+from distckpt.record import Entry, Record
+from distckpt.verify import Report, verify_attempt
+
+EXIT_OK = 0
+EXIT_BAD = 1
+EXIT_UNREADABLE = 3
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="distckpt", prog_name="distckpt")
+def main() -> None:
+    """Look at run directories of distckpt, and verify checkpoints.
+
+    Exit codes: 0 all is well; 1 something is wrong with a checkpoint; 2 wrong usage;
+    3 the directory or checkpoint is not there or cannot be read.
+    """
+
+
+@main.command(name="list")
+@click.argument("directory")
+@_json_option
+def list_command(directory: str, as_json: bool) -> None:
+    """List the checkpoints that a run directory's newest record names."""
+    record = _or_exit(_record_of, directory)
+    rows = [] if record is None else list(_listed(record))
+    if as_json:
+        items = [_entry_to_json(directory, state, entry) for state, entry in rows]
+        _print_json({"directory": directory, "checkpoints": items})
+        return
+    if not rows:
+        click.echo(f"{directory}: no checkpoint has been committed.")
+        return
+    _print_table(
+        ["path", "state", "step", "saved", "age"],
+        [
+            [
+                os.path.join(directory, entry.attempt.prefix),
+                state,
+                "" if entry.step is None else str(entry.step),
+                _date(entry.time),
+                _age(time.time() - entry.time),
+            ]
+            for state, entry in rows
+        ],
+        right=("step", "age"),
+    )
+
+
+@main.command()
+@click.argument("path")
+@_json_option
+def show(path: str, as_json: bool) -> None:
+    """Show what one checkpoint holds: its files and its tensors."""
+    manifest = _or_exit(_manifest_of, path)
+    if as_json:
+        _print_json(_manifest_to_json(manifest))
+        return
+    attempt = manifest.attempt
+    step = "unknown" if manifest.step is None else manifest.step
+    click.echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
+    click.echo(f"step       {step}")
+    click.echo(f"created    {_date(manifest.created)}")
+    click.echo(f"ranks      {manifest.world_size}")
+    click.echo(f"size       {_size(manifest.size_bytes)}")
+    rows = manifest.assignment.rows.values()
+    _print_table(
+        ["tensor", "dtype", "shape", "bytes", "in files of ranks"],
+        [
+            [
+                row.name,
+                row.dtype,
+                "x".join(map(str, row.shape)) or "scalar",
+                str(row.size_bytes),
+                _ranks_of(manifest, row.name),
+            ]
+            for row in rows
+        ],
+        right=("bytes",),
+    )
+    click.echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
+
+
+@main.command()
+@click.argument("path")
+@_json_option
+def verify(path: str, as_json: bool) -> None:
+    """Read every byte of a checkpoint, or of all in a directory, and verify it."""
+    targets = _or_exit(_targets, path)
+    reports: list[tuple[str, Report]] = []
+    with _progress(targets, as_json) as steps:
+        for name, directory, manifest_digest in steps:
+            reports.append((name, verify_attempt(directory, manifest_digest)))
+    if as_json:
+        items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
+        _print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
+    else:
+        _print_reports(path, reports)
+    sys.exit(EXIT_OK if all(report.ok for _, report in reports) else EXIT_BAD)
+
+
+def _record_of(directory: str) -> Record | None:
+    if not storage.is_directory(directory):
+        msg = f"{directory} is not a directory."
+        raise CheckpointNotFound(msg)
+    return read_record(directory)
+
+
+def _manifest_of(path: str) -> Manifest:
+    located = locate(path)
+    return read_manifest(located.directory, located.manifest_digest)
+
+
+def _targets(path: str) -> list[tuple[str, str, str | None]]:
+    is_attempt = storage.exists(os.path.join(path, paths.MANIFEST_FILE))
+    if storage.is_directory(path) and not is_attempt:
+        record = read_record(path)
+        if record is None:
+            msg = f"{path}: no checkpoint has been committed there."
+            raise CheckpointNotFound(msg)
+        return [
+            (
+                os.path.join(path, entry.attempt.prefix),
+                os.path.join(path, entry.attempt.published),
+                entry.manifest,
+            )
+            for entry in record.committed
+        ]
+    located = locate(path)
+    return [(path, located.directory, located.manifest_digest)]
+
+
+def _listed(record: Record) -> Iterable[tuple[str, Entry]]:
+    """All that a record names, newest commit first."""
+    states = {"live": record.live, "kept": record.kept, "bad": record.bad}
+    every = [(state, entry) for state, entries in states.items() for entry in entries]
+    return sorted(every, key=lambda item: item[1].record, reverse=True)
+
+
+def _entry_to_json(directory: str, state: str, entry: Entry) -> dict[str, Any]:
+    return {
+        "path": os.path.join(directory, entry.attempt.prefix),
+        "attempt": entry.attempt.published,
+        "number": entry.attempt.number,
+        "state": state,
+        "step": entry.step,
+        "time": entry.time,
+    }
+
+
+def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "attempt": manifest.attempt.published,
+        "number": manifest.attempt.number,
+        "step": manifest.step,
+        "created": manifest.created,
+        "world_size": manifest.world_size,
+        "size_bytes": manifest.size_bytes,
+        "files": [
+            {"file": manifest.shard_file(rank), "size_bytes": shard.size_bytes}
+            for rank, shard in enumerate(manifest.shards)
+        ],
+        "tensors": [
+            {
+                "name": row.name,
+                "dtype": row.dtype,
+                "shape": list(row.shape),
+                "size_bytes": row.size_bytes,
+                "same_as": row.same_as or None,
+            }
+            for row in manifest.assignment.rows.values()
+        ],
+        "values": manifest.values,
+    }
+
+
+def _ranks_of(manifest: Manifest, name: str) -> str:
+    row = manifest.assignment.rows[name]
+    if row.same_as:
+        return f"= {row.same_as}"
+    ranks = sorted({piece.rank for piece in manifest.assignment.pieces_of(name)})
+    text = ", ".join(map(str, ranks[:4]))
+    return text if len(ranks) <= 4 else f"{text}, ... ({len(ranks)})"
+
+
+def _print_reports(path: str, reports: Sequence[tuple[str, Report]]) -> None:
+    for name, report in reports:
+        if report.ok:
+            files = f"{report.num_files} file" + "s" * (report.num_files != 1)
+            click.echo(f"ok   {name}: {files}, {_size(report.size_bytes)}")
+        else:
+            click.echo(f"BAD  {name}")
+            for problem in report.problems:
+                click.echo(f"     {problem}")
+        for foreign in report.foreign:
+            click.echo(f"     does not belong to it: {foreign}")
+    num_bad = sum(not report.ok for _, report in reports)
+    if num_bad:
+        click.echo(
+            f"{num_bad} of {len(reports)} are bad. A restore falls back to the newest "
+            "one that is not."
+        )
+    elif not reports:
+        click.echo(f"{path}: no checkpoint to verify.")
+
+
+def _or_exit(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except DistckptError as error:
+        _fail(error)
+
+
+def _fail(error: DistckptError) -> NoReturn:
+    # Names may come from anyone's files: no control characters reach the terminal.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    click.echo(f"distckpt: {text}", err=True)
+    sys.exit(EXIT_UNREADABLE)
+
+
+def _print_json(tree: dict[str, Any]) -> None:
+    click.echo(json.dumps(tree, indent=1))
+
+
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> None:
+    # Imported here: a table takes longer to import than 'list --json' takes at all.
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    is_terminal = sys.stdout.isatty()
+    # Into a file or pipe no line is folded or cut.
+    console = Console(width=None if is_terminal else 10_000, highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=not is_terminal,
+        )
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _progress(targets: Sequence[tuple[str, str, str | None]], as_json: bool) -> Any:
+    return click.progressbar(
+        targets,
+        label="verifying",
+        file=sys.stderr,
+        hidden=as_json or len(targets) < 2 or not sys.stderr.isatty(),
+    )
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f} s"
+
+
+def _age(seconds: float) -> str:
+    if seconds < 0:
+        return "in the future"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

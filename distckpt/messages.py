@@ -1,0 +1,182 @@
+"""What ranks tell each other: small fixed votes up, JSON answers down, no pickle.
+
+A rank's error travels as its class's name and text. Every rank then raises the same
+class with the same table; the rank where it happened also has the original as cause.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from distckpt import errors, strict_json
+from distckpt.errors import DistckptError, RanksFailed, StorageError
+
+_MAX_TEXT = 2048
+
+
+class Phase(IntEnum):
+    """Where in a protocol a rank is: all ranks must be in the same phase."""
+
+    CONSTRUCT = 1
+    CLAIM = 2
+    PROBE = 3
+    DECIDE = 4
+    CAPTURE = 5
+    TABLES = 6
+    WRITE = 7
+    CANDIDATE = 8
+    PLAN = 9
+    READ = 10
+    APPLY = 11
+    INITIALIZE = 12
+    SYNC = 13
+
+
+class Status(IntEnum):
+    """How a phase went on one rank."""
+
+    OK = 0
+    FAILED = 1
+    MISMATCH = 2  # checkpoint and live objects do not fit: no fallback
+    UNREADABLE = 3  # the storage failed: retried, then falls back
+    CORRUPT = 4  # the bytes are wrong: confirmed, then falls back
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """One rank's word on one phase.
+
+    Attributes:
+        phase: The phase it is about.
+        status: How it went.
+        size_bytes: What the phase says: bytes written, for example.
+        digest_a: What must be compared between ranks, as 16 raw bytes.
+        digest_b: A second one.
+        detail: Text of any length, or nothing; gathered only when some rank has some.
+        rank: Who votes; set by the channel.
+    """
+
+    phase: Phase
+    status: Status = Status.OK
+    size_bytes: int = 0
+    digest_a: bytes = bytes(16)
+    digest_b: bytes = bytes(16)
+    detail: bytes = b""
+    rank: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the phase went well."""
+        return self.status is Status.OK
+
+    def pack(self, rank: int) -> bytes:
+        """Encode all but the detail into ``VOTE_BYTES`` bytes."""
+        return _VOTE.pack(
+            rank,
+            self.phase,
+            self.status,
+            self.size_bytes,
+            self.digest_a,
+            self.digest_b,
+            len(self.detail),
+        )
+
+
+_VOTE = struct.Struct("<IHHQ16s16sQ")
+VOTE_BYTES = _VOTE.size
+
+
+def unpack_vote(data: bytes, detail: bytes = b"") -> Vote:
+    """Decode a vote; its detail comes separately."""
+    rank, phase, status, size_bytes, digest_a, digest_b, _ = _VOTE.unpack(data)
+    return Vote(Phase(phase), Status(status), size_bytes, digest_a, digest_b, detail, rank)
+
+
+def detail_length(data: bytes) -> int:
+    """Return how long the detail is that belongs to a packed vote."""
+    length: int = _VOTE.unpack(data)[-1]
+    return length
+
+
+def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) -> Vote:
+    """Make the vote of a rank on which a phase raised."""
+    kind = type(error).__name__ if isinstance(error, DistckptError) else ""
+    text = str(error) if kind else f"{type(error).__name__}: {error}"
+    fields = {"kind": kind, "text": _clip(text), "errno": getattr(error, "errno", None)}
+    return Vote(phase, status, detail=strict_json.dumps(fields).encode())
+
+
+def failure_text(vote: Vote) -> str:
+    """Return the text of a failed vote."""
+    text: str = strict_json.loads(vote.detail)["text"]
+    return text
+
+
+def raise_failures(votes: Sequence[Vote], what: str, default: type[RanksFailed]) -> None:
+    """Raise one error for all failed votes; return if there are none.
+
+    Args:
+        votes: One a rank.
+        what: What failed, for the message.
+        default: Raised unless all that failed did so with one and the same error of
+            ours that says more.
+    """
+    failed = {vote.rank: strict_json.loads(vote.detail) for vote in votes if not vote.ok}
+    if not failed:
+        return
+    failures = {rank: fields["text"] for rank, fields in failed.items()}
+    kinds = {fields["kind"] for fields in failed.values()}
+    texts = set(failures.values())
+    if len(failed) == len(votes) and len(texts) == 1:
+        message = f"{what}: {texts.pop()}"
+    else:
+        lines = [f"rank {rank}: {text}" for rank, text in failures.items()]
+        message = f"{what} on {len(failed)} of {len(votes)} ranks; " + "; ".join(lines[:16])
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    error_class = getattr(errors, kind, default) if kind else default
+    if issubclass(error_class, StorageError):
+        errnos = {fields["errno"] for fields in failed.values()}
+        raise StorageError(message, errno=errnos.pop() if len(errnos) == 1 else None)
+    if issubclass(error_class, RanksFailed):
+        raise error_class(message, failures)
+    raise error_class(message)
+
+
+def encode_answer(payload: Mapping[str, Any]) -> bytes:
+    """Encode the chief's answer."""
+    return strict_json.dumps({"answer": payload}).encode()
+
+
+def encode_error(error: DistckptError) -> bytes:
+    """Encode an error that every rank is to raise."""
+    fields = {
+        "error": type(error).__name__,
+        "text": str(error),
+        "failures": [[rank, text] for rank, text in error.failures.items()]
+        if isinstance(error, RanksFailed)
+        else [],
+        "errno": getattr(error, "errno", None),
+    }
+    return strict_json.dumps(fields).encode()
+
+
+def decode_answer(data: bytes) -> dict[str, Any]:
+    """Decode the chief's answer, or raise the error that it carries."""
+    fields = strict_json.loads(data)
+    if "answer" in fields:
+        answer: dict[str, Any] = fields["answer"]
+        return answer
+    error_class = getattr(errors, fields["error"])
+    if issubclass(error_class, StorageError):
+        raise StorageError(fields["text"], errno=fields["errno"])
+    if issubclass(error_class, RanksFailed):
+        raise error_class(fields["text"], dict(fields["failures"]))
+    raise error_class(fields["text"])
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."

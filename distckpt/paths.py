@@ -1,0 +1,158 @@
+"""Every file and directory name of a run directory: built and parsed here only.
+
+A path that is ever renamed or deleted carries epoch and attempt and is never used
+twice, so that a writer of an older epoch can only ever touch what is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+STATE_FILE = "checkpoint"
+RECORDS_DIRECTORY = ".state"
+LOCK_FILE = ".lock"
+MANIFEST_FILE = "manifest.json"
+
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9._])?"
+# No leading zeros and no "-0": every name has exactly one spelling.
+_NATURAL = r"(?:0|[1-9][0-9]{0,18})"
+_ATTEMPT = re.compile(
+    rf"(?P<name>{_NAME})-(?P<number>0|-?[1-9][0-9]{{0,18}})"
+    rf"\.e(?P<epoch>{_NATURAL})-(?P<attempt>[0-9a-f]{{8}})"
+)
+_PREFIX = re.compile(rf"(?P<name>{_NAME})-(?P<number>0|-?[1-9][0-9]{{0,18}})")
+_RECORD = re.compile(r"([0-9]{20})\.json")
+_SHARD = re.compile(r"rank-([0-9]{5,})-of-([0-9]{5,})\.safetensors")
+_TEMPORARY = re.compile(rf"\.e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})\.tmp")
+_PROBE = re.compile(
+    rf"\.probe-e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})-[0-9]{{5,}}"
+)
+_CHECKPOINT_NAME = re.compile(_NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at one save: the unit that is written, published and deleted.
+
+    Attributes:
+        name: The manager's ``checkpoint_name``.
+        number: The number users see; it may be saved again, by another attempt.
+        epoch: The claim under which this attempt was made.
+        attempt: 8 random hexadecimal digits, so that no path is ever used twice.
+    """
+
+    name: str
+    number: int
+    epoch: int
+    attempt: str
+
+    @property
+    def prefix(self) -> str:
+        """The name that users see, for example ``ckpt-1000``."""
+        return f"{self.name}-{self.number}"
+
+    @property
+    def published(self) -> str:
+        """Directory name once all ranks have written: ``ckpt-1000.e3-77b0c2d1``."""
+        return f"{self.prefix}.e{self.epoch}-{self.attempt}"
+
+    @property
+    def pending(self) -> str:
+        """Directory name while ranks write into it."""
+        return f".{self.published}.pending"
+
+    @property
+    def trash(self) -> str:
+        """Directory name while it is being deleted."""
+        return f".{self.published}.trash"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Tell whether a string can be a ``checkpoint_name``."""
+    return _CHECKPOINT_NAME.fullmatch(name) is not None
+
+
+def parse_published(name: str) -> Attempt | None:
+    """Parse a published attempt's directory name; None for anything else."""
+    match = _ATTEMPT.fullmatch(name)
+    if match is None:
+        return None
+    return Attempt(
+        match["name"], int(match["number"]), int(match["epoch"]), match["attempt"]
+    )
+
+
+def parse_pending(name: str) -> Attempt | None:
+    """Parse a pending attempt's directory name; None for anything else."""
+    return _parse_hidden(name, ".pending")
+
+
+def parse_trash(name: str) -> Attempt | None:
+    """Parse the directory name of an attempt being deleted; None for anything else."""
+    return _parse_hidden(name, ".trash")
+
+
+def _parse_hidden(name: str, suffix: str) -> Attempt | None:
+    if not (name.startswith(".") and name.endswith(suffix)):
+        return None
+    return parse_published(name[1 : -len(suffix)])
+
+
+def parse_prefix(name: str) -> tuple[str, int] | None:
+    """Parse what users see, ``ckpt-1000``, into name and number."""
+    match = _PREFIX.fullmatch(name)
+    return None if match is None else (match["name"], int(match["number"]))
+
+
+def record_file(number: int) -> str:
+    """Name the file of one record."""
+    return f"{number:020d}.json"
+
+
+def parse_record_file(name: str) -> int | None:
+    """Parse a record's file name into its number; None for anything else."""
+    match = _RECORD.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def shard_file(rank: int, world_size: int) -> str:
+    """Name the one file that a rank writes in one save."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def parse_shard_file(name: str) -> tuple[int, int] | None:
+    """Parse a shard file's name into rank and world size; None for anything else."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return None
+    rank, world_size = int(match[1]), int(match[2])
+    return (rank, world_size) if name == shard_file(rank, world_size) else None
+
+
+def temporary_file(epoch: int) -> str:
+    """Name a new temporary file inside the records directory."""
+    return f".e{epoch}-{random_hex(8)}.tmp"
+
+
+def parse_temporary_file(name: str) -> int | None:
+    """Parse a temporary file's name into its epoch; None for anything else."""
+    match = _TEMPORARY.fullmatch(name)
+    return None if match is None else int(match["epoch"])
+
+
+def probe_file(epoch: int, nonce: str, rank: int) -> str:
+    """Name the file by which a rank shows, at the claim, that it can write."""
+    return f".probe-e{epoch}-{nonce}-{rank:05d}"
+
+
+def parse_probe_file(name: str) -> int | None:
+    """Parse a probe's name into its epoch; None for anything else."""
+    match = _PROBE.fullmatch(name)
+    return None if match is None else int(match["epoch"])
+
+
+def random_hex(size_bytes: int) -> str:
+    """Draw random hexadecimal digits from the operating system."""
+    return os.urandom(size_bytes).hex()

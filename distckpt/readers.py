@@ -1,0 +1,327 @@
+"""What other processes use to look at a run directory: without torch, without a job.
+
+Nothing here writes, takes a lock or needs a process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from distckpt import paths, state, storage
+from distckpt.errors import (
+    CheckpointNotFound,
+    ChecksumError,
+    ConfigError,
+    FormatError,
+    ManifestError,
+    ShardFileError,
+    StorageError,
+)
+from distckpt.manifest import MAX_SIZE_BYTES, Manifest
+from distckpt.record import Record, digest
+from distckpt.shard_file import ShardReader
+
+_logger = logging.getLogger(__name__)
+
+Path: TypeAlias = "str | os.PathLike[str]"
+
+_MAX_RACES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """TensorFlow's four fields of the state file, paths joined to the directory.
+
+    Attributes:
+        model_checkpoint_path: The newest checkpoint.
+        all_model_checkpoint_paths: The managed ones, oldest first.
+        all_model_checkpoint_timestamps: When each was saved, seconds since the epoch.
+        last_preserved_timestamp: Time of the last one that retention preserved.
+    """
+
+    model_checkpoint_path: str
+    all_model_checkpoint_paths: list[str]
+    all_model_checkpoint_timestamps: list[float]
+    last_preserved_timestamp: float
+
+
+def get_checkpoint_state(directory: Path) -> CheckpointState | None:
+    """Read what is committed in a run directory; None if nothing is.
+
+    Raises:
+        CorruptStateError: There is a state but it cannot be read. (TensorFlow takes that
+            for "no checkpoint", and jobs start from scratch.)
+        StorageError: The directory cannot be read.
+    """
+    root = checked_path(directory)
+    record = read_record(root)
+    if record is None or record.last_preserved is None:
+        return None
+    live = [os.path.join(root, entry.attempt.prefix) for entry in record.live]
+    return CheckpointState(
+        model_checkpoint_path=live[-1],
+        all_model_checkpoint_paths=live,
+        all_model_checkpoint_timestamps=[entry.time for entry in record.live],
+        last_preserved_timestamp=record.last_preserved,
+    )
+
+
+def latest_checkpoint(directory: Path) -> str | None:
+    """Return the path of the newest committed checkpoint; None if there is none.
+
+    The path is the prefix that users see, ``<directory>/<name>-<number>``. A committed
+    checkpoint whose files are gone is reported in the log, as in TensorFlow.
+
+    Raises:
+        CorruptStateError: There is a state but it cannot be read.
+        StorageError: The directory cannot be read.
+    """
+    root = checked_path(directory)
+    found = None
+    for _ in range(_MAX_RACES):
+        record = read_record(root)
+        if record is None or not record.live:
+            return None
+        if found == record.number:
+            break
+        attempt = record.live[-1].attempt
+        if storage.exists(os.path.join(root, attempt.published, paths.MANIFEST_FILE)):
+            return os.path.join(root, attempt.prefix)
+        # Perhaps a running job has just replaced it: then there is a newer record.
+        found = record.number
+    _logger.error("%s: the newest checkpoint's files are gone", root)
+    return None
+
+
+def checkpoints_iterator(
+    directory: Path,
+    min_interval_secs: float = 0,
+    timeout: float | None = None,
+    timeout_fn: Callable[[], bool] | None = None,
+) -> Iterator[str]:
+    """Yield the newest checkpoint's path each time there is a new one.
+
+    Names, defaults and meaning are those of ``tf.train.checkpoints_iterator``: not every
+    checkpoint is yielded, only the newest when the caller asks.
+
+    Args:
+        directory: The run directory; need not exist yet.
+        min_interval_secs: Least seconds between two yields.
+        timeout: Seconds to wait for a new one; None waits for ever.
+        timeout_fn: Called after a timeout; the iterator ends if it returns True, or if
+            there is none.
+    """
+    root = checked_path(directory)
+    last: str | None = None
+    while True:
+        attempt = _wait_for_other(root, last, timeout)
+        if attempt is None:
+            if timeout_fn is None or timeout_fn():
+                return
+            continue
+        started = time.monotonic()
+        last = attempt.published
+        yield os.path.join(root, attempt.prefix)
+        rest = started + min_interval_secs - time.monotonic()
+        if rest > 0:
+            time.sleep(rest)
+
+
+def _wait_for_other(
+    root: str, last: str | None, timeout: float | None
+) -> paths.Attempt | None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        record = read_record(root)
+        if record is not None and record.live:
+            attempt = record.live[-1].attempt
+            if attempt.published != last:
+                return attempt
+        if deadline is not None and time.monotonic() + 1.0 > deadline:
+            return None
+        time.sleep(1.0)
+
+
+def read_record(root: str) -> Record | None:
+    """Read the newest record, also while a job appends and prunes."""
+    for attempt in range(_MAX_RACES):
+        try:
+            head = state.read_head(root)
+        except StorageError as error:
+            # Listed, then pruned before it was opened: newer ones are there.
+            if isinstance(error.__cause__, FileNotFoundError) and attempt < 10:
+                continue
+            raise
+        return None if head is None else head.record
+    msg = f"{root}: the records change faster than they can be read"
+    raise StorageError(msg, operation="read", path=root)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a checkpoint lies.
+
+    Attributes:
+        directory: The attempt's directory.
+        manifest_digest: What the record says of its manifest; None without records.
+    """
+
+    directory: str
+    manifest_digest: str | None
+
+
+def locate(path: Path) -> Located:
+    """Find the attempt that a path means.
+
+    Args:
+        path: A prefix as ``save()`` returns it, or an attempt's directory itself. A
+            prefix means the attempt that the newest record names; in a copy without
+            records, the newest one whose files are whole.
+
+    Raises:
+        CheckpointNotFound: Nothing committed is there.
+        CorruptStateError, StorageError: It cannot be told.
+    """
+    text = checked_path(path).rstrip(os.sep)
+    if storage.exists(os.path.join(text, paths.MANIFEST_FILE)):
+        return Located(text, _digest_in_records(text))
+    root, name = os.path.split(text)
+    root = root or os.curdir
+    if paths.parse_prefix(name) is None:
+        msg = (
+            f"{text} is no checkpoint: neither a path like 'runs/gpt/ckpt-1000' nor a "
+            f"directory with a {paths.MANIFEST_FILE}."
+        )
+        raise CheckpointNotFound(msg)
+    if not state.has_records(root):
+        return Located(_newest_whole(root, name), None)
+    record = read_record(root)
+    assert record is not None
+    for entry in record.committed:
+        if entry.attempt.prefix == name:
+            return Located(os.path.join(root, entry.attempt.published), entry.manifest)
+    known = [entry.attempt.prefix for entry in record.committed]
+    msg = (
+        f"{text}: no such checkpoint. Committed in {root}, newest first: "
+        f"{', '.join(known[:10]) or 'none'}."
+    )
+    raise CheckpointNotFound(msg)
+
+
+def _digest_in_records(directory: str) -> str | None:
+    root, name = os.path.split(os.path.abspath(directory))
+    if not state.has_records(root):
+        return None
+    record = read_record(root)
+    assert record is not None
+    for entry in (*record.committed, *record.bad, *record.releasing):
+        if entry.attempt.published == name:
+            return entry.manifest
+    return None
+
+
+def _newest_whole(root: str, prefix: str) -> str:
+    found = []
+    for name in storage.list_directory(root):
+        attempt = paths.parse_published(name)
+        if attempt is not None and attempt.prefix == prefix:
+            directory = os.path.join(root, name)
+            try:
+                manifest = read_manifest(directory)
+                for rank in range(manifest.world_size):
+                    open_shard(directory, manifest, rank).close()
+            except (FormatError, StorageError) as error:
+                _logger.warning("%s is not whole: %s", directory, error)
+                continue
+            found.append((attempt.epoch, manifest.created, directory))
+    if not found:
+        msg = f"{os.path.join(root, prefix)}: no such checkpoint."
+        raise CheckpointNotFound(msg)
+    return max(found)[2]
+
+
+def read_manifest(directory: str, expected_digest: str | None = None) -> Manifest:
+    """Read and check the manifest of an attempt.
+
+    Args:
+        directory: The attempt's directory.
+        expected_digest: What the record says of it; None skips that check.
+
+    Raises:
+        ChecksumError: It is not the manifest that was committed.
+        ManifestError: It is not a valid manifest.
+        StorageError: It cannot be read.
+    """
+    path = os.path.join(directory, paths.MANIFEST_FILE)
+    data = storage.read_file(path, MAX_SIZE_BYTES)
+    found = digest(data)
+    if expected_digest is not None and found != expected_digest:
+        msg = (
+            f"{path}: digest {found}, expected {expected_digest}. It is not the "
+            "manifest that was committed."
+        )
+        raise ChecksumError(msg)
+    try:
+        return Manifest.decode(data)
+    except ManifestError as error:
+        msg = f"{path}: {error}"
+        raise ManifestError(msg) from error
+
+
+def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
+    """Open one rank's shard file and hold it against the manifest.
+
+    Size, header digest, attempt, rank and the boxes that the layout tables promise are
+    compared; the data is verified when it is read.
+
+    Raises:
+        ChecksumError, ShardFileError, UnsafeCheckpointError: It is not the file that
+            was committed.
+        StorageError: It cannot be opened.
+    """
+    path = os.path.join(directory, manifest.shard_file(rank))
+    shard = manifest.shards[rank]
+    reader = ShardReader(path)
+    try:
+        if reader.size_bytes != shard.size_bytes:
+            msg = (
+                f"{path}: {reader.size_bytes} bytes, expected {shard.size_bytes}: cut "
+                "off, or another file."
+            )
+            raise ShardFileError(msg)
+        if reader.header != shard.header:
+            msg = f"{path}: header digest {reader.header}, expected {shard.header}."
+            raise ChecksumError(msg)
+        expected = (manifest.attempt.published, rank, manifest.world_size)
+        found = (reader.attempt, reader.rank, reader.world_size)
+        if found != expected:
+            msg = f"{path}: written as {found}, expected {expected}."
+            raise ShardFileError(msg)
+        promised = {(p.row.name, p.box) for p in manifest.assignment.pieces_of_rank(rank)}
+        stored = {(e.name, e.box) for e in reader.entries.values() if not e.per_rank}
+        if promised != stored:
+            differing = sorted(name for name, _ in promised ^ stored)[:5]
+            msg = f"{path}: does not hold what the manifest says: {differing}, ..."
+            raise ShardFileError(msg)
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+def checked_path(path: Path) -> str:
+    """Turn a path-like into a string; refuses what is none."""
+    try:
+        text = os.fspath(path)
+    except TypeError as error:
+        msg = f"a path must be a string or path-like, got {path!r:.100}."
+        raise ConfigError(msg) from error
+    if not isinstance(text, str) or not text:
+        msg = f"a path must be a string that is not empty, got {path!r:.100}."
+        raise ConfigError(msg)
+    return text

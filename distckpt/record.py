@@ -1,0 +1,260 @@
+"""One record of the chain: the chief's whole memory, as a checked dataclass and JSON.
+
+The encoding is canonical: one field a line, one entry a line, the checksum last. A
+file is valid only if encoding what was decoded gives back the very same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from typing import Any, NoReturn
+
+from distckpt import paths, strict_json
+from distckpt.errors import CorruptStateError
+
+FORMAT = 1
+CLAIM = "claim"
+COMMIT = "commit"
+
+_DIGEST_LENGTH = 32
+_MAX_SIZE_BYTES = 64 * 2**20
+_MAX_INT = 2**63 - 1
+
+
+def digest(data: bytes) -> str:
+    """Return the digest that links records, manifests and headers: 32 hex digits."""
+    return blake2b(data, digest_size=_DIGEST_LENGTH // 2).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One committed checkpoint, as a record lists it.
+
+    Attributes:
+        attempt: The published directory.
+        record: Number of the record that committed it: the order of commits.
+        time: TensorFlow's timestamp: ``time.time()`` of the chief after writing.
+        step: The training step, if the manager has a step counter.
+        manifest: Digest of the manifest's bytes.
+    """
+
+    attempt: paths.Attempt
+    record: int
+    time: float
+    step: int | None
+    manifest: str
+
+    def __post_init__(self) -> None:
+        _check(_is_count(self.record) and self.record > 0, "entry's record", self.record)
+        _check(_is_time(self.time), "entry's time", self.time)
+        _check(self.step is None or _is_int(self.step), "entry's step", self.step)
+        _check(_is_digest(self.manifest), "entry's manifest digest", self.manifest)
+
+    def to_json(self) -> dict[str, Any]:
+        """Encode to a JSON object, the published directory's name first."""
+        return {
+            "path": self.attempt.published,
+            "record": self.record,
+            "time": self.time,
+            "step": self.step,
+            "manifest": self.manifest,
+        }
+
+    @staticmethod
+    def from_json(fields: Any) -> Entry:
+        """Decode; raises ``CorruptStateError`` for anything that is not an entry."""
+        known = ("path", "record", "time", "step", "manifest")
+        _check(isinstance(fields, dict) and tuple(fields) == known, "entry", fields)
+        path = fields["path"]
+        attempt = paths.parse_published(path) if isinstance(path, str) else None
+        if attempt is None:
+            _refuse("entry's path", path)
+        return Entry(attempt, *(fields[name] for name in known[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one append says, and all that the chief knows after it.
+
+    Attributes:
+        number: Position in the chain; the file is named by it.
+        previous: Digest of the record before; "" for the first.
+        chain: Random id of the run directory's chain, drawn by its first record.
+            Manifests carry it: what another chain made is never deleted.
+        epoch: The claim under which the record was written.
+        writer: Random id of the manager that wrote it.
+        run: Identity of the job (see ``identity.py``).
+        restart: How often the launcher had restarted the job.
+        action: ``"claim"`` or ``"commit"``.
+        written: Wall time, for people.
+        live: Managed checkpoints, oldest first.
+        kept: Committed but unmanaged: preserved, or forgotten by TensorFlow's rule.
+        bad: Failed to verify; they stay on disk.
+        releasing: Dropped; their deletion is not confirmed yet.
+        last_preserved: TensorFlow's ``last_preserved_timestamp``; None before the
+            first commit.
+        last_step: Training step of the last commit, for people.
+    """
+
+    number: int
+    previous: str
+    chain: str
+    epoch: int
+    writer: str
+    run: str
+    restart: int
+    action: str
+    written: float
+    live: tuple[Entry, ...] = ()
+    kept: tuple[Entry, ...] = ()
+    bad: tuple[Entry, ...] = ()
+    releasing: tuple[Entry, ...] = ()
+    last_preserved: float | None = None
+    last_step: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(_is_count(self.number) and self.number > 0, "number", self.number)
+        _check(
+            _is_digest(self.previous) if self.number > 1 else self.previous == "",
+            "previous",
+            self.previous,
+        )
+        _check(_is_hex(self.chain, 16), "chain", self.chain)
+        _check(_is_count(self.epoch) and self.epoch > 0, "epoch", self.epoch)
+        _check(_is_hex(self.writer, 16), "writer", self.writer)
+        _check(isinstance(self.run, str) and len(self.run) <= 256, "run", self.run)
+        _check(_is_count(self.restart), "restart", self.restart)
+        _check(self.action in (CLAIM, COMMIT), "action", self.action)
+        _check(_is_time(self.written), "written", self.written)
+        _check(
+            self.last_preserved is None or _is_time(self.last_preserved),
+            "last_preserved",
+            self.last_preserved,
+        )
+        _check(
+            self.last_step is None or _is_int(self.last_step),
+            "last_step",
+            self.last_step,
+        )
+        self._check_entries()
+
+    def _check_entries(self) -> None:
+        committed = (*self.live, *self.kept)
+        prefixes = [entry.attempt.prefix for entry in committed]
+        _check(len(set(prefixes)) == len(prefixes), "prefixes that stand twice", prefixes)
+        every = (*committed, *self.bad, *self.releasing)
+        names = {entry.attempt.published for entry in every}
+        _check(len(names) == len(every), "attempts that stand twice", sorted(names))
+        for entry in every:
+            _check(entry.record <= self.number, "entry from the future", entry.record)
+            _check(entry.attempt.epoch <= self.epoch, "entry from the future", entry)
+        # Forgetting this field would let TensorFlow's recovery rule forget them all.
+        _check(
+            not every or self.last_preserved is not None,
+            "last_preserved beside committed entries",
+            self.last_preserved,
+        )
+
+    @property
+    def committed(self) -> tuple[Entry, ...]:
+        """All that can be restored, newest commit first."""
+        every = (*self.live, *self.kept)
+        return tuple(sorted(every, key=lambda entry: entry.record, reverse=True))
+
+    @property
+    def has_committed(self) -> bool:
+        """Tell whether the chain ever committed anything."""
+        return self.last_preserved is not None
+
+    def encode(self) -> bytes:
+        """Encode to the bytes of the record's file."""
+        lines = [f'{{\n"format": {FORMAT}']
+        for field in fields(self):
+            value = getattr(self, field.name)
+            lines.append(f'"{field.name}": {_encode_field(value)}')
+        body = ",\n".join(lines)
+        return f'{body},\n"checksum": "{digest(body.encode())}"\n}}\n'.encode()
+
+    @staticmethod
+    def decode(data: bytes) -> Record:
+        """Decode and check the bytes of a record's file.
+
+        Raises:
+            CorruptStateError: Anything but the exact bytes of a valid record.
+        """
+        _check(len(data) <= _MAX_SIZE_BYTES, "record's size in bytes", len(data))
+        try:
+            tree = strict_json.loads(data)
+        except strict_json.JsonError as error:
+            msg = f"not a record: {error}"
+            raise CorruptStateError(msg) from None
+        _check(isinstance(tree, dict), "record", tree)
+        if tree.get("format") != FORMAT:
+            msg = (
+                f"record of format {tree.get('format')!r:.20}; this version of distckpt "
+                f"reads format {FORMAT}. It was written by another version."
+            )
+            raise CorruptStateError(msg)
+        names = [field.name for field in fields(Record)]
+        _check(list(tree) == ["format", *names, "checksum"], "fields", list(tree))
+        values = {name: _decode_field(name, tree[name]) for name in names}
+        record = Record(**values)
+        if record.encode() != data:
+            msg = "record's checksum does not match its content"
+            raise CorruptStateError(msg)
+        return record
+
+
+_ENTRY_LISTS = ("live", "kept", "bad", "releasing")
+
+
+def _encode_field(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return strict_json.dumps(value)
+    if not value:
+        return "[]"
+    lines = ",\n ".join(strict_json.dumps(entry.to_json()) for entry in value)
+    return f"[\n {lines}\n]"
+
+
+def _decode_field(name: str, value: Any) -> Any:
+    if name not in _ENTRY_LISTS:
+        return value
+    _check(isinstance(value, list), name, value)
+    return tuple(Entry.from_json(fields) for fields in value)
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and -_MAX_INT - 1 <= value <= _MAX_INT
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_hex(value: Any, length: int) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) == length
+        and set(value) <= set("0123456789abcdef")
+    )
+
+
+def _is_digest(value: Any) -> bool:
+    return _is_hex(value, _DIGEST_LENGTH)
+
+
+def _check(condition: bool, what: str, found: Any) -> None:
+    if not condition:
+        _refuse(what, found)
+
+
+def _refuse(what: str, found: Any) -> NoReturn:
+    msg = f"record: bad {what}: {found!r:.200}"
+    raise CorruptStateError(msg)

@@ -1,0 +1,190 @@
+"""The chain of records: read the newest, append the next.
+
+Creating a record's numbered file exclusively is compare-and-swap, the only one that
+every filesystem that matters offers. A writer that finds its number taken has been
+fenced. See docs/protocol.md for the proof.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+from distckpt import paths, storage
+from distckpt.errors import (
+    CorruptStateError,
+    FencedError,
+    OutcomeUnknown,
+    StorageError,
+)
+from distckpt.record import Record, digest
+
+_MAX_RECORD_BYTES = 64 * 2**20
+_KEPT_RECORDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest record, and the digest that its successor names."""
+
+    record: Record
+    digest: str
+
+
+def read_head(directory: str) -> Head | None:
+    """Read the newest record of a run directory; None if it has no chain.
+
+    Raises:
+        CorruptStateError: There are records but the newest is not valid, or there are
+            checkpoints but no records. Never taken for a fresh start.
+        StorageError: The directory cannot be read.
+    """
+    numbers = _record_numbers(directory)
+    if not numbers:
+        _refuse_lost_chain(directory)
+        return None
+    number = numbers[-1]
+    # A directory listing may be stale on network filesystems; a name never is.
+    while storage.exists(record_path(directory, number + 1)):
+        number += 1
+    return _read(directory, number)
+
+
+def has_records(directory: str) -> bool:
+    """Tell whether a directory has a chain, valid or not."""
+    return bool(_record_numbers(directory))
+
+
+def is_newest(directory: str, head: Head | None) -> bool:
+    """Tell, asking by name, whether no record follows this one."""
+    number = 0 if head is None else head.record.number
+    return not storage.exists(record_path(directory, number + 1))
+
+
+def append(directory: str, record: Record) -> Head:
+    """Append one record; after return it is durable and acknowledged.
+
+    Called by: the chief alone, as its only way to change anything.
+
+    Raises:
+        FencedError: Another writer has appended.
+        OutcomeUnknown: The link was tried and the disk will not say, or not say
+            durably, whether the record is there.
+        StorageError: It failed before the link was tried; nothing has changed.
+    """
+    records = os.path.join(directory, paths.RECORDS_DIRECTORY)
+    path = record_path(directory, record.number)
+    data = record.encode()
+    temporary = os.path.join(records, paths.temporary_file(record.epoch))
+    try:
+        # Complete and durable before it gets a name in the chain: no reader can ever
+        # see a torn record.
+        storage.write_new_file(temporary, data)
+        try:
+            storage.link(temporary, path)
+        except StorageError as error:
+            # EEXIST and lost replies look alike: what the file holds decides.
+            _settle(path, data, error)
+        try:
+            storage.sync_directory(records)
+        except StorageError as error:
+            raise _unknown(path, error) from error
+    finally:
+        _remove_quietly(temporary)
+    # The link alone proves nothing to a writer that was stopped for long: its number may
+    # have been taken, overtaken and pruned. Only the newest number counts.
+    try:
+        newest = _record_numbers(directory)[-1]
+    except StorageError as error:
+        raise _unknown(path, error) from error
+    if newest > record.number:
+        msg = (
+            f"another manager has appended after {path}; this one is fenced. The newest "
+            "record says whether it knew of this one."
+        )
+        raise FencedError(msg)
+    return Head(record, digest(data))
+
+
+def prune(directory: str) -> None:
+    """Remove records long behind the newest; the newest holds everything in full."""
+    for number in _record_numbers(directory)[:-_KEPT_RECORDS]:
+        storage.remove_file(record_path(directory, number))
+
+
+def write_copy(directory: str, head: Head) -> None:
+    """Replace the state file, the copy of the newest record for people."""
+    temporary = os.path.join(
+        directory, paths.RECORDS_DIRECTORY, paths.temporary_file(head.record.epoch)
+    )
+    try:
+        storage.write_new_file(temporary, head.record.encode())
+        storage.rename(temporary, os.path.join(directory, paths.STATE_FILE))
+    except StorageError:
+        _remove_quietly(temporary)
+        raise
+
+
+def record_path(directory: str, number: int) -> str:
+    """Return the path of one record's file."""
+    return os.path.join(directory, paths.RECORDS_DIRECTORY, paths.record_file(number))
+
+
+def _record_numbers(directory: str) -> list[int]:
+    names = storage.list_directory(os.path.join(directory, paths.RECORDS_DIRECTORY))
+    numbers = (paths.parse_record_file(name) for name in names)
+    return sorted(number for number in numbers if number is not None)
+
+
+def _read(directory: str, number: int) -> Head:
+    path = record_path(directory, number)
+    data = storage.read_file(path, _MAX_RECORD_BYTES)
+    try:
+        record = Record.decode(data)
+        if record.number != number:
+            msg = f"it says it is record {record.number}"
+            raise CorruptStateError(msg)
+    except CorruptStateError as error:
+        msg = (
+            f"{path}: {error}. The newest record decides what is committed, so nothing "
+            "is guessed. The checkpoints themselves are untouched ('distckpt verify' "
+            "tells which are whole); restore the file from a copy, or move it away to go "
+            f"on from record {number - 1} without what it committed."
+        )
+        raise CorruptStateError(msg) from error
+    return Head(record, digest(data))
+
+
+def _refuse_lost_chain(directory: str) -> None:
+    for name in storage.list_directory(directory):
+        if paths.parse_published(name) is not None:
+            msg = (
+                f"{directory} has checkpoints ({name}, ...) but no records in "
+                f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. Restore "
+                f"{paths.RECORDS_DIRECTORY} from a copy, or use another directory and "
+                "start from the checkpoint with init_fn."
+            )
+            raise CorruptStateError(msg)
+
+
+def _settle(path: str, data: bytes, error: StorageError) -> None:
+    try:
+        found = storage.read_file(path, _MAX_RECORD_BYTES)
+    except StorageError as second:
+        raise _unknown(path, error) from second
+    if found != data:
+        msg = f"{path} is taken by another record; a newer manager owns the directory."
+        raise FencedError(msg) from error
+
+
+def _unknown(path: str, error: StorageError) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the disk does not say whether {path} was committed ({error}). The next claim "
+        "of the directory decides; until an append succeeds nothing is deleted."
+    )
+
+
+def _remove_quietly(path: str) -> None:
+    with suppress(StorageError):  # left for the sweep of a later claim
+        storage.remove_file(path)

@@ -1,0 +1,313 @@
+"""The only module that touches the filesystem.
+
+Everything durable follows one order: write, fsync, close, then make the name appear
+(rename or link), then fsync the directory. A failed fsync is never tried again: the
+kernel has already dropped the pages, and a second call would report success.
+(Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020.)
+
+Reading never follows links and never blocks on a FIFO; deleting works relative to open
+directories, so that nothing outside them can be reached.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import NoReturn
+
+from distckpt.errors import StorageError, UnsafeCheckpointError
+
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+# What one vectored call may carry: buffers (IOV_MAX) and bytes.
+_MAX_BUFFERS = 1024
+_MAX_CALL_BYTES = 16 * 2**20
+
+
+def make_directory(path: str) -> None:
+    """Make one new directory; fails if the path exists."""
+    with _reported("mkdir", path):
+        os.mkdir(path)
+
+
+def make_directories(path: str) -> None:
+    """Make a directory and its parents, where missing, and make them durable."""
+    missing = []
+    current = os.path.abspath(path)
+    while not os.path.isdir(current):
+        missing.append(current)
+        parent = os.path.dirname(current)
+        if parent == current:
+            break
+        current = parent
+    for directory in reversed(missing):
+        with _reported("mkdir", directory):
+            # Another process may be making the same parents.
+            os.makedirs(directory, exist_ok=True)
+        sync_directory(os.path.dirname(directory))
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    with _reported("fsync", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_new_file(path: str, data: bytes) -> None:
+    """Create a file that must not exist, with this content, durably.
+
+    The directory is not synced: the caller does so once for all names it adds.
+    """
+    with NewFile(path) as file:
+        file.write_at(0, [data])
+        file.finish(len(data))
+
+
+class NewFile:
+    """A file that is created exclusively, written once and made durable.
+
+    Left without ``finish()``, it is closed as it is: a torn file under a name that
+    nothing refers to.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with _reported("open", path):
+            self._descriptor = os.open(path, _CREATE_FLAGS, 0o666)
+
+    def write_at(self, offset: int, buffers: Sequence[memoryview | bytes]) -> None:
+        """Write buffers one behind the other, from an offset on, to the last byte."""
+        with _reported("write", self.path):
+            for batch in _batches(buffers):
+                size = sum(map(len, batch))
+                written = os.pwritev(self._descriptor, batch, offset)
+                if written < size:
+                    self._write_rest(batch, written, offset)
+                offset += size
+
+    def _write_rest(
+        self, batch: Sequence[memoryview | bytes], written: int, offset: int
+    ) -> None:
+        # A short write is no error by itself; the next call says what the matter is.
+        position = 0
+        for buffer in batch:
+            end = position + len(buffer)
+            while written < end:
+                rest = memoryview(buffer)[max(written, position) - position :]
+                count = os.pwrite(self._descriptor, rest, offset + written)
+                if count == 0:
+                    raise OSError(errno.EIO, "write wrote nothing")
+                written += count
+            position = end
+
+    def finish(self, size_bytes: int) -> None:
+        """Check the size, sync the content and close, all of them checked."""
+        with _reported("fstat", self.path):
+            found = os.fstat(self._descriptor).st_size
+        if found != size_bytes:
+            msg = f"{self.path}: wrote {size_bytes} bytes, the file has {found}."
+            raise StorageError(msg, operation="fstat", path=self.path)
+        with _reported("fsync", self.path):
+            os.fsync(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        with _reported("close", self.path):
+            os.close(descriptor)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            # Only reached when something failed already; that error is the one to see.
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+class OpenFile:
+    """A regular file open for reading by offset.
+
+    Attributes:
+        path: Its path, for messages.
+        size_bytes: Its size when it was opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, _READ_FLAGS)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                msg = f"{path} is a symbolic link; checkpoints are read from files only."
+                raise UnsafeCheckpointError(msg) from error
+            _fail("open", path, error)
+        try:
+            with _reported("fstat", path):
+                status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                msg = f"{path} is not a regular file; nothing of it is read."
+                raise UnsafeCheckpointError(msg)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self.size_bytes = status.st_size
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer from an offset on; returns fewer bytes only at the file's end."""
+        done = 0
+        with _reported("read", self.path):
+            while done < len(buffer):
+                end = min(done + _MAX_CALL_BYTES, len(buffer))
+                count = os.preadv(self._descriptor, [buffer[done:end]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        return done
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Read bytes from an offset on; fewer only at the file's end."""
+        buffer = bytearray(size_bytes)
+        count = self.read_into(offset, memoryview(buffer))
+        return bytes(buffer[:count])
+
+    def close(self) -> None:
+        """Close the file."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_file(path: str, max_size_bytes: int) -> bytes:
+    """Read a whole regular file from one open descriptor.
+
+    Raises:
+        StorageError: It cannot be read, or is larger than ``max_size_bytes``.
+        UnsafeCheckpointError: It is a link, a device, a FIFO.
+    """
+    with OpenFile(path) as file:
+        if file.size_bytes > max_size_bytes:
+            msg = f"{path}: {file.size_bytes} bytes, more than {max_size_bytes}."
+            raise StorageError(msg, operation="read", path=path, errno=errno.EFBIG)
+        return file.read(0, file.size_bytes)
+
+
+def exists(path: str) -> bool:
+    """Tell whether a name exists, asking by name, whatever it is."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return False
+    except OSError as error:
+        _fail("lstat", path, error)
+    return True
+
+
+def is_directory(path: str) -> bool:
+    """Tell whether a path is a directory (or a link to one)."""
+    return os.path.isdir(path)
+
+
+def list_directory(path: str) -> list[str]:
+    """List the names in a directory, sorted; empty if there is no such directory."""
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _fail("list", path, error)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name that must not exist: compare-and-swap on any disk."""
+    with _reported("link", target):
+        os.link(source, target, follow_symlinks=False)
+
+
+def rename(source: str, target: str) -> None:
+    """Rename, replacing a file of the target's name."""
+    with _reported("rename", target):
+        os.rename(source, target)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file; it is no error if it is gone already."""
+    with _reported("unlink", path), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and all in it, never following a link out of it."""
+    with _reported("remove", path), suppress(FileNotFoundError):
+        if not shutil.rmtree.avoids_symlink_attacks:
+            raise OSError(errno.ENOTSUP, "no race-free way to delete a directory here")
+        shutil.rmtree(path)
+
+
+def free_bytes(path: str) -> int:
+    """Return the bytes that this user may still write to the filesystem."""
+    with _reported("statvfs", path):
+        status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _batches(
+    buffers: Sequence[memoryview | bytes],
+) -> Iterator[list[memoryview | bytes]]:
+    batch: list[memoryview | bytes] = []
+    size = 0
+    for buffer in buffers:
+        for start in range(0, len(buffer), _MAX_CALL_BYTES):
+            part = buffer[start : start + _MAX_CALL_BYTES]
+            if batch and (len(batch) == _MAX_BUFFERS or size + len(part) > _MAX_CALL_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(part)
+            size += len(part)
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _reported(operation: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        _fail(operation, path, error)
+
+
+def _fail(operation: str, path: str, error: OSError) -> NoReturn:
+    reason = error.strerror or str(error)
+    hint = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            status = os.statvfs(os.path.dirname(path) or ".")
+            hint = (
+                f" ({status.f_bavail * status.f_frsize} bytes and {status.f_favail} "
+                "inodes are free there)"
+            )
+    msg = f"{operation} {path}: {reason}{hint}"
+    raise StorageError(msg, operation=operation, path=path, errno=error.errno) from error

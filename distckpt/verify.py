@@ -1,0 +1,72 @@
+"""Hold every byte of a checkpoint against the chain of trust.
+
+Record -> manifest's digest -> headers' digests -> blocks' checksums.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from distckpt import paths, storage
+from distckpt.errors import FormatError, StorageError
+from distckpt.readers import open_shard, read_manifest
+
+
+@dataclass(slots=True)
+class Report:
+    """What verifying one attempt found.
+
+    Attributes:
+        directory: The attempt's directory.
+        num_files: Shard files that it should have.
+        size_bytes: Bytes of tensor data that were read and are right.
+        problems: One sentence for each fault; empty if the checkpoint is whole.
+        foreign: Names in the directory that do not belong to it; harmless.
+    """
+
+    directory: str
+    num_files: int = 0
+    size_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether every byte is the one that was written."""
+        return not self.problems
+
+
+def verify_attempt(directory: str, manifest_digest: str | None) -> Report:
+    """Read and verify everything that belongs to one attempt.
+
+    Args:
+        directory: The attempt's directory.
+        manifest_digest: What the record says of its manifest; None skips that check.
+
+    Returns:
+        A report; faults of the checkpoint never raise.
+    """
+    report = Report(directory)
+    try:
+        manifest = read_manifest(directory, manifest_digest)
+        assignment = manifest.assignment
+        assert assignment is not None
+    except (FormatError, StorageError) as error:
+        report.problems.append(str(error))
+        return report
+    report.num_files = manifest.world_size
+    for rank in range(manifest.world_size):
+        try:
+            with open_shard(directory, manifest, rank) as reader:
+                report.size_bytes += reader.verify()
+        except (FormatError, StorageError) as error:
+            report.problems.append(str(error))
+    expected = {manifest.shard_file(rank) for rank in range(manifest.world_size)}
+    expected.add(paths.MANIFEST_FILE)
+    report.foreign = [
+        os.path.join(directory, name)
+        for name in storage.list_directory(directory)
+        if name not in expected
+    ]
+    return report

@@ -1,0 +1,50 @@
+# Sourced by demo.sh and test.sh: makes the project's .venv and installs everything into it.
+# Works again on a second run without reinstalling: a stamp remembers what was installed.
+
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+venv=$root/.venv
+python=$venv/bin/python
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+        [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: Python 3.10 or newer was not found; install it, or set PYTHON=/path/to/python3." >&2
+    return 1
+}
+
+stamp_of_requirements() {
+    # The location is part of it: an editable install points at this very folder.
+    { echo "$root"; cat pyproject.toml launch/requirements.txt; } | cksum
+}
+
+install() {
+    local base
+    base=$(find_python)
+    echo "setup: making $venv with $base and installing (once) ..."
+    if [ ! -x "$python" ] && ! "$base" -m venv "$venv"; then
+        echo "setup: '$base -m venv' failed; on Debian and Ubuntu install python3-venv." >&2
+        return 1
+    fi
+    if ! "$python" -m pip install --quiet --disable-pip-version-check \
+        -r launch/requirements.txt -e '.[test]'; then
+        echo "setup: installation failed. What is needed, from a package index or a local mirror:" >&2
+        echo "  - $(grep -v '^#' launch/requirements.txt) (launch/requirements.txt)" >&2
+        echo "  - the packages listed under dependencies and 'test' in pyproject.toml" >&2
+        echo "Without a network, point pip at a folder of wheels: PIP_FIND_LINKS=/path PIP_NO_INDEX=1 $0" >&2
+        return 1
+    fi
+    stamp_of_requirements >"$venv/.distckpt-installed"
+}
+
+if [ "$(cat "$venv/.distckpt-installed" 2>/dev/null)" != "$(stamp_of_requirements)" ]; then
+    install
+fi
