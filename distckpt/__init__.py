@@ -1,1 +1,107 @@
-"""distckpt: the checkpoint manager for distributed PyTorch."""
+"""distckpt: the checkpoint manager for distributed PyTorch.
+
+Every rank writes its shard; one chief rank commits, keeps and deletes; all ranks agree.
+The names below are imported when they are first used (PEP 562), so that looking at a
+run directory does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt.checkpoint import Checkpoint
+    from distckpt.errors import (
+        CheckpointNotFound,
+        ChecksumError,
+        ConfigError,
+        CorruptStateError,
+        Desync,
+        DirectoryInUseError,
+        DistckptError,
+        FencedError,
+        FormatError,
+        ManagerBroken,
+        ManifestError,
+        MismatchError,
+        OutcomeUnknown,
+        PeerLost,
+        PeerTimeout,
+        RanksFailed,
+        RestoreFailed,
+        SaveFailed,
+        ShardFileError,
+        StorageError,
+        UnsafeCheckpointError,
+        UnsupportedError,
+    )
+    from distckpt.manager import CheckpointManager, CheckpointOptions
+    from distckpt.per_rank import PerRank, RngState
+    from distckpt.readers import (
+        CheckpointState,
+        checkpoints_iterator,
+        get_checkpoint_state,
+        latest_checkpoint,
+    )
+    from distckpt.rendezvous import init_process_group
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "CheckpointNotFound",
+    "CheckpointOptions",
+    "CheckpointState",
+    "ChecksumError",
+    "ConfigError",
+    "CorruptStateError",
+    "Desync",
+    "DirectoryInUseError",
+    "DistckptError",
+    "FencedError",
+    "FormatError",
+    "ManagerBroken",
+    "ManifestError",
+    "MismatchError",
+    "OutcomeUnknown",
+    "PeerLost",
+    "PeerTimeout",
+    "PerRank",
+    "RanksFailed",
+    "RestoreFailed",
+    "RngState",
+    "SaveFailed",
+    "ShardFileError",
+    "StorageError",
+    "UnsafeCheckpointError",
+    "UnsupportedError",
+    "checkpoints_iterator",
+    "get_checkpoint_state",
+    "init_process_group",
+    "latest_checkpoint",
+]
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointManager": "manager",
+    "CheckpointOptions": "manager",
+    "CheckpointState": "readers",
+    "PerRank": "per_rank",
+    "RngState": "per_rank",
+    "checkpoints_iterator": "readers",
+    "get_checkpoint_state": "readers",
+    "init_process_group": "rendezvous",
+    "latest_checkpoint": "readers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        msg = f"module 'distckpt' has no attribute {name!r}"
+        raise AttributeError(msg)
+    module = import_module(f"distckpt.{_HOMES.get(name, 'errors')}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ Everything counts in elements of the global tensor, in row-major order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -36,6 +36,19 @@ class Box:
 def whole(shape: tuple[int, ...]) -> Box:
     """Return the region that is all of a tensor."""
     return Box((0,) * len(shape), tuple(shape))
+
+
+def checked_size(shape: Sequence[int], limit: int) -> int | None:
+    """Count the elements; None once the product of leading lengths passes a limit.
+
+    So also for a shape with a zero behind: readers with fixed-size integers refuse it.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+        if size > limit:
+            return None
+    return size
 
 
 def overlap(first: Box, second: Box) -> Box | None:

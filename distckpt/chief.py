@@ -287,7 +287,7 @@ class Chief:
             ConfigError: The default number is that of a live checkpoint.
             StorageError: The directory could not be made.
         """
-        self._check_newest()
+        self.check_not_fenced()
         assert self._epoch is not None, "begin before claim"
         chosen = save_counter + 1 if number is None else number
         prefix = f"{self._checkpoint_name}-{chosen}"
@@ -300,7 +300,11 @@ class Chief:
             raise ConfigError(msg)
         attempt = Attempt(self._checkpoint_name, chosen, self._epoch, paths.random_hex(4))
         storage.make_directory(self._path(attempt.pending))
-        storage.sync_directory(self._directory)
+        try:
+            storage.sync_directory(self._directory)
+        except StorageError:
+            self.abandon(attempt)
+            raise
         return attempt
 
     def commit(
@@ -352,7 +356,7 @@ class Chief:
         self._after_append()
 
     def _append_commit(self, attempt: Attempt, step: int | None, manifest: str) -> None:
-        self._check_newest()
+        self.check_not_fenced()
         assert self._head is not None
         newest = self._head.record
         entry = Entry(
@@ -412,7 +416,8 @@ class Chief:
         except StorageError as error:
             _logger.warning("could not remove a failed save, left for later: %s", error)
 
-    def _check_newest(self) -> None:
+    def check_not_fenced(self) -> None:
+        """Raise ``FencedError`` if another chief has claimed the directory."""
         if self._fenced:
             raise FencedError(self._fenced)
         if state.is_newest(self._directory, self._head):

@@ -70,7 +70,13 @@ class StorageError(DistckptError, OSError):
 
 
 class FormatError(DistckptError):
-    """Bytes on disk are not what the format says."""
+    """Bytes on disk are not what the format says.
+
+    Attributes:
+        shard_rank: The rank whose shard file it is; None for another file.
+    """
+
+    shard_rank: int | None = None
 
 
 class CorruptStateError(FormatError):

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from distckpt import dtypes
-from distckpt.boxes import Box, split_range, whole
+from distckpt import dtypes, strict_json
+from distckpt.boxes import Box, checked_size, split_range, whole
 from distckpt.errors import ManifestError
 
 SPLIT = "split"
@@ -58,14 +58,17 @@ class Row:
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= _MAX_NAME_LENGTH:
             _refuse(f"tensor name of {len(self.name)} characters")
+        if not strict_json.is_unicode(self.name):
+            _refuse(f"tensor name {self.name!r} is not Unicode text")
         if not dtypes.is_known(self.dtype):
             _refuse(f"tensor {self.name!r}: unknown dtype {self.dtype!r}")
         if self.kind not in (SPLIT, WHOLE):
             _refuse(f"tensor {self.name!r}: unknown kind {self.kind!r}")
         if len(self.shape) > _MAX_DIMS or min(self.shape, default=0) < 0:
-            _refuse(f"tensor {self.name!r}: impossible shape {self.shape}")
-        if self.size_bytes > _MAX_SIZE_BYTES:
-            _refuse(f"tensor {self.name!r}: {self.size_bytes} bytes")
+            _refuse(f"tensor {self.name!r}: impossible shape {self.shape!r:.200}")
+        limit = _MAX_SIZE_BYTES // dtypes.item_size_bytes(self.dtype)
+        if checked_size(self.shape, limit) is None:
+            _refuse(f"tensor {self.name!r}: impossible size {self.shape!r:.200}")
 
     @property
     def size_bytes(self) -> int:

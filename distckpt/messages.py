@@ -53,7 +53,8 @@ class Vote:
     Attributes:
         phase: The phase it is about.
         status: How it went.
-        size_bytes: What the phase says: bytes written, for example.
+        size_bytes: Bytes that the phase wrote or read.
+        step: Training step, where there is one.
         digest_a: What must be compared between ranks, as 16 raw bytes.
         digest_b: A second one.
         detail: Text of any length, or nothing; gathered only when some rank has some.
@@ -63,6 +64,7 @@ class Vote:
     phase: Phase
     status: Status = Status.OK
     size_bytes: int = 0
+    step: int | None = None
     digest_a: bytes = bytes(16)
     digest_b: bytes = bytes(16)
     detail: bytes = b""
@@ -80,20 +82,31 @@ class Vote:
             self.phase,
             self.status,
             self.size_bytes,
+            _NO_STEP if self.step is None else self.step,
             self.digest_a,
             self.digest_b,
             len(self.detail),
         )
 
 
-_VOTE = struct.Struct("<IHHQ16s16sQ")
+_VOTE = struct.Struct("<IHHQq16s16sQ")
+_NO_STEP = -(2**63)
 VOTE_BYTES = _VOTE.size
 
 
 def unpack_vote(data: bytes, detail: bytes = b"") -> Vote:
     """Decode a vote; its detail comes separately."""
-    rank, phase, status, size_bytes, digest_a, digest_b, _ = _VOTE.unpack(data)
-    return Vote(Phase(phase), Status(status), size_bytes, digest_a, digest_b, detail, rank)
+    rank, phase, status, size_bytes, step, digest_a, digest_b, _ = _VOTE.unpack(data)
+    return Vote(
+        phase=Phase(phase),
+        status=Status(status),
+        size_bytes=size_bytes,
+        step=None if step == _NO_STEP else step,
+        digest_a=digest_a,
+        digest_b=digest_b,
+        detail=detail,
+        rank=rank,
+    )
 
 
 def detail_length(data: bytes) -> int:
@@ -106,24 +119,34 @@ def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) 
     """Make the vote of a rank on which a phase raised."""
     kind = type(error).__name__ if isinstance(error, DistckptError) else ""
     text = str(error) if kind else f"{type(error).__name__}: {error}"
-    fields = {"kind": kind, "text": _clip(text), "errno": getattr(error, "errno", None)}
+    fields = {
+        "kind": kind,
+        "text": _clip(text),
+        "errno": getattr(error, "errno", None),
+        "shard_rank": getattr(error, "shard_rank", None),
+    }
     return Vote(phase, status, detail=strict_json.dumps(fields).encode())
 
 
-def failure_text(vote: Vote) -> str:
-    """Return the text of a failed vote."""
-    text: str = strict_json.loads(vote.detail)["text"]
-    return text
+def failure_of(vote: Vote) -> tuple[str, int | None]:
+    """Return the text of a failed vote, and the rank whose shard file it blames."""
+    fields = strict_json.loads(vote.detail)
+    return fields["text"], fields["shard_rank"]
 
 
-def raise_failures(votes: Sequence[Vote], what: str, default: type[RanksFailed]) -> None:
+def raise_failures(
+    votes: Sequence[Vote],
+    what: str,
+    default: type[RanksFailed],
+    keep_kind: bool = True,
+) -> None:
     """Raise one error for all failed votes; return if there are none.
 
     Args:
         votes: One a rank.
         what: What failed, for the message.
-        default: Raised unless all that failed did so with one and the same error of
-            ours that says more.
+        default: The error to raise.
+        keep_kind: Raise an error of ours that all failed ranks agree on instead.
     """
     failed = {vote.rank: strict_json.loads(vote.detail) for vote in votes if not vote.ok}
     if not failed:
@@ -135,8 +158,8 @@ def raise_failures(votes: Sequence[Vote], what: str, default: type[RanksFailed])
         message = f"{what}: {texts.pop()}"
     else:
         lines = [f"rank {rank}: {text}" for rank, text in failures.items()]
-        message = f"{what} on {len(failed)} of {len(votes)} ranks; " + "; ".join(lines[:16])
-    kind = kinds.pop() if len(kinds) == 1 else ""
+        message = f"{what} ({len(failed)} of {len(votes)} ranks): {'; '.join(lines[:16])}"
+    kind = kinds.pop() if keep_kind and len(kinds) == 1 else ""
     error_class = getattr(errors, kind, default) if kind else default
     if issubclass(error_class, StorageError):
         errnos = {fields["errno"] for fields in failed.values()}

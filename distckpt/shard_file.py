@@ -22,13 +22,12 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple, NoReturn
 
 import xxhash
 
 from distckpt import dtypes, layout, storage, strict_json, values
-from distckpt.boxes import Box
+from distckpt.boxes import Box, checked_size
 from distckpt.errors import ChecksumError, FormatError, ManifestError, ShardFileError
 from distckpt.layout import Piece, Row
 from distckpt.record import digest
@@ -309,7 +308,7 @@ class ShardReader:
         self._file = storage.OpenFile(path)
         try:
             self._parse()
-        except (ShardFileError, FormatError) as error:
+        except FormatError as error:
             self._file.close()
             msg = f"{path}: {error}"
             raise ShardFileError(msg) from error
@@ -441,8 +440,10 @@ class ShardReader:
     def verify(self) -> int:
         """Read every byte and verify it; returns the number of bytes."""
         total = 0
-        scratch = memoryview(bytearray(max(self._block_bytes, 2**21)))
-        step = len(scratch) // self._block_bytes * self._block_bytes
+        step = max(self._block_bytes, 2**21 // self._block_bytes * self._block_bytes)
+        # No larger than an entry: the length of a block is what the file says.
+        largest = max((s.size_bytes for s in self.entries.values()), default=0)
+        scratch = memoryview(bytearray(min(step, largest)))
         for stored in self.entries.values():
             for offset in range(0, stored.size_bytes, step):
                 size = min(step, stored.size_bytes - offset)
@@ -477,6 +478,8 @@ def _parse_entries(tree: Any, data_bytes: int) -> dict[str, _Span]:
         isinstance(value, str) for value in metadata.values()
     ):
         _refuse("__metadata__ is not a map of strings")
+    if not all(map(strict_json.is_unicode, (*tree, *metadata, *metadata.values()))):
+        _refuse("header with text that is not Unicode")
     spans = {
         key: _parse_span(key, fields) for key, fields in tree.items() if key != _METADATA
     }
@@ -507,7 +510,8 @@ def _parse_span(key: str, fields: Any) -> _Span:
         _refuse(f"entry {key!r}: {fields!r:.200}")
     start, stop = offsets
     # Python's integers do not overflow, where (2**32)**2 * 4 would be 0 in C.
-    if stop - start != prod(shape) * item:
+    size = checked_size(shape, 2**62)
+    if size is None or stop - start != size * item:
         _refuse(f"entry {key!r}: {stop - start} bytes for {code} {shape}")
     return _Span(code, tuple(shape), start, stop)
 

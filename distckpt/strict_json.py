@@ -7,6 +7,7 @@ overflow its stack; for files that decide what is deleted that is not good enoug
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 
@@ -24,12 +25,15 @@ def loads(data: bytes) -> Any:
 
     Raises:
         JsonError: Not UTF-8, not JSON, a key that stands twice in one object, NaN or
-            an infinity, nested too deeply, or numbers with thousands of digits.
+            an infinity (also as ``1e999``), the integer ``-0``, nested too deeply, or
+            numbers with thousands of digits.
     """
     try:
         return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique_keys,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
             parse_constant=_refuse_constant,
         )
     except RecursionError:
@@ -39,6 +43,15 @@ def loads(data: bytes) -> Any:
         raise
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
         raise JsonError(str(error)) from None
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a string is text: JSON can spell lone surrogates, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,6 +64,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise JsonError(msg)
             seen.add(key)
     return result
+
+
+def _parse_int(text: str) -> int:
+    if text == "-0":  # Other readers take it for a float.
+        _refuse_constant(text)
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _refuse_constant(text)
+    return value
 
 
 def _refuse_constant(text: str) -> NoReturn:

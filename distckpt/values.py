@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ _PAIR_TAGS: dict[str, Callable[[Iterable[tuple[Any, Any]]], Any]] = {
     "$counter": lambda pairs: Counter(dict(pairs)),
 }
 _NUMPY_KINDS = "biufc"
+# What numpy's ``dtype.str`` is for these kinds; its parser understands far more.
+_NUMPY_DTYPE = re.compile(rf"[<>|][{_NUMPY_KINDS}][0-9]{{1,2}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +124,20 @@ def _encode_dict(value: dict[Any, Any], path: str, depth: int) -> Any:
         }
     pairs = [
         [
-            _encode(key, f"{path}: key {key!r:.100}", depth + 1),
-            _encode(item, f"{path}[{key!r:.100}]", depth + 1),
+            _encode(key, f"{path}: key {_shown(key)}", depth + 1),
+            _encode(item, f"{path}[{_shown(key)}]", depth + 1),
         ]
         for key, item in value.items()
     ]
     tag = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}[type(value)]
     return {tag: pairs}
+
+
+def _shown(key: object) -> str:
+    try:
+        return f"{key!r:.100}"
+    except ValueError:  # Python refuses to print very long integers.
+        return f"of type {type(key).__qualname__}"
 
 
 def _decode(encoded: Any, depth: int) -> Any:
@@ -178,9 +188,11 @@ def _decode_tagged(tag: str, body: Any, depth: int) -> Any:
 def _decode_numpy(dtype_text: str, data: str) -> Any:
     import numpy as np
 
+    if not _NUMPY_DTYPE.fullmatch(dtype_text):
+        _refuse(f"$numpy of dtype {dtype_text!r:.50}")
     dtype = np.dtype(dtype_text)
     raw = base64.b64decode(data, validate=True)
-    if dtype.kind not in _NUMPY_KINDS or len(raw) != dtype.itemsize:
+    if len(raw) != dtype.itemsize:
         _refuse(f"$numpy of dtype {dtype_text!r} with {len(raw)} bytes")
     return np.frombuffer(raw, dtype=dtype)[0]
 

@@ -1,0 +1,144 @@
+"""``Checkpoint``: the objects whose state makes up a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from distckpt import boxes, layout, readers, tensors, tracked
+from distckpt.errors import ConfigError, MismatchError
+from distckpt.leaves import Leaves
+from distckpt.loading import Loading
+
+_COUNTER = "save_counter"
+
+
+class Captured(NamedTuple):
+    """What one rank has to save."""
+
+    shared: Leaves
+    per_rank: Leaves
+
+
+class Checkpoint:
+    """Track objects whose state is saved and restored together.
+
+    Tracked are modules, optimizers, anything with ``state_dict`` and
+    ``load_state_dict``, tensors (restored in place), plain values, and dicts and lists
+    of these. ``PerRank(x)`` marks what each rank has of its own; everything else is one
+    value for the job. The objects are attributes; more can be assigned later.
+
+    ``save_counter`` counts the saves and is part of the checkpoint.
+
+    Args:
+        **objects: What to track, by name.
+
+    Raises:
+        ConfigError: A name is taken by a method.
+    """
+
+    def __init__(self, **objects: Any) -> None:
+        object.__setattr__(self, "_objects", {})
+        object.__setattr__(self, _COUNTER, 0)
+        for name, value in objects.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == _COUNTER:
+            if type(value) is not int:
+                msg = f"save_counter must be an int, got {value!r:.100}."
+                raise ConfigError(msg)
+            object.__setattr__(self, name, value)
+        elif name.startswith("_") or hasattr(type(self), name):
+            msg = f"{name!r} cannot be tracked under this name; choose another one."
+            raise ConfigError(msg)
+        else:
+            self._objects[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is not an attribute already. Copying and pickling ask
+        # before __init__ has run.
+        objects = object.__getattribute__(self, "__dict__").get("_objects", {})
+        if name in objects:
+            return objects[name]
+        msg = f"this Checkpoint tracks no {name!r}; it tracks {sorted(objects)}."
+        raise AttributeError(msg)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self._objects:
+            raise AttributeError(name)
+        del self._objects[name]
+
+    def restore(self, path: readers.Path) -> None:
+        """Restore this process's objects from a checkpoint: local, no collectives.
+
+        For warm starts, evaluation and notebooks; a job restores with
+        ``CheckpointManager.restore_or_initialize``, which falls back together.
+
+        After an error other than ``MismatchError`` tensors may hold a mixture.
+
+        Args:
+            path: A prefix as ``save()`` returns it, or an attempt's directory.
+
+        Raises:
+            CheckpointNotFound: There is no such checkpoint.
+            MismatchError: It does not fit; lists every difference, changes nothing.
+            FormatError, StorageError: It cannot be read, or its bytes are wrong.
+        """
+        located = readers.locate(path)
+        manifest = readers.read_manifest(located.directory, located.manifest_digest)
+        rank, world_size = _rank_and_world_size()
+        nodes = nodes_of(self)
+        if nodes.per_rank and rank >= manifest.world_size:
+            msg = f"{located.directory}: saved by {manifest.world_size} ranks only."
+            raise MismatchError(msg)
+        with Loading(nodes, located.directory, manifest, rank, world_size) as loading:
+            loading.read()
+            loading.finish()
+
+
+def nodes_of(checkpoint: Checkpoint) -> tracked.Nodes:
+    """List what a checkpoint tracks, the save counter included."""
+    objects = checkpoint.__dict__["_objects"]
+    nodes = tracked.walk(objects, lambda name, value: setattr(checkpoint, name, value))
+    counter = tracked.ValueNode(
+        _COUNTER,
+        checkpoint.save_counter,
+        lambda value: setattr(checkpoint, _COUNTER, value),
+    )
+    nodes.shared.insert(0, counter)
+    return nodes
+
+
+def capture(checkpoint: Checkpoint) -> Captured:
+    """Collect what this rank has to save; makes no copies and no collectives.
+
+    Raises:
+        UnsupportedError, ConfigError: Names the path of what cannot be saved.
+    """
+    nodes = nodes_of(checkpoint)
+    captured = Captured(Leaves(), Leaves())
+    for node in nodes.shared:
+        node.capture(captured.shared)
+    for node in nodes.per_rank:
+        node.capture(captured.per_rank)
+    return captured
+
+
+def per_rank_pieces(captured: Captured, rank: int) -> list[layout.Piece]:
+    """Describe this rank's own tensors as pieces that only it writes."""
+    return [
+        layout.Piece(
+            tensors.row_of(name, leaf.tensor, layout.WHOLE),
+            boxes.whole(tuple(leaf.tensor.shape)),
+            rank,
+        )
+        for name, leaf in captured.per_rank.tensors.items()
+    ]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

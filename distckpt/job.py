@@ -1,0 +1,129 @@
+"""What the protocols of one manager share on one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.chief import Chief
+from distckpt.comm import Answer, Channel, Decide
+from distckpt.errors import DistckptError
+from distckpt.layout import Assignment
+from distckpt.messages import Phase, Status, Vote, failure
+from distckpt.policy import IntervalGate
+
+
+@dataclass(slots=True)
+class Job:
+    """One manager on one rank: what it was given, and what all ranks know alike.
+
+    Attributes:
+        checkpoint: The tracked objects.
+        directory: The run directory, spelled the same on all ranks.
+        decisions: Channel of the caller's thread.
+        commits: Channel of what follows capture, which may get a thread of its own.
+        gate: The step interval, alike on all ranks.
+        read_step: Returns the training step; None without a step counter.
+        init_fn: Called where there is nothing to restore.
+        timeout_seconds: Deadline of every wait for another rank.
+        chief: The chief's side; None on the other ranks.
+        claimed: Whether the directory is ours to write.
+        latest: Prefix of the newest checkpoint.
+        checkpoints: Prefixes of the managed ones, oldest first.
+        undefined: Why tensors hold a mixture, if a restore failed half-way.
+        assignment: Who writes what, by the digest of all ranks' tables.
+    """
+
+    checkpoint: Checkpoint
+    directory: str
+    decisions: Channel
+    commits: Channel
+    gate: IntervalGate
+    read_step: Callable[[], int] | None
+    init_fn: Callable[[], Any] | None
+    timeout_seconds: float
+    chief: Chief | None = None
+    claimed: bool = False
+    latest: str | None = None
+    checkpoints: list[str] = field(default_factory=list)
+    undefined: str = ""
+    assignment: tuple[bytes, Assignment] | None = None
+
+    @property
+    def rank(self) -> int:
+        """This rank in the manager's group."""
+        return self.decisions.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the manager's group."""
+        return self.decisions.world_size
+
+    def path(self, *names: str) -> str:
+        """Join names to the run directory."""
+        return os.path.join(self.directory, *names)
+
+    def step(self) -> int | None:
+        """Return the training step; None without a step counter."""
+        return None if self.read_step is None else self.read_step()
+
+    def take_lists(self, answer: Answer) -> None:
+        """Take over the chief's lists from an answer."""
+        self.latest = answer["latest"]
+        self.checkpoints = answer["checkpoints"]
+
+    def lists(self) -> Answer:
+        """Return the chief's lists for an answer; on the chief only."""
+        assert self.chief is not None
+        latest = self.chief.latest
+        return {
+            "latest": None if latest is None else latest.prefix,
+            "checkpoints": [attempt.prefix for attempt in self.chief.checkpoints],
+        }
+
+    def wait_for_deletions(self) -> bool:
+        """Wait until the chief's deletions are through, within the deadline."""
+        assert self.chief is not None
+        # The others wait for the chief's answer at the same time.
+        return self.chief.settle(max(0.0, self.timeout_seconds - 1.0))
+
+
+def run_phase(
+    channel: Channel,
+    phase: Phase,
+    body: Callable[[], Vote],
+    decide: Decide,
+    status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
+) -> Answer:
+    """Run one phase on this rank and agree on it: collective.
+
+    The body's error becomes this rank's vote, whatever it is, so that no rank raises
+    between two votes; once all agree, a rank raises its own error as the cause.
+
+    Args:
+        channel: Over which.
+        phase: Where in the protocol.
+        body: What this rank does; returns its vote.
+        decide: The chief's decision from all votes.
+        status_of: How this rank's error is to be judged.
+    """
+    original: BaseException | None = None
+    try:
+        vote = body()
+    except BaseException as error:
+        original = error
+        vote = failure(phase, error, status_of(error))
+    try:
+        answer = channel.consult(vote, decide)
+    except DistckptError as error:
+        if original is None or original is error:
+            raise
+        if not isinstance(original, Exception):
+            raise original from error  # Ctrl-C and exit stay what they are
+        raise error from original
+    if original is not None and not isinstance(original, Exception):
+        raise original
+    return answer

@@ -1,0 +1,113 @@
+"""Names of a module's tensors that do not depend on how the module is wrapped.
+
+DDP, ``torch.compile`` and activation checkpointing put prefixes into names. They are
+removed by the wrapper's type, anywhere in the tree, so that a submodule that a user
+happens to call ``module`` keeps its name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from distckpt.errors import UnsupportedError
+
+# (module that defines the wrapper, class, attribute that holds the wrapped module).
+# Looked up among what is imported already: importing torch._dynamo takes seconds.
+_WRAPPERS = (
+    (DistributedDataParallel.__module__, "DistributedDataParallel", "module"),
+    (DataParallel.__module__, "DataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+_REFUSED = (
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "FSDP1 (FullyShardedDataParallel) is not supported; use fully_shard (FSDP2).",
+    ),
+    (
+        "torch.distributed.optim.zero_redundancy_optimizer",
+        "ZeroRedundancyOptimizer",
+        "ZeroRedundancyOptimizer is not supported: each rank holds another part of the "
+        "state. Use fully_shard (FSDP2).",
+    ),
+)
+
+
+def check_supported(value: object, path: str) -> None:
+    """Raise ``UnsupportedError`` for modules and optimizers that would be saved wrong."""
+    members = value.modules() if isinstance(value, nn.Module) else (value,)
+    for member in members:
+        for module_name, class_name, reason in _REFUSED:
+            if _is_a(member, module_name, class_name):
+                msg = f"{path}: {reason}"
+                raise UnsupportedError(msg)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers around it."""
+    attribute = _wrapped_attribute(module)
+    while attribute is not None:
+        module = getattr(module, attribute)
+        attribute = _wrapped_attribute(module)
+    return module
+
+
+class CanonicalNames:
+    """Maps the names that one (unwrapped) module uses to those without wrappers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._canonical = dict(_prefixes(module, "", ""))
+
+    def __getitem__(self, raw_name: str) -> str:
+        # The longest known prefix decides: hooks may have cleaned the name already.
+        parent, _, leaf = raw_name.rpartition(".")
+        rest = leaf
+        while parent not in self._canonical:
+            parent, _, part = parent.rpartition(".")
+            rest = f"{part}.{rest}"
+        prefix = self._canonical[parent]
+        return f"{prefix}.{rest}" if prefix else rest
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Walk the parameters by canonical name, tied ones under each of their names."""
+    inner = unwrap(module)
+    canonical = CanonicalNames(inner)
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        yield canonical[name], parameter
+
+
+def _prefixes(module: nn.Module, raw: str, canonical: str) -> Iterator[tuple[str, str]]:
+    yield raw, canonical
+    wrapped = _wrapped_attribute(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _prefixes(
+                child,
+                f"{raw}.{name}" if raw else name,
+                canonical
+                if name == wrapped
+                else (f"{canonical}.{name}" if canonical else name),
+            )
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    for module_name, class_name, attribute in _WRAPPERS:
+        if _is_a(module, module_name, class_name):
+            return attribute
+    return None
+
+
+def _is_a(value: Any, module_name: str, class_name: str) -> bool:
+    kind = getattr(sys.modules.get(module_name), class_name, None)
+    return kind is not None and isinstance(value, kind)

@@ -1,0 +1,72 @@
+"""What each rank has of its own: ``PerRank`` and ``RngState``."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+class PerRank:
+    """Mark what each rank has of its own, such as a data loader or RNG state.
+
+    Everything else in a ``Checkpoint`` is one value for the whole job.
+
+    Args:
+        value: Anything that a ``Checkpoint`` can track.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+
+class RngState:
+    """The states of this process's random number generators, to be tracked.
+
+    Python's ``random``, NumPy's legacy generator, torch's CPU generator and that of the
+    current CUDA device. Each rank has its own: track it as ``PerRank(RngState())``.
+    Generator objects of your own are not covered.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states as plain values.
+
+        Bytes, not tensors, so that ranks that differ are noticed if ``PerRank`` is
+        forgotten.
+        """
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "torch": _to_bytes(torch.get_rng_state()),
+        }
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            kind, keys, *rest = numpy.random.get_state()
+            state["numpy"] = (kind, keys.astype("<u4").tobytes(), *rest)
+        if torch.cuda.is_available():
+            state["cuda"] = _to_bytes(torch.cuda.get_rng_state())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the generators; those that this process does not have are left out."""
+        random.setstate(state["python"])
+        torch.set_rng_state(_to_tensor(state["torch"]))
+        if "numpy" in state:
+            import numpy as np
+
+            kind, keys, *rest = state["numpy"]
+            np.random.set_state((kind, np.frombuffer(keys, dtype="<u4"), *rest))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_to_tensor(state["cuda"]))
+
+
+def _to_bytes(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _to_tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

@@ -1,0 +1,229 @@
+"""The ranks' side of a restore: R1 to R5 of docs/protocol.md, as numbered steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distckpt import paths
+from distckpt.checkpoint import nodes_of
+from distckpt.chief import Chief
+from distckpt.claim import ensure_claimed
+from distckpt.comm import Answer
+from distckpt.errors import FormatError, RestoreFailed, StorageError
+from distckpt.job import Job, run_phase
+from distckpt.loading import Loading
+from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
+from distckpt.readers import open_shard, read_manifest
+from distckpt.record import Entry
+
+_logger = logging.getLogger(__name__)
+
+_GO, _RETRY, _NEXT = "go", "retry", "next"
+
+
+class Candidates:
+    """The chief's way through what could be restored, newest commit first."""
+
+    def __init__(self, job: Job, chief: Chief) -> None:
+        self._job = job
+        self._chief = chief
+        self._left = chief.candidates
+        self._retried = False
+        self._skipped: list[str] = []
+        self._unreadable_numbers: list[int] = []
+
+    def offer(self) -> Answer:
+        """R1: name the candidate to try, or say that there is none."""
+        if self._left:
+            entry = self._left[0]
+            return {
+                "attempt": entry.attempt.published,
+                "manifest": entry.manifest,
+                "min_counter": max(self._unreadable_numbers, default=None),
+            }
+        if self._chief.has_committed:
+            msg = (
+                f"no checkpoint in {self._job.directory} could be restored. "
+                f"{' '.join(self._skipped)} {self._job.undefined}"
+            )
+            raise RestoreFailed(msg.strip())
+        return {"attempt": None}
+
+    def judge(self, votes: Sequence[Vote]) -> Answer:
+        """Go on, try once more, or fall back, from what the ranks have found.
+
+        Raises:
+            DistckptError: The checkpoint does not fit, or user code failed: on every
+                rank, without a fallback.
+        """
+        entry = self._left[0]
+        what = f"restoring {entry.attempt.prefix} failed"
+        hard = (Status.MISMATCH, Status.FAILED)
+        if any(vote.status in hard for vote in votes):
+            raise_failures(votes, what, RestoreFailed)
+        if all(vote.ok for vote in votes):
+            return {"do": _GO}
+        reasons = {vote.rank: failure_of(vote) for vote in votes if not vote.ok}
+        text = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in reasons.items())
+        blamed = {failure_of(vote)[1] for vote in votes if vote.status is Status.CORRUPT}
+        confirmed = [self._confirm(entry, shard_rank) for shard_rank in blamed]
+        if any(confirmed):
+            self._chief.confirm_bad(entry)
+            return self._fall_back(f"{entry.attempt.prefix} is corrupt ({text}).")
+        if not self._retried:
+            # A read that failed once, or bytes that were wrong on one host only.
+            self._retried = True
+            _logger.warning("%s, trying once more: %s", what, text)
+            return {"do": _RETRY}
+        self._unreadable_numbers.append(entry.attempt.number)
+        return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
+
+    def _fall_back(self, why: str) -> Answer:
+        _logger.warning("falling back to an older checkpoint: %s", why)
+        self._skipped.append(why)
+        self._left = self._left[1:]
+        self._retried = False
+        return {"do": _NEXT, "why": why}
+
+    def _confirm(self, entry: Entry, shard_rank: int | None) -> bool:
+        """Read what a rank found corrupt once more, on the chief."""
+        directory = self._job.path(entry.attempt.published)
+        try:
+            manifest = read_manifest(directory, entry.manifest)
+            if shard_rank is not None:
+                with open_shard(directory, manifest, shard_rank) as reader:
+                    reader.verify()
+        except FormatError:
+            return True
+        except StorageError:
+            return False
+        return False
+
+
+@dataclass(slots=True)
+class _Try:
+    """One candidate on this rank."""
+
+    attempt: paths.Attempt
+    manifest_digest: str
+    min_counter: int | None
+    loading: Loading | None = None
+
+
+def restore_or_initialize(job: Job) -> str | None:
+    """Restore the newest checkpoint that verifies, or initialize."""
+    ensure_claimed(job)
+    candidates = None if job.chief is None else Candidates(job, job.chief)
+    while True:
+        # R1 (chief), R2 (every rank)
+        answer = job.decisions.consult(Vote(Phase.CANDIDATE), lambda _: _offer(candidates))
+        if answer["attempt"] is None:
+            _initialize(job)
+            return None
+        attempt = paths.parse_published(answer["attempt"])
+        assert attempt is not None
+        trial = _Try(attempt, answer["manifest"], answer["min_counter"])
+        if _restore(job, candidates, trial):
+            return job.path(attempt.prefix)
+
+
+def _offer(candidates: Candidates | None) -> Answer:
+    assert candidates is not None
+    return candidates.offer()
+
+
+def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
+    """Try one candidate; False to go on with what the chief offers next."""
+    try:
+        for phase, body in (
+            (Phase.PLAN, _plan),  # R3
+            (Phase.READ, _read),  # R4
+        ):
+            answer = run_phase(
+                job.decisions,
+                phase,
+                lambda body=body, phase=phase: body(job, trial, phase),  # type: ignore[misc]
+                lambda votes: _judge(candidates, votes),
+                _status_of,
+            )
+            if answer["do"] != _GO:
+                return False
+        _apply(job, trial)  # R5
+    finally:
+        if trial.loading is not None:
+            trial.loading.__exit__()
+    return True
+
+
+def _judge(candidates: Candidates | None, votes: Sequence[Vote]) -> Answer:
+    assert candidates is not None
+    return candidates.judge(votes)
+
+
+def _status_of(error: BaseException) -> Status:
+    if isinstance(error, FormatError):
+        return Status.CORRUPT
+    if isinstance(error, (OSError, MemoryError)):
+        return Status.UNREADABLE
+    return Status.MISMATCH
+
+
+def _plan(job: Job, trial: _Try, phase: Phase) -> Vote:
+    """R3: open and check every file, list all that does not fit; touch nothing."""
+    directory = job.path(trial.attempt.published)
+    manifest = read_manifest(directory, trial.manifest_digest)
+    trial.loading = Loading(
+        nodes_of(job.checkpoint), directory, manifest, job.rank, job.world_size
+    )
+    return Vote(phase)
+
+
+def _read(job: Job, trial: _Try, phase: Phase) -> Vote:
+    """R4: fill the tensors, verifying each block."""
+    assert trial.loading is not None
+    job.undefined = (
+        f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
+        "which hold a mixture now. Restore successfully before saving."
+    )
+    trial.loading.read()
+    return Vote(phase)
+
+
+def _apply(job: Job, trial: _Try) -> None:
+    """R5: all ranks have read everything; now values, states and user code."""
+
+    def body() -> Vote:
+        assert trial.loading is not None
+        trial.loading.finish()
+        return Vote(Phase.APPLY)
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        what = f"loading the state of {trial.attempt.prefix} failed; tensors are undefined"
+        raise_failures(votes, what, RestoreFailed, keep_kind=False)
+        return job.lists()
+
+    answer = run_phase(job.decisions, Phase.APPLY, body, decide)
+    job.take_lists(answer)
+    job.undefined = ""
+    if trial.min_counter is not None:
+        # A newer checkpoint could not be read just now; its number stays its own.
+        job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)
+    if job.gate.interval is not None:
+        job.gate.last_step = job.step()
+
+
+def _initialize(job: Job) -> None:
+    """Call ``init_fn`` on every rank; like TensorFlow, again until something is saved."""
+
+    def body() -> Vote:
+        if job.init_fn is not None:
+            job.init_fn()
+        return Vote(Phase.INITIALIZE)
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "init_fn failed", RestoreFailed)
+        return {}
+
+    run_phase(job.decisions, Phase.INITIALIZE, body, decide)

@@ -1,0 +1,344 @@
+"""The ranks' side of a save: S1 to S8 of docs/protocol.md, as numbered steps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from distckpt import paths, shard_file, strict_json, tensors
+from distckpt.checkpoint import Captured, capture, per_rank_pieces
+from distckpt.claim import ensure_claimed
+from distckpt.comm import Answer
+from distckpt.errors import (
+    ConfigError,
+    DistckptError,
+    FencedError,
+    ManifestError,
+    OutcomeUnknown,
+    RestoreFailed,
+    SaveFailed,
+    StorageError,
+)
+from distckpt.job import Job, run_phase
+from distckpt.layout import Assignment, Piece, Row, Table
+from distckpt.leaves import Leaf
+from distckpt.manifest import Shard
+from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.paths import Attempt
+from distckpt.record import digest
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of ``save()``, which must be alike on all ranks."""
+
+    step: int | None
+    number: int | None
+    check_interval: bool
+
+    def digest(self) -> bytes:
+        """Return what is compared between ranks."""
+        fields = [self.step, self.number, self.check_interval]
+        return bytes.fromhex(digest(strict_json.dumps(fields).encode()))
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What all ranks agreed to write.
+
+    Only the chief has tables and values; every rank has its pieces.
+    """
+
+    assignment: Assignment
+    tables: Sequence[Table] = ()
+    table_of_rank: Sequence[int] = ()
+    values: dict[str, Any] | None = None
+
+
+def save(job: Job, number: Any, check_interval: bool) -> str | None:
+    """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
+    step = job.step()
+    if not job.gate.allows(step, check_interval):
+        return None
+    if job.undefined:
+        raise RestoreFailed(job.undefined)
+    request = Request(step, _checked_number(number), check_interval)
+    ensure_claimed(job)
+    attempt = _decide(job, request)  # S1, S2
+    counter = job.checkpoint.save_counter
+    try:
+        # The saved state holds the counter of the save itself, as in TensorFlow.
+        job.checkpoint.save_counter = counter + 1
+        captured, plan = _capture(job, attempt)  # S3
+        answer = _write_and_commit(job, attempt, step, captured, plan)  # S5 to S8
+    except OutcomeUnknown:
+        raise  # the number may be in use
+    except BaseException:
+        job.checkpoint.save_counter = counter
+        raise
+    # S8 (every rank): only now does anything remember this save.
+    job.gate.last_step = step
+    job.take_lists(_updated_lists(job, answer))
+    return job.path(attempt.prefix)
+
+
+def _checked_number(number: Any) -> int | None:
+    if number is None:
+        return None
+    try:
+        value = operator.index(number)
+    except TypeError as error:
+        msg = f"checkpoint_number must be an integer, got {number!r:.100}."
+        raise ConfigError(msg) from error
+    if not -(2**63) <= value < 2**63:
+        msg = f"checkpoint_number must fit into 64 bits, got {value}."
+        raise ConfigError(msg)
+    return value
+
+
+# S1, S2: question and answer
+
+
+def _decide(job: Job, request: Request) -> Attempt:
+    """Ask the chief; it makes the pending directory of a new attempt."""
+    vote = Vote(Phase.DECIDE, step=request.step, digest_a=request.digest())
+    answer = job.decisions.consult(vote, partial(_begin, job, request))
+    attempt = paths.parse_published(answer["attempt"])
+    assert attempt is not None
+    return attempt
+
+
+def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
+    assert job.chief is not None
+    differing = [vote for vote in votes if vote.digest_a != request.digest()]
+    if differing:
+        others = ", ".join(f"rank {v.rank} at step {v.step}" for v in differing[:16])
+        msg = (
+            f"save() was called differently on {len(differing)} of {len(votes)} ranks: "
+            f"the chief at step {request.step} with checkpoint_number={request.number}, "
+            f"check_interval={request.check_interval}; {others}, or with other "
+            "arguments. Every rank must call save() at the same step in the same way."
+        )
+        raise ConfigError(msg)
+    attempt = job.chief.begin(request.number, job.checkpoint.save_counter)
+    return {"attempt": attempt.published}
+
+
+# S3: capture, and agree on who writes what
+
+
+def _capture(job: Job, attempt: Attempt) -> tuple[Captured, _Plan]:
+    """Collect this rank's state; learn from digests whether all ranks' are alike."""
+    captured: list[Captured] = []
+    table: list[Table] = []
+
+    def body() -> Vote:
+        captured.append(capture(job.checkpoint))
+        table.append(captured[0].shared.table())
+        return Vote(
+            Phase.CAPTURE,
+            digest_a=_digest_of([row.to_json() for row in table[0]]),
+            digest_b=_digest_of(captured[0].shared.values),
+        )
+
+    answer = run_phase(
+        job.decisions,
+        Phase.CAPTURE,
+        body,
+        _or_abandon(job, attempt, _judge_capture),
+    )
+    own_values = captured[0].shared.values
+    if not answer["differ"]:
+        key = bytes.fromhex(answer["key"])
+        if job.assignment is None or job.assignment[0] != key:
+            tables_alike = Assignment([table[0]], [0] * job.world_size)
+            job.assignment = (key, tables_alike)
+        plan = _Plan(job.assignment[1], [table[0]], [0] * job.world_size, own_values)
+        return captured[0], plan
+    return captured[0], _exchange(job, attempt, table[0], own_values)
+
+
+def _judge_capture(votes: Sequence[Vote]) -> Answer:
+    raise_failures(votes, "the state could not be captured", SaveFailed)
+    alike = len({(vote.digest_a, vote.digest_b) for vote in votes}) == 1
+    return {"differ": not alike, "key": votes[0].digest_a.hex()}
+
+
+def _exchange(
+    job: Job, attempt: Attempt, table: Table, own_values: dict[str, Any]
+) -> _Plan:
+    """Make the plan from tables that differ between ranks: one more round."""
+    plan: list[_Plan] = []
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        merged = _merge(votes)
+        plan.append(merged)
+        return {
+            "tables": [[row.to_json() for row in table] for table in merged.tables],
+            "table_of_rank": list(merged.table_of_rank),
+        }
+
+    detail = {"table": [row.to_json() for row in table], "values": own_values}
+    vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode())
+    answer = job.decisions.consult(vote, _or_abandon(job, attempt, decide))
+    if plan:
+        return plan[0]
+    tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
+    return _Plan(Assignment(tables, answer["table_of_rank"]))
+
+
+def _merge(votes: Sequence[Vote]) -> _Plan:
+    details = [strict_json.loads(vote.detail) for vote in votes]
+    tables: list[Table] = []
+    index_of: dict[str, int] = {}
+    table_of_rank = []
+    for detail in details:
+        key = strict_json.dumps(detail["table"])
+        if key not in index_of:
+            index_of[key] = len(tables)
+            tables.append(tuple(map(Row.from_json, detail["table"])))
+        table_of_rank.append(index_of[key])
+    try:
+        assignment = Assignment(tables, table_of_rank)
+    except ManifestError as error:
+        raise ConfigError(str(error)) from error
+    merged = _merge_values([detail["values"] for detail in details])
+    return _Plan(assignment, tables, table_of_rank, merged)
+
+
+def _merge_values(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Unite the ranks' plain values; those of one name must be equal."""
+    merged: dict[str, Any] = {}
+    spelled: dict[str, dict[str, list[int]]] = {}
+    for rank, own in enumerate(per_rank):
+        for name, value in own.items():
+            merged.setdefault(name, value)
+            text = strict_json.dumps(value)
+            spelled.setdefault(name, {}).setdefault(text, []).append(rank)
+    differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
+    if differing:
+        lines = [
+            f"{name}: "
+            + ", ".join(f"{text:.60} on ranks {ranks[:8]}" for text, ranks in texts.items())
+            for name, texts in list(differing.items())[:16]
+        ]
+        msg = (
+            f"{len(differing)} plain values differ between ranks; wrap what each rank "
+            "has of its own in PerRank. " + "; ".join(lines)
+        )
+        raise ConfigError(msg)
+    return merged
+
+
+# S5 to S8: write, vote, commit, outcome
+
+
+def _write_and_commit(
+    job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: _Plan
+) -> Answer:
+    headers: list[str] = []
+
+    def body() -> Vote:
+        # S5 (every rank): write my file, durably.
+        written = shard_file.write(
+            job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
+            _entries(job.rank, captured, plan.assignment),
+            attempt=attempt.published,
+            rank=job.rank,
+            world_size=job.world_size,
+            per_rank_values=captured.per_rank.values,
+        )
+        headers.append(written.header)
+        # S6 (every rank): vote.
+        return Vote(
+            Phase.WRITE,
+            size_bytes=written.size_bytes,
+            digest_a=bytes.fromhex(written.header),
+        )
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        assert job.chief is not None
+        if not all(vote.ok for vote in votes):
+            # A pending directory that vanished under a rank is another chief's sweep.
+            job.chief.check_not_fenced()
+        what = f"save {attempt.prefix} failed; no checkpoint was made, older ones are safe"
+        raise_failures(votes, what, SaveFailed, keep_kind=False)
+        return _commit(job, attempt, step, plan, votes)  # S7 (chief)
+
+    return run_phase(job.commits, Phase.WRITE, body, _or_abandon(job, attempt, decide))
+
+
+def _entries(
+    rank: int, captured: Captured, assignment: Assignment
+) -> list[shard_file.Entry]:
+    own = [
+        _entry(piece, captured.shared.tensors[piece.row.name])
+        for piece in assignment.pieces_of_rank(rank)
+    ]
+    per_rank = [
+        _entry(piece, captured.per_rank.tensors[piece.row.name], per_rank=True)
+        for piece in per_rank_pieces(captured, rank)
+    ]
+    return [*own, *per_rank]
+
+
+def _entry(piece: Piece, leaf: Leaf, per_rank: bool = False) -> shard_file.Entry:
+    load = partial(tensors.box_bytes, leaf.tensor, piece.box)
+    return shard_file.Entry(piece, load, per_rank)
+
+
+def _commit(
+    job: Job, attempt: Attempt, step: int | None, plan: _Plan, votes: Sequence[Vote]
+) -> Answer:
+    assert job.chief is not None
+    assert plan.values is not None
+    before = [a.prefix for a in job.chief.checkpoints]
+    shards = [
+        Shard(vote.size_bytes, vote.digest_a.hex(), table)
+        for vote, table in zip(votes, plan.table_of_rank, strict=True)
+    ]
+    try:
+        job.chief.commit(
+            attempt, step=step, shards=shards, layouts=plan.tables, values=plan.values
+        )
+    except StorageError as error:
+        text = f"the commit failed on the chief: {error}"
+        msg = f"save {attempt.prefix}: {text}; no checkpoint was made."
+        raise SaveFailed(msg, {0: text}) from error
+    after = {a.prefix for a in job.chief.checkpoints}
+    removed = [prefix for prefix in before if prefix not in after]
+    return {"added": attempt.prefix, "removed": removed}
+
+
+def _updated_lists(job: Job, answer: Answer) -> Answer:
+    """Follow the chief's lists by what changed: the whole would grow for ever."""
+    added = answer["added"]
+    gone = {*answer["removed"], added}
+    kept = [prefix for prefix in job.checkpoints if prefix not in gone]
+    return {"latest": added, "checkpoints": [*kept, added]}
+
+
+def _or_abandon(
+    job: Job, attempt: Attempt, decide: Callable[[Sequence[Vote]], Answer]
+) -> Callable[[Sequence[Vote]], Answer]:
+    """Remove the pending directory at once if all ranks voted and the save failed."""
+
+    def decide_or_abandon(votes: Sequence[Vote]) -> Answer:
+        try:
+            return decide(votes)
+        except (FencedError, OutcomeUnknown):
+            raise  # nothing is ours to delete now
+        except DistckptError:
+            # Not after Ctrl-C: the commit may have gone through.
+            assert job.chief is not None
+            job.chief.abandon(attempt)
+            raise
+
+    return decide_or_abandon
+
+
+def _digest_of(tree: object) -> bytes:
+    return bytes.fromhex(digest(strict_json.dumps(tree).encode()))

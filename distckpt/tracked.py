@@ -1,0 +1,379 @@
+"""Tracked objects <-> named leaves, one class for each kind of object.
+
+Each knows both ways: what to save, and how to take it back. ``plan`` decides what a
+restore will read and lists what does not fit, without changing anything; tensors are
+then filled in place; finishers, which run user code, come last.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distckpt import modules
+from distckpt.errors import ConfigError, UnsupportedError
+from distckpt.leaves import Leaves, RestorePlan, join
+from distckpt.per_rank import PerRank
+
+_MAX_DEPTH = 64
+
+
+class Node(Protocol):
+    """One tracked object at one path."""
+
+    path: str
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add what has to be saved."""
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Say what will be read, what is to be done then, and what does not fit."""
+
+
+@dataclass(slots=True)
+class Nodes:
+    """The tracked objects of one ``Checkpoint``: the job's, and this rank's own."""
+
+    shared: list[Node]
+    per_rank: list[Node]
+
+
+def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> Nodes:
+    """Turn what a ``Checkpoint`` tracks into nodes.
+
+    Args:
+        objects: By top-level name.
+        set_value: Called on restore for a plain value that cannot be updated in place.
+
+    Raises:
+        UnsupportedError: Names the path of an object that cannot be tracked.
+    """
+    walker = _Walker()
+    for name, value in objects.items():
+        walker.visit(join(name), value, partial(set_value, name))
+    return Nodes(walker.shared, walker.per_rank)
+
+
+class _Walker:
+    def __init__(self) -> None:
+        self.shared: list[Node] = []
+        self.per_rank: list[Node] = []
+        self._owners: dict[int, str] = {}
+
+    def visit(
+        self,
+        path: str,
+        value: Any,
+        assign: Callable[[Any], None],
+        per_rank: bool = False,
+        depth: int = 0,
+    ) -> None:
+        if depth > _MAX_DEPTH:
+            msg = f"{path[:200]}: nested deeper than {_MAX_DEPTH} levels; a cycle?"
+            raise UnsupportedError(msg)
+        if isinstance(value, PerRank):
+            inner = partial(setattr, value, "value")
+            self.visit(path, value.value, inner, True, depth + 1)
+            return
+        nodes = self.per_rank if per_rank else self.shared
+        if isinstance(value, nn.Module):
+            modules.check_supported(value, path)
+            for name, parameter in modules.named_parameters(value):
+                self._owners.setdefault(id(parameter), join(path, name))
+            nodes.append(ModuleNode(path, value))
+        elif isinstance(value, Optimizer):
+            modules.check_supported(value, path)
+            nodes.append(OptimizerNode(path, value, self._owners))
+        elif isinstance(value, torch.Tensor):
+            nodes.append(TensorNode(path, value))
+        elif _is_stateful(value):
+            nodes.append(StatefulNode(path, value))
+        elif isinstance(value, (dict, list)) and _holds_tracked(value):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                set_item = partial(value.__setitem__, key)
+                self.visit(join(path, key), item, set_item, per_rank, depth + 1)
+        elif isinstance(value, tuple) and _holds_tracked(value):
+            msg = f"{path}: a tuple cannot be updated in place; use a list."
+            raise UnsupportedError(msg)
+        else:
+            nodes.append(ValueNode(path, value, assign))
+
+
+def _is_stateful(value: Any) -> bool:
+    return (
+        not isinstance(value, type)
+        and callable(getattr(value, "state_dict", None))
+        and callable(getattr(value, "load_state_dict", None))
+    )
+
+
+def _holds_tracked(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (PerRank, torch.Tensor)) or _is_stateful(value):
+        return True
+    if depth > _MAX_DEPTH:
+        return False  # the encoder refuses it with a better message
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return False
+    return any(_holds_tracked(item, depth + 1) for item in value)
+
+
+class ModuleNode:
+    """An ``nn.Module``: parameters, buffers and extra state, by canonical name."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self._module = modules.unwrap(module)
+
+    def _entries(self) -> Iterator[tuple[str, str, Any]]:
+        """Walk ``(raw key, full name, value)`` of the state dict."""
+        canonical = modules.CanonicalNames(self._module)
+        for key, value in self._module.state_dict(keep_vars=True).items():
+            yield key, join(self.path, canonical[key]), value
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add parameters as shared work, buffers whole, extra state as values."""
+        for _, name, value in self._entries():
+            if isinstance(value, nn.Parameter):
+                leaves.add_parameter(name, value)
+            elif isinstance(value, torch.Tensor):
+                leaves.add_tensor(name, value)
+            else:
+                leaves.add_value(name, value)
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Read into live memory; what is not live goes through load_state_dict."""
+        own = {_storage(t) for t in self._module.parameters()}
+        own |= {_storage(t) for t in self._module.buffers()}
+        loaded: dict[str, Any] = {}
+        for key, name, value in self._entries():
+            if isinstance(value, torch.Tensor):
+                live = value
+                if value.numel() and _storage(value) not in own:
+                    # Made by a hook or an overridden state_dict(): filling it would
+                    # not reach the module.
+                    live = loaded[key] = torch.empty_like(value.detach())
+                plan.read_into(name, live)
+            elif plan.saved.has_value(name):
+                loaded[key] = plan.take_value(name)
+            else:
+                plan.missing(name, "extra state")
+        if loaded:
+            plan.finishers.append(
+                lambda: _ignore(self._module.load_state_dict(loaded, strict=False))
+            )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _ignore(_: object) -> None:
+    """Drop a result."""
+
+
+class OptimizerNode:
+    """An optimizer: state and settings by parameter name, so no order matters.
+
+    State is set directly rather than by ``load_state_dict``, which would cast it to the
+    parameter's dtype: fp32 moments of bf16 parameters would come back rounded.
+    """
+
+    def __init__(self, path: str, optimizer: Optimizer, owners: dict[int, str]) -> None:
+        self.path = path
+        self._optimizer = optimizer
+        self._owners = owners
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Any]]]]:
+        """Walk ``(group, [(parameter's name, parameter)])``."""
+        for index, group in enumerate(self._optimizer.param_groups):
+            named = []
+            for position, parameter in enumerate(group["params"]):
+                name = self._owners.get(id(parameter))
+                if name is None:
+                    msg = (
+                        f"{self.path}: parameter {position} of group {index} (shape "
+                        f"{tuple(parameter.shape)}) belongs to no tracked module, so its "
+                        "state has no name. Track the module that owns it in the same "
+                        "Checkpoint."
+                    )
+                    raise ConfigError(msg)
+                named.append((name, parameter))
+            yield group, named
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add each parameter's state and settings."""
+        for group, named in self._groups():
+            settings = _settings(group)
+            for name, parameter in named:
+                leaves.add_value(f"{self.path}/settings/{name}", settings)
+                # Not state[parameter]: that would add an empty entry.
+                state = self._optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    full = join(f"{self.path}/state/{name}", key)
+                    if isinstance(value, torch.Tensor):
+                        leaves.add_parameter(full, value)
+                    else:
+                        leaves.add_value(full, value)
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Read into state that is there, allocate what is not, drop what is not saved."""
+        for index, (group, named) in enumerate(self._groups()):
+            taken: dict[str, Any] | None = None
+            for name, parameter in named:
+                self._plan_state(plan, group, name, parameter)
+                full = f"{self.path}/settings/{name}"
+                if not plan.saved.has_value(full):
+                    plan.missing(full, "an optimized parameter")
+                    continue
+                settings = plan.take_value(full)
+                if taken is None:
+                    taken = settings
+                    plan.finishers.append(partial(_set_settings, group, settings))
+                elif _plain(settings) != _plain(taken):
+                    plan.problems.append(
+                        f"{full}: saved with other settings than the parameters before "
+                        f"it, and all are in one group (number {index}) here"
+                    )
+
+    def _plan_state(
+        self,
+        plan: RestorePlan,
+        group: dict[str, Any],
+        name: str,
+        parameter: torch.Tensor,
+    ) -> None:
+        live = self._optimizer.state.get(parameter, {})
+        prefix = f"{self.path}/state/{name}"
+        live_keys = {join(prefix, key): key for key in live}
+        state: dict[str, Any] = {}
+        for full in plan.saved.names_below(prefix):
+            key = live_keys.get(full, _key_of(full))
+            if full not in plan.saved.rows:
+                state[key] = plan.take_value(full)
+            elif isinstance(live.get(key), torch.Tensor):
+                state[key] = live[key]
+                plan.read_into(full, live[key])
+            else:
+                state[key] = plan.read_new(full, _device_of(key, group, parameter))
+        plan.finishers.append(partial(self._set_state, parameter, state))
+
+    def _set_state(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
+        if state:
+            self._optimizer.state[parameter] = state
+        else:
+            self._optimizer.state.pop(parameter, None)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if not isinstance(v, torch.Tensor)}
+
+
+def _set_settings(group: dict[str, Any], settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        live = group.get(key)
+        if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
+            with torch.no_grad():  # a captured graph may hold the live one
+                live.copy_(value)
+        else:
+            group[key] = value
+
+
+def _key_of(full_name: str) -> Any:
+    text = full_name.rpartition("/")[2]
+    if text.startswith("~i"):
+        return int(text[2:])
+    return text.replace("~1", "/").replace("~0", "~")
+
+
+def _device_of(key: Any, group: dict[str, Any], parameter: torch.Tensor) -> torch.device:
+    # The rule of torch.optim.Optimizer._process_value_according_to_param_policy.
+    if key == "step" and not (group.get("capturable") or group.get("fused")):
+        return torch.device("cpu")
+    return parameter.device
+
+
+class TensorNode:
+    """A tensor that is tracked itself; restored in place."""
+
+    def __init__(self, path: str, tensor: torch.Tensor) -> None:
+        self.path = path
+        self._tensor = tensor
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add it, whole."""
+        leaves.add_tensor(self.path, self._tensor)
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Read into it."""
+        plan.read_into(self.path, self._tensor)
+
+
+class StatefulNode:
+    """Anything with ``state_dict`` and ``load_state_dict``: a scheduler, a loader."""
+
+    def __init__(self, path: str, stateful: Any) -> None:
+        self.path = path
+        self._stateful = stateful
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add its state dict as one value, the tensors in it beside."""
+        state = self._stateful.state_dict()
+        if type(state) not in (dict, OrderedDict):
+            state = dict(state)
+        leaves.add_value(self.path, state)
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Rebuild the state dict; load it when all ranks have read everything."""
+        if not plan.saved.has_value(self.path):
+            plan.missing(self.path, type(self._stateful).__name__)
+            return
+        state = plan.take_value(self.path)
+        plan.finishers.append(lambda: _ignore(self._stateful.load_state_dict(state)))
+
+
+class ValueNode:
+    """A plain value; dicts and lists are updated in place."""
+
+    def __init__(self, path: str, value: Any, assign: Callable[[Any], None]) -> None:
+        self.path = path
+        self._value = value
+        self._assign = assign
+
+    def capture(self, leaves: Leaves) -> None:
+        """Add it."""
+        leaves.add_value(self.path, self._value)
+
+    def plan(self, plan: RestorePlan) -> None:
+        """Set it when all ranks have read everything."""
+        if not plan.saved.has_value(self.path):
+            kind = "a tensor" if self.path in plan.saved.rows else "not there"
+            plan.problems.append(
+                f"{self.path}: a plain value here, {kind} in the checkpoint"
+            )
+            plan.saved.take_row(self.path)
+            return
+        plan.finishers.append(partial(self._set, plan.take_value(self.path)))
+
+    def _set(self, value: Any) -> None:
+        live = self._value
+        if type(live) is type(value) and isinstance(live, dict):
+            live.clear()
+            live.update(value)
+        elif type(live) is type(value) and isinstance(live, list):
+            live[:] = value
+        else:
+            self._assign(value)
