@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -352,6 +353,10 @@ class Chief:
             # Raised before the link was tried, so the attempt is certainly in no record.
             # After any other error it may be, or another chief owns the directory.
             self.abandon(attempt)
+            # A newer chief sweeps the pending directories of older ones. Then the disk
+            # only says "no such file"; that this one is fenced is the reason.
+            with suppress(StorageError):
+                self.check_not_fenced()
             raise
         self._after_append()
 

@@ -226,10 +226,11 @@ class GroupChannel:
         except RuntimeError as error:
             if "timed out" in str(error).lower():
                 raise self._timed_out(phase) from error
+            reason = str(error).partition(". This is typically")[0]
             msg = (
-                f"rank {self.rank} of {self.world_size}, phase {phase.name}: the "
-                f"connection to another rank broke ({error}); it has probably died. This "
-                "manager is broken; let the launcher restart the job."
+                f"rank {self.rank} of {self.world_size}, phase {phase.name}: another rank "
+                "has probably died, the connection to it broke. This manager is broken; "
+                f"let the launcher restart the job. ({reason})"
             )
             raise PeerLost(msg) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 from distckpt import layout, paths, strict_json, values
 from distckpt.errors import FormatError, ManifestError
 from distckpt.layout import Assignment, Row, Table
-from distckpt.record import digest
+from distckpt.record import DIGEST_LENGTH, is_hex
 
 FORMAT = 1
 MAX_SIZE_BYTES = 256 * 2**20
@@ -66,7 +66,7 @@ class Manifest:
             _check(
                 0 < shard.size_bytes < 2**63
                 and 0 <= shard.layout < len(self.layouts)
-                and len(shard.header) == len(digest(b"")),
+                and is_hex(shard.header, DIGEST_LENGTH),
                 f"shard of rank {rank}",
                 shard,
             )
@@ -134,7 +134,7 @@ class Manifest:
             msg = f"not a manifest: {error}"
             raise ManifestError(msg) from None
         _check(isinstance(tree, dict), "content", tree)
-        if tree.get("format") != FORMAT:
+        if type(tree.get("format")) is not int or tree["format"] != FORMAT:
             msg = (
                 f"manifest of format {tree.get('format')!r:.20}; this version of "
                 f"distckpt reads format {FORMAT}. It was written by another version."
@@ -163,13 +163,14 @@ def _from_tree(tree: dict[str, Any]) -> Manifest:
     if attempt is None:
         msg = f"manifest: bad path: {path!r:.200}"
         raise ManifestError(msg)
-    _check(isinstance(chain, str) and len(chain) == 16, "chain", chain)
+    _check(is_hex(chain, 16), "chain", chain)
     _check(step is None or type(step) is int, "step", step)
     created = tree["created"]
     _check(type(created) is float and math.isfinite(created), "created", created)
     shards, layouts = tree["shards"], tree["layouts"]
     _check(isinstance(shards, list), "shards", shards)
-    _check(tree["world_size"] == len(shards), "world_size", tree["world_size"])
+    world_size = tree["world_size"]
+    _check(type(world_size) is int and world_size == len(shards), "world_size", world_size)
     _check(
         isinstance(layouts, list) and all(isinstance(rows, list) for rows in layouts),
         "layouts",

@@ -149,17 +149,8 @@ def _wait_for_other(
 
 def read_record(root: str) -> Record | None:
     """Read the newest record, also while a job appends and prunes."""
-    for attempt in range(_MAX_RACES):
-        try:
-            head = state.read_head(root)
-        except StorageError as error:
-            # Listed, then pruned before it was opened: newer ones are there.
-            if isinstance(error.__cause__, FileNotFoundError) and attempt < 10:
-                continue
-            raise
-        return None if head is None else head.record
-    msg = f"{root}: the records change faster than they can be read"
-    raise StorageError(msg, operation="read", path=root)
+    head = state.read_head(root)
+    return None if head is None else head.record
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,23 @@ FORMAT = 1
 CLAIM = "claim"
 COMMIT = "commit"
 
-_DIGEST_LENGTH = 32
+DIGEST_LENGTH = 32
 _MAX_SIZE_BYTES = 64 * 2**20
 _MAX_INT = 2**63 - 1
 
 
 def digest(data: bytes) -> str:
     """Return the digest that links records, manifests and headers: 32 hex digits."""
-    return blake2b(data, digest_size=_DIGEST_LENGTH // 2).hexdigest()
+    return blake2b(data, digest_size=DIGEST_LENGTH // 2).hexdigest()
+
+
+def is_hex(value: Any, length: int) -> bool:
+    """Tell whether a value is a string of so many lower-case hexadecimal digits."""
+    return (
+        isinstance(value, str)
+        and len(value) == length
+        and set(value) <= set("0123456789abcdef")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,9 @@ class Entry:
     manifest: str
 
     def __post_init__(self) -> None:
+        # A name that cannot be read back would make the whole chain unreadable.
+        published = self.attempt.published
+        _check(paths.parse_published(published) == self.attempt, "entry's path", published)
         _check(_is_count(self.record) and self.record > 0, "entry's record", self.record)
         _check(_is_time(self.time), "entry's time", self.time)
         _check(self.step is None or _is_int(self.step), "entry's step", self.step)
@@ -121,9 +133,9 @@ class Record:
             "previous",
             self.previous,
         )
-        _check(_is_hex(self.chain, 16), "chain", self.chain)
+        _check(is_hex(self.chain, 16), "chain", self.chain)
         _check(_is_count(self.epoch) and self.epoch > 0, "epoch", self.epoch)
-        _check(_is_hex(self.writer, 16), "writer", self.writer)
+        _check(is_hex(self.writer, 16), "writer", self.writer)
         _check(isinstance(self.run, str) and len(self.run) <= 256, "run", self.run)
         _check(_is_count(self.restart), "restart", self.restart)
         _check(self.action in (CLAIM, COMMIT), "action", self.action)
@@ -238,16 +250,8 @@ def _is_time(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _is_hex(value: Any, length: int) -> bool:
-    return (
-        isinstance(value, str)
-        and len(value) == length
-        and set(value) <= set("0123456789abcdef")
-    )
-
-
 def _is_digest(value: Any) -> bool:
-    return _is_hex(value, _DIGEST_LENGTH)
+    return is_hex(value, DIGEST_LENGTH)
 
 
 def _check(condition: bool, what: str, found: Any) -> None:

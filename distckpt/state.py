@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from distckpt import paths, storage
 from distckpt.errors import (
@@ -22,6 +23,7 @@ from distckpt.record import Record, digest
 
 _MAX_RECORD_BYTES = 64 * 2**20
 _KEPT_RECORDS = 64
+_MAX_RACES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,36 @@ def read_head(directory: str) -> Head | None:
             checkpoints but no records. Never taken for a fresh start.
         StorageError: The directory cannot be read.
     """
+    races = 0
+    while True:
+        number = _newest_number(directory)
+        if number is None:
+            return None
+        try:
+            return _read(directory, number)
+        except StorageError as error:
+            # Listed, then pruned before it was opened: newer ones are there.
+            races += 1
+            if races == _MAX_RACES or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+
+
+def _newest_number(directory: str) -> int | None:
     numbers = _record_numbers(directory)
     if not numbers:
-        _refuse_lost_chain(directory)
-        return None
+        checkpoint = _any_checkpoint(directory)
+        if checkpoint is None:
+            return None
+        # A record comes before the first checkpoint, so one must be there by now, also
+        # when another manager has made both between the two lists.
+        numbers = _record_numbers(directory)
+        if not numbers:
+            _refuse_lost_chain(directory, checkpoint)
     number = numbers[-1]
     # A directory listing may be stale on network filesystems; a name never is.
     while storage.exists(record_path(directory, number + 1)):
         number += 1
-    return _read(directory, number)
+    return number
 
 
 def has_records(directory: str) -> bool:
@@ -59,7 +82,10 @@ def has_records(directory: str) -> bool:
 def is_newest(directory: str, head: Head | None) -> bool:
     """Tell, asking by name, whether no record follows this one."""
     number = 0 if head is None else head.record.number
-    return not storage.exists(record_path(directory, number + 1))
+    if storage.exists(record_path(directory, number + 1)):
+        return False
+    # Asked last: while the record itself stands, its successor cannot have been pruned.
+    return head is None or storage.exists(record_path(directory, number))
 
 
 def append(directory: str, record: Record) -> Head:
@@ -156,16 +182,20 @@ def _read(directory: str, number: int) -> Head:
     return Head(record, digest(data))
 
 
-def _refuse_lost_chain(directory: str) -> None:
-    for name in storage.list_directory(directory):
-        if paths.parse_published(name) is not None:
-            msg = (
-                f"{directory} has checkpoints ({name}, ...) but no records in "
-                f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. Restore "
-                f"{paths.RECORDS_DIRECTORY} from a copy, or use another directory and "
-                "start from the checkpoint with init_fn."
-            )
-            raise CorruptStateError(msg)
+def _any_checkpoint(directory: str) -> str | None:
+    names = storage.list_directory(directory)
+    published = (name for name in names if paths.parse_published(name) is not None)
+    return next(published, None)
+
+
+def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
+    msg = (
+        f"{directory} has checkpoints ({checkpoint}, ...) but no records in "
+        f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. Restore "
+        f"{paths.RECORDS_DIRECTORY} from a copy, or use another directory and "
+        "start from the checkpoint with init_fn."
+    )
+    raise CorruptStateError(msg)
 
 
 def _settle(path: str, data: bytes, error: StorageError) -> None:

@@ -162,7 +162,7 @@ class OpenFile:
                 msg = f"{path} is not a regular file; nothing of it is read."
                 raise UnsafeCheckpointError(msg)
         except BaseException:
-            os.close(self._descriptor)
+            self.close()
             raise
         self.size_bytes = status.st_size
 
@@ -188,7 +188,9 @@ class OpenFile:
         """Close the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            # Nothing was written: what close says cannot concern the bytes that were read.
+            with suppress(OSError):
+                os.close(descriptor)
 
     def __enter__(self) -> OpenFile:
         return self
