@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         UnsupportedError,
     )
-    from distckpt.manager import CheckpointManager, CheckpointOptions
+    from distckpt.manager import CheckpointManager
     from distckpt.per_rank import PerRank, RngState
     from distckpt.readers import (
         CheckpointState,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         latest_checkpoint,
     )
     from distckpt.rendezvous import init_process_group
+    from distckpt.save import CheckpointOptions
 
 __all__ = [
     "Checkpoint",
@@ -84,7 +85,7 @@ __all__ = [
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
-    "CheckpointOptions": "manager",
+    "CheckpointOptions": "save",
     "CheckpointState": "readers",
     "PerRank": "per_rank",
     "RngState": "per_rank",

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from distckpt import boxes, layout, readers, tensors, tracked
 from distckpt.errors import ConfigError, MismatchError
-from distckpt.leaves import Leaves
-from distckpt.loading import Loading
+from distckpt.leaves import Leaves, mismatch, unexpected
+from distckpt.loading import Loading, name_of
 
 _COUNTER = "save_counter"
 
@@ -94,6 +94,9 @@ class Checkpoint:
             msg = f"{located.directory}: saved by {manifest.world_size} ranks only."
             raise MismatchError(msg)
         with Loading(nodes, located.directory, manifest, rank, world_size) as loading:
+            if loading.unexpected:
+                what = name_of(located.directory, manifest)
+                raise mismatch(what, unexpected(loading.unexpected))
             loading.read()
             loading.finish()
 

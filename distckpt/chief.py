@@ -300,6 +300,9 @@ class Chief:
             )
             raise ConfigError(msg)
         attempt = Attempt(self._checkpoint_name, chosen, self._epoch, paths.random_hex(4))
+        if paths.parse_published(attempt.published) != attempt:
+            msg = f"{prefix!r:.200} cannot be the name of a checkpoint."
+            raise ConfigError(msg)
         storage.make_directory(self._path(attempt.pending))
         try:
             storage.sync_directory(self._directory)

@@ -52,7 +52,7 @@ def list_command(directory: str, as_json: bool) -> None:
         _print_json({"directory": directory, "checkpoints": items})
         return
     if not rows:
-        click.echo(f"{directory}: no checkpoint has been committed.")
+        _echo(f"{directory}: no checkpoint has been committed.")
         return
     _print_table(
         ["path", "state", "step", "saved", "age"],
@@ -81,11 +81,11 @@ def show(path: str, as_json: bool) -> None:
         return
     attempt = manifest.attempt
     step = "unknown" if manifest.step is None else manifest.step
-    click.echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
-    click.echo(f"step       {step}")
-    click.echo(f"created    {_date(manifest.created)}")
-    click.echo(f"ranks      {manifest.world_size}")
-    click.echo(f"size       {_size(manifest.size_bytes)}")
+    _echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
+    _echo(f"step       {step}")
+    _echo(f"created    {_date(manifest.created)}")
+    _echo(f"ranks      {manifest.world_size}")
+    _echo(f"size       {_size(manifest.size_bytes)}")
     rows = manifest.assignment.rows.values()
     _print_table(
         ["tensor", "dtype", "shape", "bytes", "in files of ranks"],
@@ -101,7 +101,7 @@ def show(path: str, as_json: bool) -> None:
         ],
         right=("bytes",),
     )
-    click.echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
+    _echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
 
 
 @main.command()
@@ -118,7 +118,7 @@ def verify(path: str, as_json: bool) -> None:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
         _print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
     else:
-        _print_reports(path, reports)
+        _print_reports(reports)
     sys.exit(EXIT_OK if all(report.ok for _, report in reports) else EXIT_BAD)
 
 
@@ -131,15 +131,17 @@ def _record_of(directory: str) -> Record | None:
 
 def _manifest_of(path: str) -> Manifest:
     located = locate(path)
-    return read_manifest(located.directory, located.manifest_digest)
+    manifest = read_manifest(located.directory, located.manifest_digest)
+    _ = manifest.assignment  # worked out here, where its errors are reported
+    return manifest
 
 
 def _targets(path: str) -> list[tuple[str, str, str | None]]:
     is_attempt = storage.exists(os.path.join(path, paths.MANIFEST_FILE))
     if storage.is_directory(path) and not is_attempt:
         record = read_record(path)
-        if record is None:
-            msg = f"{path}: no checkpoint has been committed there."
+        if record is None or not record.committed:
+            msg = f"{path}: no checkpoint is committed there."
             raise CheckpointNotFound(msg)
         return [
             (
@@ -206,25 +208,23 @@ def _ranks_of(manifest: Manifest, name: str) -> str:
     return text if len(ranks) <= 4 else f"{text}, ... ({len(ranks)})"
 
 
-def _print_reports(path: str, reports: Sequence[tuple[str, Report]]) -> None:
+def _print_reports(reports: Sequence[tuple[str, Report]]) -> None:
     for name, report in reports:
         if report.ok:
             files = f"{report.num_files} file" + "s" * (report.num_files != 1)
-            click.echo(f"ok   {name}: {files}, {_size(report.size_bytes)}")
+            _echo(f"ok   {name}: {files}, {_size(report.size_bytes)}")
         else:
-            click.echo(f"BAD  {name}")
+            _echo(f"BAD  {name}")
             for problem in report.problems:
-                click.echo(f"     {problem}")
+                _echo(f"     {problem}")
         for foreign in report.foreign:
-            click.echo(f"     does not belong to it: {foreign}")
+            _echo(f"     does not belong to it: {foreign}")
     num_bad = sum(not report.ok for _, report in reports)
     if num_bad:
-        click.echo(
+        _echo(
             f"{num_bad} of {len(reports)} are bad. A restore falls back to the newest "
             "one that is not."
         )
-    elif not reports:
-        click.echo(f"{path}: no checkpoint to verify.")
 
 
 def _or_exit(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -235,10 +235,17 @@ def _or_exit(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _fail(error: DistckptError) -> NoReturn:
-    # Names may come from anyone's files: no control characters reach the terminal.
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-    click.echo(f"distckpt: {text}", err=True)
+    _echo(f"distckpt: {error}", err=True)
     sys.exit(EXIT_UNREADABLE)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    click.echo(_printable(text), err=err)
+
+
+def _printable(text: str) -> str:
+    # Names may come from anyone's files: no control characters reach the terminal.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _print_json(tree: dict[str, Any]) -> None:
@@ -265,7 +272,7 @@ def _print_table(
             no_wrap=not is_terminal,
         )
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(_printable(cell)) for cell in row))
     console.print(table)
 
 

@@ -269,6 +269,9 @@ def open_channels(
             msg = "process_group was given, but torch.distributed is not initialized."
             raise ConfigError(msg)
         return [SoloChannel() for _ in range(count)]
+    if dist.get_rank(process_group) < 0:
+        msg = f"rank {dist.get_rank()} is not a member of the given process_group."
+        raise ConfigError(msg)
     if dist.get_world_size(process_group) == 1:
         return [SoloChannel() for _ in range(count)]
     members = None

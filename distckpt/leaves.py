@@ -7,7 +7,7 @@ part are written ``~0`` and ``~1`` (RFC 6901), an integer key ``7`` of a dict ``
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,7 @@ class RestorePlan:
     finishers: list[Callable[[], None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _names: dict[object, str] = field(default_factory=dict)
+    _new: dict[object, torch.Tensor] = field(default_factory=dict)
 
     def read_into(self, name: str, tensor: torch.Tensor) -> None:
         """Fill a live tensor, if the checkpoint has one that fits."""
@@ -218,10 +219,14 @@ class RestorePlan:
         if row is None:
             msg = f"{name}: a value refers to this tensor, and it is not there."
             raise MismatchError(msg)
-        tensor = torch.empty(
-            row.shape, dtype=tensors.dtype_of_name(row.dtype), device=device
-        )
-        self.reads[name] = tensor
+        # What was one tensor when it was saved becomes one again.
+        key = (row.same_as or name, device) if self.saved.knows_ties else name
+        tensor = self._new.get(key)
+        if tensor is None:
+            tensor = self._new[key] = torch.empty(
+                row.shape, dtype=tensors.dtype_of_name(row.dtype), device=device
+            )
+            self.reads[name] = tensor
         return tensor
 
     def take_value(self, name: str) -> Any:
@@ -242,19 +247,27 @@ class RestorePlan:
         self.problems.append(f"{name}: {what} here, not there in the checkpoint")
 
     def raise_problems(self, what: str) -> None:
-        """Raise ``MismatchError`` listing every problem, if there is any."""
-        unexpected = self.saved.left_over()
-        problems = [
-            *self.problems,
-            *(f"{name}: in the checkpoint, nothing here" for name in unexpected),
-        ]
-        if problems:
-            lines = "".join(f"\n  {problem}" for problem in _first(problems, 100))
-            msg = (
-                f"{what} does not fit the live objects; nothing was changed. "
-                f"{len(problems)} differences:{lines}"
-            )
-            raise MismatchError(msg)
+        """Raise ``MismatchError`` listing every problem, if there is any.
+
+        What nobody here has asked for is listed too, but is no problem by itself:
+        another rank may track it.
+        """
+        if self.problems:
+            raise mismatch(what, [*self.problems, *unexpected(self.saved.left_over())])
+
+
+def unexpected(names: Iterable[str]) -> list[str]:
+    """Say of each name that the checkpoint has it and the live objects do not."""
+    return [f"{name}: in the checkpoint, nothing here" for name in names]
+
+
+def mismatch(what: str, problems: list[str]) -> MismatchError:
+    """Make the error that lists how a checkpoint and live objects do not fit."""
+    lines = "".join(f"\n  {problem}" for problem in _first(problems, 100))
+    return MismatchError(
+        f"{what} does not fit the live objects; nothing was changed. "
+        f"{len(problems)} differences:{lines}"
+    )
 
 
 def _first(items: list[str], limit: int) -> Iterator[str]:

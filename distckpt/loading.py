@@ -27,6 +27,10 @@ class Loading:
     Making one opens and checks every file that will be read and lists all that does not
     fit; no live object is changed before ``read``.
 
+    Attributes:
+        unexpected: Names in the checkpoint that nothing here has asked for. A mismatch
+            only if no other rank does either.
+
     Raises:
         MismatchError: Lists every difference.
         FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
@@ -42,7 +46,7 @@ class Loading:
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
         try:
-            what = f"checkpoint {manifest.attempt.prefix} ({directory})"
+            what = name_of(directory, manifest)
             self._shared = RestorePlan(Saved(manifest.assignment.rows, manifest.values))
             self._per_rank = RestorePlan(self._own(nodes, world_size, what))
             for node in nodes.shared:
@@ -56,6 +60,7 @@ class Loading:
                     for name in self._per_rank.saved.left_over()
                 ]
             self._shared.raise_problems(what)
+            self.unexpected = self._shared.saved.left_over()
             for name in self._shared.reads:
                 for piece in manifest.assignment.pieces_of(name):
                     self._reader(piece.rank)
@@ -137,11 +142,20 @@ class Loading:
         for finish in (*self._shared.finishers, *self._per_rank.finishers):
             finish()
 
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
     def __enter__(self) -> Loading:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self.close()
+
+
+def name_of(directory: str, manifest: Manifest) -> str:
+    """Name a checkpoint for messages."""
+    return f"checkpoint {manifest.attempt.prefix} ({directory})"
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,17 +28,12 @@ from distckpt.job import Job, run_phase
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.record import digest
 from distckpt.restore import restore_or_initialize
-from distckpt.save import save
+from distckpt.save import CheckpointOptions, save
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _DEFAULT_TIMEOUT = timedelta(minutes=5)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointOptions:
-    """How one save is done; nothing can be chosen yet."""
 
 
 class CheckpointManager:
@@ -216,8 +210,9 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: The directory belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        _check_options(options)
-        return self._run(lambda: save(self._job, checkpoint_number, bool(check_interval)))
+        return self._run(
+            lambda: save(self._job, checkpoint_number, check_interval, options)
+        )
 
     def restore_or_initialize(self) -> str | None:
         """Restore the newest checkpoint that verifies; without any, call ``init_fn``.
@@ -335,12 +330,6 @@ def _check_arguments(
         raise ConfigError(msg)
     if init_fn is not None and not callable(init_fn):
         msg = f"init_fn must be callable, got {init_fn!r:.100}."
-        raise ConfigError(msg)
-
-
-def _check_options(options: Any) -> None:
-    if options is not None and not isinstance(options, CheckpointOptions):
-        msg = f"options must be CheckpointOptions, got {options!r:.100}."
         raise ConfigError(msg)
 
 

@@ -16,6 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distckpt.errors import UnsupportedError
 
+# A state dict comes without this one, removed by the wrapper's own hook, while what is
+# further inside still has its prefixes.
+_CLEANED = "_checkpoint_wrapped_module"
 # (module that defines the wrapper, class, attribute that holds the wrapped module).
 # Looked up among what is imported already: importing torch._dynamo takes seconds.
 _WRAPPERS = (
@@ -25,7 +28,7 @@ _WRAPPERS = (
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",
-        "_checkpoint_wrapped_module",
+        _CLEANED,
     ),
 )
 _REFUSED = (
@@ -92,13 +95,14 @@ def _prefixes(module: nn.Module, raw: str, canonical: str) -> Iterator[tuple[str
     wrapped = _wrapped_attribute(module)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _prefixes(
-                child,
-                f"{raw}.{name}" if raw else name,
-                canonical
-                if name == wrapped
-                else (f"{canonical}.{name}" if canonical else name),
-            )
+            child_raw = f"{raw}.{name}" if raw else name
+            if name != wrapped:
+                child_canonical = f"{canonical}.{name}" if canonical else name
+                yield from _prefixes(child, child_raw, child_canonical)
+                continue
+            yield from _prefixes(child, child_raw, canonical)
+            if name == _CLEANED:
+                yield from _prefixes(child, raw, canonical)
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:

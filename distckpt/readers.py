@@ -51,7 +51,7 @@ class CheckpointState:
 
 
 def get_checkpoint_state(directory: Path) -> CheckpointState | None:
-    """Read what is committed in a run directory; None if nothing is.
+    """Read what is managed in a run directory; None if nothing is.
 
     Raises:
         CorruptStateError: There is a state but it cannot be read. (TensorFlow takes that
@@ -60,7 +60,7 @@ def get_checkpoint_state(directory: Path) -> CheckpointState | None:
     """
     root = checked_path(directory)
     record = read_record(root)
-    if record is None or record.last_preserved is None:
+    if record is None or record.last_preserved is None or not record.live:
         return None
     live = [os.path.join(root, entry.attempt.prefix) for entry in record.live]
     return CheckpointState(
@@ -178,7 +178,7 @@ def locate(path: Path) -> Located:
         CheckpointNotFound: Nothing committed is there.
         CorruptStateError, StorageError: It cannot be told.
     """
-    text = checked_path(path).rstrip(os.sep)
+    text = checked_path(path).rstrip(os.sep) or os.sep
     if storage.exists(os.path.join(text, paths.MANIFEST_FILE)):
         return Located(text, _digest_in_records(text))
     root, name = os.path.split(text)
@@ -312,7 +312,7 @@ def checked_path(path: Path) -> str:
     except TypeError as error:
         msg = f"a path must be a string or path-like, got {path!r:.100}."
         raise ConfigError(msg) from error
-    if not isinstance(text, str) or not text:
-        msg = f"a path must be a string that is not empty, got {path!r:.100}."
+    if not isinstance(text, str) or not text or "\0" in text:
+        msg = f"a path must be a string, not empty and without NUL, got {path!r:.100}."
         raise ConfigError(msg)
     return text

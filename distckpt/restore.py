@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distckpt import paths
+from distckpt import paths, strict_json
 from distckpt.checkpoint import nodes_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.errors import FormatError, RestoreFailed, StorageError
 from distckpt.job import Job, run_phase
+from distckpt.leaves import mismatch, unexpected
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.readers import open_shard, read_manifest
@@ -64,6 +65,7 @@ class Candidates:
         if any(vote.status in hard for vote in votes):
             raise_failures(votes, what, RestoreFailed)
         if all(vote.ok for vote in votes):
+            self._refuse_unexpected(entry, votes)
             return {"do": _GO}
         reasons = {vote.rank: failure_of(vote) for vote in votes if not vote.ok}
         text = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in reasons.items())
@@ -79,6 +81,15 @@ class Candidates:
             return {"do": _RETRY}
         self._unreadable_numbers.append(entry.attempt.number)
         return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
+
+    def _refuse_unexpected(self, entry: Entry, votes: Sequence[Vote]) -> None:
+        """Raise ``MismatchError`` for names that no rank has asked for."""
+        names = [strict_json.loads(vote.detail) if vote.detail else [] for vote in votes]
+        wanted_by_none = set(names[0]).intersection(*names[1:])
+        if wanted_by_none:
+            what = f"checkpoint {self._job.path(entry.attempt.published)}"
+            in_order = [name for name in names[0] if name in wanted_by_none]
+            raise mismatch(what, unexpected(in_order))
 
     def _fall_back(self, why: str) -> Answer:
         _logger.warning("falling back to an older checkpoint: %s", why)
@@ -136,30 +147,25 @@ def _offer(candidates: Candidates | None) -> Answer:
 
 def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
     """Try one candidate; False to go on with what the chief offers next."""
+
+    def judge(votes: Sequence[Vote]) -> Answer:
+        assert candidates is not None
+        return candidates.judge(votes)
+
+    def agreed(phase: Phase, body: Callable[[], Vote]) -> bool:
+        answer = run_phase(job.decisions, phase, body, judge, _status_of)
+        return bool(answer["do"] == _GO)
+
     try:
-        for phase, body in (
-            (Phase.PLAN, _plan),  # R3
-            (Phase.READ, _read),  # R4
-        ):
-            answer = run_phase(
-                job.decisions,
-                phase,
-                lambda body=body, phase=phase: body(job, trial, phase),  # type: ignore[misc]
-                lambda votes: _judge(candidates, votes),
-                _status_of,
-            )
-            if answer["do"] != _GO:
-                return False
+        if not agreed(Phase.PLAN, lambda: _plan(job, trial)):  # R3
+            return False
+        if not agreed(Phase.READ, lambda: _read(job, trial)):  # R4
+            return False
         _apply(job, trial)  # R5
     finally:
         if trial.loading is not None:
-            trial.loading.__exit__()
+            trial.loading.close()
     return True
-
-
-def _judge(candidates: Candidates | None, votes: Sequence[Vote]) -> Answer:
-    assert candidates is not None
-    return candidates.judge(votes)
 
 
 def _status_of(error: BaseException) -> Status:
@@ -170,17 +176,19 @@ def _status_of(error: BaseException) -> Status:
     return Status.MISMATCH
 
 
-def _plan(job: Job, trial: _Try, phase: Phase) -> Vote:
+def _plan(job: Job, trial: _Try) -> Vote:
     """R3: open and check every file, list all that does not fit; touch nothing."""
     directory = job.path(trial.attempt.published)
     manifest = read_manifest(directory, trial.manifest_digest)
     trial.loading = Loading(
         nodes_of(job.checkpoint), directory, manifest, job.rank, job.world_size
     )
-    return Vote(phase)
+    # Ranks may track different objects: only all of them together know what is too much.
+    names = trial.loading.unexpected
+    return Vote(Phase.PLAN, detail=strict_json.dumps(names).encode() if names else b"")
 
 
-def _read(job: Job, trial: _Try, phase: Phase) -> Vote:
+def _read(job: Job, trial: _Try) -> Vote:
     """R4: fill the tensors, verifying each block."""
     assert trial.loading is not None
     job.undefined = (
@@ -188,7 +196,7 @@ def _read(job: Job, trial: _Try, phase: Phase) -> Vote:
         "which hold a mixture now. Restore successfully before saving."
     )
     trial.loading.read()
-    return Vote(phase)
+    return Vote(Phase.READ)
 
 
 def _apply(job: Job, trial: _Try) -> None:

@@ -32,6 +32,11 @@ from distckpt.record import digest
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """How one save is done; nothing can be chosen yet."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One call of ``save()``, which must be alike on all ranks."""
 
@@ -58,16 +63,17 @@ class _Plan:
     values: dict[str, Any] | None = None
 
 
-def save(job: Job, number: Any, check_interval: bool) -> str | None:
+def save(
+    job: Job, number: Any, check_interval: Any, options: CheckpointOptions | None
+) -> str | None:
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
     step = job.step()
     if not job.gate.allows(step, check_interval):
         return None
     if job.undefined:
         raise RestoreFailed(job.undefined)
-    request = Request(step, _checked_number(number), check_interval)
     ensure_claimed(job)
-    attempt = _decide(job, request)  # S1, S2
+    attempt = _decide(job, lambda: _request(step, number, check_interval, options))
     counter = job.checkpoint.save_counter
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
@@ -85,27 +91,40 @@ def save(job: Job, number: Any, check_interval: bool) -> str | None:
     return job.path(attempt.prefix)
 
 
-def _checked_number(number: Any) -> int | None:
-    if number is None:
-        return None
-    try:
-        value = operator.index(number)
-    except TypeError as error:
-        msg = f"checkpoint_number must be an integer, got {number!r:.100}."
-        raise ConfigError(msg) from error
-    if not -(2**63) <= value < 2**63:
-        msg = f"checkpoint_number must fit into 64 bits, got {value}."
-        raise ConfigError(msg)
-    return value
-
-
 # S1, S2: question and answer
 
 
-def _decide(job: Job, request: Request) -> Attempt:
+def _request(step: int | None, number: Any, check_interval: Any, options: Any) -> Request:
+    if options is not None and not isinstance(options, CheckpointOptions):
+        msg = f"options must be CheckpointOptions, got {options!r:.100}."
+        raise ConfigError(msg)
+    if number is not None:
+        try:
+            number = operator.index(number)
+        except TypeError as error:
+            msg = f"checkpoint_number must be an integer, got {number!r:.100}."
+            raise ConfigError(msg) from error
+        if not -(2**63) <= number < 2**63:
+            msg = f"checkpoint_number must fit into 64 bits, got {number}."
+            raise ConfigError(msg)
+    return Request(step, number, bool(check_interval))
+
+
+def _decide(job: Job, make_request: Callable[[], Request]) -> Attempt:
     """Ask the chief; it makes the pending directory of a new attempt."""
-    vote = Vote(Phase.DECIDE, step=request.step, digest_a=request.digest())
-    answer = job.decisions.consult(vote, partial(_begin, job, request))
+    made: list[Request] = []
+
+    def body() -> Vote:
+        # Bad arguments of one rank must reach all of them, so they are a vote too.
+        request = make_request()
+        made.append(request)
+        return Vote(Phase.DECIDE, step=request.step, digest_a=request.digest())
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "save() was refused", SaveFailed)
+        return _begin(job, made[0], votes)
+
+    answer = run_phase(job.decisions, Phase.DECIDE, body, decide)
     attempt = paths.parse_published(answer["attempt"])
     assert attempt is not None
     return attempt

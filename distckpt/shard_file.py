@@ -345,7 +345,7 @@ class ShardReader:
             _refuse("a safetensors file, but not one that distckpt wrote")
         ours = strict_json.loads(metadata[_OUR_KEY].encode())
         fields = ("format", "attempt", "rank", "world_size", "block_bytes", "entries")
-        if not isinstance(ours, dict) or ours.get("format") != FORMAT:
+        if not isinstance(ours, dict) or _typed(ours, "format", int) != FORMAT:
             _refuse("shard file of another format version")
         if tuple(ours) != (*fields, "values"):
             _refuse(f"metadata with fields {list(ours)}")
@@ -573,7 +573,7 @@ def _decode_checksums(text: Any, num_blocks: int) -> bytes:
 
 
 def _typed(fields: dict[str, Any], name: str, kind: type) -> Any:
-    value = fields[name]
+    value = fields.get(name)
     if type(value) is not kind:
         _refuse(f"metadata: {name} is {value!r:.100}")
     return value

@@ -57,17 +57,21 @@ def read_head(directory: str) -> Head | None:
 
 
 def _newest_number(directory: str) -> int | None:
-    numbers = _record_numbers(directory)
-    if not numbers:
+    number = _newest_named(directory)
+    if number == 0:
         checkpoint = _any_checkpoint(directory)
         if checkpoint is None:
             return None
         # A record comes before the first checkpoint, so one must be there by now, also
         # when another manager has made both between the two lists.
-        numbers = _record_numbers(directory)
-        if not numbers:
+        number = _newest_named(directory)
+        if number == 0:
             _refuse_lost_chain(directory, checkpoint)
-    number = numbers[-1]
+    return number
+
+
+def _newest_named(directory: str) -> int:
+    number = _newest_listed(directory)
     # A directory listing may be stale on network filesystems; a name never is.
     while storage.exists(record_path(directory, number + 1)):
         number += 1
@@ -121,7 +125,7 @@ def append(directory: str, record: Record) -> Head:
     # The link alone proves nothing to a writer that was stopped for long: its number may
     # have been taken, overtaken and pruned. Only the newest number counts.
     try:
-        newest = _record_numbers(directory)[-1]
+        newest = _newest_listed(directory)
     except StorageError as error:
         raise _unknown(path, error) from error
     if newest > record.number:
@@ -161,6 +165,10 @@ def _record_numbers(directory: str) -> list[int]:
     names = storage.list_directory(os.path.join(directory, paths.RECORDS_DIRECTORY))
     numbers = (paths.parse_record_file(name) for name in names)
     return sorted(number for number in numbers if number is not None)
+
+
+def _newest_listed(directory: str) -> int:
+    return max(_record_numbers(directory), default=0)
 
 
 def _read(directory: str, number: int) -> Head:

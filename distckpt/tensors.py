@@ -12,6 +12,8 @@ from distckpt.boxes import Box
 from distckpt.errors import UnsupportedError
 from distckpt.layout import Row
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def row_of(name: str, tensor: torch.Tensor, kind: str, same_as: str = "") -> Row:
     """Describe a tensor for a layout table."""
@@ -112,7 +114,7 @@ def box_bytes(tensor: torch.Tensor, box: Box) -> memoryview:
     region = tensor.detach()
     for dim, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
         region = region.narrow(dim, start, length)
-    region = region.resolve_conj().resolve_neg().cpu().contiguous()
+    region = _as_integers(region.resolve_conj().resolve_neg()).cpu().contiguous()
     return _bytes_of(region)
 
 
@@ -132,10 +134,17 @@ def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     ):
         yield _bytes_of(target)
         return
+    if not target.is_conj() and not target.is_neg():
+        target = _as_integers(target)
     copy = torch.empty(target.shape, dtype=target.dtype)
     yield _bytes_of(copy)
     with torch.no_grad():
         target.copy_(copy)
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """View elements as integers of their size: not every dtype can be copied strided."""
+    return tensor.view(_INTEGERS.get(tensor.itemsize, tensor.dtype))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

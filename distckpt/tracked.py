@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distckpt import modules
+from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.leaves import Leaves, RestorePlan, join
 from distckpt.per_rank import PerRank
@@ -152,10 +152,15 @@ class ModuleNode:
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what is not live goes through load_state_dict."""
+        entries = list(self._entries())
+        for _, name, value in entries:
+            if isinstance(value, torch.Tensor):
+                # Lazy ones have no memory that could be asked for below.
+                tensors.check_storable(value, name)
         own = {_storage(t) for t in self._module.parameters()}
         own |= {_storage(t) for t in self._module.buffers()}
         loaded: dict[str, Any] = {}
-        for key, name, value in self._entries():
+        for key, name, value in entries:
             if isinstance(value, torch.Tensor):
                 live = value
                 if value.numel() and _storage(value) not in own:
@@ -239,7 +244,7 @@ class OptimizerNode:
                 if taken is None:
                     taken = settings
                     plan.finishers.append(partial(_set_settings, group, settings))
-                elif _plain(settings) != _plain(taken):
+                elif _comparable(settings, plan) != _comparable(taken, plan):
                     plan.problems.append(
                         f"{full}: saved with other settings than the parameters before "
                         f"it, and all are in one group (number {index}) here"
@@ -278,8 +283,14 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if not isinstance(v, torch.Tensor)}
+def _comparable(settings: dict[str, Any], plan: RestorePlan) -> dict[str, Any]:
+    """Replace tensors, which are not read yet, by which of the saved ones they are."""
+    return {
+        key: (id(value) if plan.saved.knows_ties else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def _set_settings(group: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -1,0 +1,334 @@
+"""The process is killed at every call of the storage module, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import pytest
+from scenario import (
+    FAILED,
+    HUNG,
+    KILLED,
+    MAX_TO_KEEP,
+    Journal,
+    Listing,
+    Lost,
+    Torn,
+    check_readable,
+    claim_and_check_clean,
+    in_child,
+    in_workers,
+    recover,
+    run,
+)
+from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, Counter, Killer, intercepted
+
+from distckpt import state, storage
+from distckpt.chief import Chief
+from distckpt.errors import DistckptError
+from distckpt.janitor import remove_published
+from distckpt.paths import Attempt
+from distckpt.record import Record, digest
+
+_RECOVERY_SEED = 50
+_NUM_SECOND_KILLS = 6
+_NUM_THREADED = 100
+
+
+@pytest.fixture
+def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep so few records that some are pruned under the kills, too."""
+    monkeypatch.setattr(state, "_KEPT_RECORDS", 4)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What came of the crash points."""
+
+    points: int = 0
+    killed: int = 0
+    torn: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    unopenable: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def check(self, where: str, body: Callable[[], object]) -> None:
+        """Run a check and file what it finds."""
+        try:
+            body()
+        except Torn as error:
+            self.torn.append(f"{where}: {error}")
+        except Lost as error:
+            self.lost.append(f"{where}: {error}")
+        except DistckptError as error:
+            self.unopenable.append(f"{where}: {type(error).__name__}: {error}")
+
+    def kill(self, where: str, stage: Stage, killer: Killer, body: Callable[[], None]):
+        """Run something in a child that is killed at one call; file how it ended."""
+
+        def die() -> None:
+            with intercepted(killer):
+                body()
+
+        status = in_child(die, stage.errors)
+        self.points += 1
+        self.killed += status == KILLED
+        if status == HUNG:
+            self.hung.append(where)
+        elif status == FAILED:
+            with open(stage.errors, encoding="utf-8") as file:
+                self.failed.append(f"{where}: {file.read()}")
+        elif status not in (0, KILLED):
+            self.failed.append(f"{where}: exit status {status}")
+
+    def add(self, other: Figures) -> None:
+        """Add another worker's figures."""
+        for each in fields(self):
+            both = getattr(self, each.name) + getattr(other, each.name)
+            setattr(self, each.name, both)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.points} points, {self.killed} killed, {len(self.torn)} torn, "
+            f"{len(self.lost)} lost, {len(self.hung)} hung, "
+            f"{len(self.unopenable)} not reopenable, {len(self.failed)} otherwise wrong"
+        )
+
+    def demand_zeros(self) -> None:
+        """Fail with the first findings if there are any."""
+        found = [*self.torn, *self.lost, *self.hung, *self.unopenable, *self.failed]
+        assert not found, "\n".join([str(self), *found[:5]])
+
+
+class Stage:
+    """One run directory after the other, each with its journal outside it."""
+
+    def __init__(self, scratch: str) -> None:
+        self.directory = os.path.join(scratch, "jobs", "run")
+        self.journal = os.path.join(scratch, "journal")
+        self.errors = os.path.join(scratch, "errors")
+        self._copy = os.path.join(scratch, "copy")
+
+    def clear(self) -> None:
+        """Start with nothing."""
+        shutil.rmtree(os.path.dirname(self.directory), ignore_errors=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new journal."""
+        if os.path.exists(self.journal):
+            os.unlink(self.journal)
+
+    def keep(self) -> None:
+        """Remember the run directory as it is."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        if os.path.exists(self.directory):
+            shutil.copytree(self.directory, self._copy)
+
+    def put_back(self) -> None:
+        """Make the run directory what it was."""
+        self.clear()
+        if os.path.exists(self._copy):
+            shutil.copytree(self._copy, self.directory)
+
+    def live(self, *, threaded: bool = False) -> None:
+        """Run the whole scenario."""
+        journal = Journal(self.journal, ())
+        try:
+            run(self.directory, journal, threaded=threaded)
+        finally:
+            journal.close()
+
+    def check(self) -> Listing:
+        """Check what a survivor sees; returns what is listed."""
+        return check_readable(self.directory, Journal.possible(self.journal))
+
+    def recover(self, listing: Listing, seed: int) -> None:
+        """Come back, save, and check that all is well and nothing is left behind."""
+        self.forget()
+        journal = Journal(self.journal, listing)
+        try:
+            recover(self.directory, journal, seed)
+            claim_and_check_clean(self.directory)
+            check_readable(self.directory, [journal.listing])
+        finally:
+            journal.close()
+
+
+def _calls(body: Callable[[], None]) -> list[Call]:
+    counter = Counter()
+    with intercepted(counter):
+        body()
+    return counter.calls
+
+
+# Index of the call, where to kill, and its name.
+Point = tuple[int, str, str]
+
+
+def _points(calls: list[Call], *, all_places: bool) -> list[Point]:
+    """List where to kill: everywhere, or once for each state that a disk can be in."""
+    points = []
+    for index, call in enumerate(calls):
+        changes = call.name not in LOOKING
+        places = [
+            *[BEFORE] * (changes or all_places),
+            *[MIDDLE] * call.has_middle,
+            # After a call that only looks is before the next one.
+            *[AFTER] * (changes and all_places),
+        ]
+        points += [(index, place, call.name) for place in places]
+    return points
+
+
+def _share_out(
+    scratch: str, jobs: Sequence[Any], work: Callable[[Stage, Figures, Any], None]
+) -> Figures:
+    def work_in(folder: str, job: Any) -> dict[str, Any]:
+        figures = Figures()
+        work(Stage(folder), figures, job)
+        return asdict(figures)
+
+    total = Figures()
+    for result in in_workers(scratch, jobs, work_in):
+        total.add(Figures(**result))
+    return total
+
+
+def test_kill_at_every_call_loses_nothing(
+    scratch: str, report_figures: Callable[[str], None], few_records: None
+):
+    """A kill before, in or after any storage call leaves all that was acknowledged."""
+    calls = _calls(Stage(scratch).live)
+    points = _points(calls, all_places=True)
+    figures = _share_out(scratch, points, _kill_and_recover)
+    report_figures(f"{len(calls)} calls, {figures}")
+    figures.demand_zeros()
+    assert figures.killed == figures.points == len(points) > 500
+
+
+def _kill_and_recover(stage: Stage, figures: Figures, point: Point) -> None:
+    index, place, name = point
+    where = f"{place} call {index}, {name}"
+    stage.clear()
+    figures.kill(where, stage, Killer(index, place), stage.live)
+    figures.check(where, lambda: stage.recover(stage.check(), _RECOVERY_SEED))
+
+
+def test_kill_again_in_recovery_loses_nothing(
+    scratch: str, report_figures: Callable[[str], None], few_records: None
+):
+    """A second kill at any call of the recovery leaves all that was acknowledged."""
+    points = _points(_calls(Stage(scratch).live), all_places=False)
+    sample = random.Random(7).sample(points, _NUM_SECOND_KILLS)
+    figures = _share_out(scratch, sample, _kill_twice)
+    report_figures(f"{len(sample)} first kills, {figures}")
+    figures.demand_zeros()
+    assert figures.killed == figures.points > 300
+
+
+def _kill_twice(stage: Stage, figures: Figures, point: Point) -> None:
+    index, place, name = point
+    first = f"{place} call {index}, {name}"
+    stage.clear()
+    figures.kill(first, stage, Killer(index, place), stage.live)
+    listing = stage.check()
+    stage.keep()
+
+    def come_back() -> None:
+        journal = Journal(stage.journal, listing)
+        try:
+            recover(stage.directory, journal, _RECOVERY_SEED)
+        finally:
+            journal.close()
+
+    # Counted for each first kill: what there is to sweep differs.
+    for again, place, name in _points(_calls(come_back), all_places=False):
+        where = f"{first}; then {place} call {again}, {name}"
+        stage.put_back()
+        figures.kill(where, stage, Killer(again, place), come_back)
+        figures.check(where, lambda: stage.recover(stage.check(), _RECOVERY_SEED + 1))
+
+
+def test_kill_with_janitor_thread_at_random_calls_loses_nothing(
+    scratch: str, report_figures: Callable[[str], None], few_records: None
+):
+    """Deletions that really run behind the saves lose nothing either."""
+    source = random.Random(11)
+    num_calls = len(_calls(Stage(scratch).live))
+    places = [BEFORE, AFTER]
+    points = [
+        (source.randrange(num_calls), source.choice(places), "with a thread")
+        for _ in range(_NUM_THREADED)
+    ]
+    figures = _share_out(scratch, points, _kill_with_thread_and_recover)
+    report_figures(str(figures))
+    figures.demand_zeros()
+    # The last calls may not be reached: how many there are depends on the thread.
+    assert figures.points == _NUM_THREADED and figures.killed > 0.9 * _NUM_THREADED
+
+
+def _kill_with_thread_and_recover(stage: Stage, figures: Figures, point: Point) -> None:
+    index, place, name = point
+    where = f"{place} call {index}, {name}"
+    stage.clear()
+    live = partial(stage.live, threaded=True)
+    figures.kill(where, stage, Killer(index, place), live)
+    figures.check(where, lambda: stage.recover(stage.check(), _RECOVERY_SEED))
+
+
+# The tests themselves: a protocol with one step wrong must be found out.
+
+
+def test_kill_with_deletion_before_commit_is_found(
+    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+):
+    """Deleting before the record, the classical mistake, is seen as a loss."""
+    honest = Chief._append_commit
+
+    def hasty(self: Chief, attempt: Attempt, *rest: Any) -> None:
+        for entry in self._live[: len(self._live) + 1 - MAX_TO_KEEP]:
+            remove_published(self._directory, entry.attempt)
+        honest(self, attempt, *rest)
+
+    monkeypatch.setattr(Chief, "_append_commit", hasty)
+    figures = _kill_mutant(scratch)
+    report_figures(str(figures))
+    assert figures.torn and not figures.failed
+
+
+def test_kill_with_record_in_place_is_found(
+    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+):
+    """A record written under its final name is seen as a chain that cannot be read."""
+
+    def in_place(directory: str, new: Record) -> state.Head:
+        path = state.record_path(directory, new.number)
+        storage.write_new_file(path, new.encode())
+        storage.sync_directory(os.path.dirname(path))
+        return state.Head(new, digest(new.encode()))
+
+    monkeypatch.setattr(state, "append", in_place)
+    figures = _kill_mutant(scratch)
+    report_figures(str(figures))
+    assert figures.unopenable and not figures.failed
+
+
+def _kill_mutant(scratch: str) -> Figures:
+    points = _points(_calls(Stage(scratch).live), all_places=False)
+    return _share_out(scratch, points[::2], _kill_and_look)
+
+
+def _kill_and_look(stage: Stage, figures: Figures, point: Point) -> None:
+    index, place, name = point
+    where = f"{place} call {index}, {name}"
+    stage.clear()
+    figures.kill(where, stage, Killer(index, place), stage.live)
+    figures.check(where, stage.check)

@@ -1,0 +1,141 @@
+"""The public names and signatures: a change here is a change for every user."""
+
+import inspect
+import subprocess
+import sys
+
+import distckpt
+
+NAMES = [
+    "Checkpoint",
+    "CheckpointManager",
+    "CheckpointNotFound",
+    "CheckpointOptions",
+    "CheckpointState",
+    "ChecksumError",
+    "ConfigError",
+    "CorruptStateError",
+    "Desync",
+    "DirectoryInUseError",
+    "DistckptError",
+    "FencedError",
+    "FormatError",
+    "ManagerBroken",
+    "ManifestError",
+    "MismatchError",
+    "OutcomeUnknown",
+    "PeerLost",
+    "PeerTimeout",
+    "PerRank",
+    "RanksFailed",
+    "RestoreFailed",
+    "RngState",
+    "SaveFailed",
+    "ShardFileError",
+    "StorageError",
+    "UnsafeCheckpointError",
+    "UnsupportedError",
+    "checkpoints_iterator",
+    "get_checkpoint_state",
+    "init_process_group",
+    "latest_checkpoint",
+]
+
+
+def _parameters(function):
+    return [
+        (name, "required" if p.default is p.empty else p.default)
+        for name, p in inspect.signature(function).parameters.items()
+        if name != "self"
+    ]
+
+
+def test_public_names_are_these():
+    """Nothing is added to or taken from the public names by accident."""
+    assert distckpt.__all__ == NAMES
+    assert sorted(NAMES) == NAMES
+
+
+def test_every_public_name_can_be_imported_and_is_documented():
+    """Each lazy name leads somewhere, to something with a docstring."""
+    for name in NAMES:
+        assert getattr(distckpt, name).__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    """Lazy names do not hide misspellings."""
+    assert not hasattr(distckpt, "CheckpointManger")
+
+
+def test_the_managers_arguments_are_tensorflows_then_ours_by_keyword():
+    """Names, order and defaults of tf.train.CheckpointManager (2.16)."""
+    parameters = _parameters(distckpt.CheckpointManager.__init__)
+    assert parameters[:8] == [
+        ("checkpoint", "required"),
+        ("directory", "required"),
+        ("max_to_keep", "required"),
+        ("keep_checkpoint_every_n_hours", None),
+        ("checkpoint_name", "ckpt"),
+        ("step_counter", None),
+        ("checkpoint_interval", None),
+        ("init_fn", None),
+    ]
+    assert [name for name, _ in parameters[8:]] == ["process_group", "timeout", "takeover"]
+    signature = inspect.signature(distckpt.CheckpointManager)
+    for name, _ in parameters[8:]:
+        assert signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_managers_methods_and_properties_are_these():
+    """The public face of the manager."""
+    public = {n for n in vars(distckpt.CheckpointManager) if not n.startswith("_")}
+    assert public == {
+        "checkpoint",
+        "checkpoint_interval",
+        "checkpoints",
+        "close",
+        "directory",
+        "latest_checkpoint",
+        "restore_or_initialize",
+        "save",
+        "sync",
+    }
+    assert _parameters(distckpt.CheckpointManager.save) == [
+        ("checkpoint_number", None),
+        ("check_interval", True),
+        ("options", None),
+    ]
+
+
+def test_readers_arguments_are_tensorflows():
+    """Names and defaults of the module functions."""
+    assert _parameters(distckpt.checkpoints_iterator) == [
+        ("directory", "required"),
+        ("min_interval_secs", 0),
+        ("timeout", None),
+        ("timeout_fn", None),
+    ]
+    assert _parameters(distckpt.latest_checkpoint) == [("directory", "required")]
+    assert _parameters(distckpt.get_checkpoint_state) == [("directory", "required")]
+
+
+def test_reading_a_directory_does_not_import_torch():
+    """An evaluation script's look at a run directory costs no 3 seconds."""
+    code = (
+        "import sys, distckpt; distckpt.latest_checkpoint('/nonexistent'); "
+        "distckpt.checkpoints_iterator; distckpt.CorruptStateError; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_error_is_an_exception_of_ours():
+    """``except DistckptError`` catches all, and ``except Exception`` as well."""
+    for name in NAMES:
+        value = getattr(distckpt, name)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            assert issubclass(value, distckpt.DistckptError), name
+    assert issubclass(distckpt.DistckptError, Exception)
+    assert issubclass(distckpt.ConfigError, ValueError)
+    assert issubclass(distckpt.UnsupportedError, TypeError)
+    assert issubclass(distckpt.StorageError, OSError)
