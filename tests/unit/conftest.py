@@ -1,0 +1,50 @@
+"""Fixtures of the unit tier: a clock, a run directory, quiet property tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run, and no database: a red test is red for everybody.
+settings.register_profile(
+    "distckpt",
+    database=None,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("distckpt")
+
+
+class Clock:
+    """A wall clock that stands still until a test moves it."""
+
+    def __init__(self, now):
+        self.now = float(now)
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replace ``time.time``; timeouts, which use the monotonic clock, go on."""
+    clock = Clock(1_700_000_000.0)
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def run_dir():
+    """Return the path of a run directory that does not exist yet.
+
+    In memory where that is possible: thousands of fsyncs on a disk take a minute.
+    """
+    memory = "/dev/shm"
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="distckpt-", dir=parent) as directory:
+        yield os.path.join(directory, "run")

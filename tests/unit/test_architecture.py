@@ -1,0 +1,218 @@
+"""The house rules, read from the source: layers, torch, the filesystem, pickle."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import distckpt
+
+# A module imports only from rows with lower numbers. ``__init__`` is exempt: it hands
+# names out lazily.
+LAYERS = {
+    0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
+    | {"per_rank", "rendezvous"},
+    1: {"values", "record", "layout", "storage", "messages", "modules"},
+    2: {"manifest", "policy", "state", "lock", "shard_file", "tensors", "comm"},
+    3: {"readers", "janitor", "leaves"},
+    4: {"verify", "chief", "tracked"},
+    5: {"loading"},
+    6: {"checkpoint"},
+    7: {"job"},
+    8: {"claim"},
+    9: {"save", "restore"},
+    10: {"manager"},
+    11: {"cli"},
+}
+
+# What the command and the crash tests need answers at once: importing torch takes seconds.
+TORCH_FREE = {
+    *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
+    *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
+    *{"readers", "janitor", "verify", "chief", "cli"},
+}
+
+# Of ``os``, what touches no file, and of ``os.path``, what only handles names.
+PLAIN_OS = {"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"}
+PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
+# Modules that touch files by themselves.
+FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}
+
+# Modules, and calls of torch, that pickle.
+PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
+PICKLING_CALLS = {
+    *{"torch.load", "torch.save"},
+    *{"all_gather_object", "gather_object", "broadcast_object_list"},
+    *{"scatter_object_list", "send_object_list", "recv_object_list"},
+}
+
+FOLDER = Path(distckpt.__file__).parent
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+LAYER_OF = {module: layer for layer, row in LAYERS.items() for module in row}
+
+
+@cache
+def parse(module):
+    return ast.parse((FOLDER / f"{module}.py").read_text())
+
+
+def imports_of(tree):
+    """Return every imported name, dotted: ``from a import b`` is ``a.b``."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports_of(module):
+    """Return the modules of the package that a module imports, anywhere in it."""
+    dotted = (name.split(".") for name in imports_of(parse(module)))
+    return {parts[1] for parts in dotted if parts[0] == "distckpt" and len(parts) > 1}
+
+
+def dotted_name(node):
+    """Return ``a.b.c`` for such an expression; "" for any other."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = dotted_name(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def uses_of(tree):
+    """Return every dotted name that the code uses, with its line."""
+    return [
+        (dotted_name(node), node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Attribute, ast.Name))
+    ]
+
+
+def file_uses_of(tree):
+    """Find what touches the filesystem."""
+    found = []
+    for name, line in uses_of(tree):
+        parts = name.split(".")
+        is_plain = (
+            parts[0] != "os"
+            or len(parts) == 1
+            or (parts[1] in PLAIN_OS and parts[1] != "path")
+            or (parts[1] == "path" and (len(parts) == 2 or parts[2] in PLAIN_OS_PATH))
+        )
+        if not is_plain or name == "open":
+            found.append(f"line {line}: {name}")
+    found += [
+        f"import of {name}"
+        for name in imports_of(tree)
+        if name.split(".")[0] in FILE_MODULES or name.startswith("os.")
+    ]
+    return found
+
+
+def pickling_in(tree):
+    """Find what pickles."""
+    found = [
+        f"import of {name}"
+        for name in imports_of(tree)
+        if name.split(".")[0] in PICKLING_MODULES or name in PICKLING_CALLS
+    ]
+    for name, line in uses_of(tree):
+        if name in PICKLING_CALLS or name.split(".")[-1] in PICKLING_CALLS:
+            found.append(f"line {line}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_stands_in_the_table_of_layers(module):
+    """Whoever adds a module says where it belongs."""
+    assert module in LAYER_OF, f"add {module!r} to LAYERS in this file"
+
+
+def test_table_of_layers_names_each_module_once_and_no_other():
+    """The table is the truth about the folder."""
+    rows = [module for row in LAYERS.values() for module in row]
+    assert sorted(rows) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_from_lower_layers(module):
+    """Who reads a module needs to know only what is below it."""
+    layer = LAYER_OF.get(module, -1)
+    wrong = {other for other in own_imports_of(module) if LAYER_OF.get(other, 99) >= layer}
+    assert not wrong, f"{module} (layer {layer}) imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", sorted(TORCH_FREE))
+def test_torch_free_module_imports_only_torch_free_ones(module):
+    """The fresh interpreter below only shows that there is some; this names it."""
+    assert own_imports_of(module) <= TORCH_FREE
+
+
+def test_torch_free_modules_in_a_fresh_interpreter_do_not_import_torch():
+    """Neither directly nor through anything that they import."""
+    imports = "; ".join(f"import distckpt.{module}" for module in sorted(TORCH_FREE))
+    code = f"import sys; {imports}; assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "storage"])
+def test_module_touches_no_file_but_through_storage(module):
+    """One module touches the filesystem; the lock file is filelock's."""
+    assert not file_uses_of(parse(module))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "lock"])
+def test_module_other_than_lock_does_not_use_filelock(module):
+    """Safety comes from the records; the lock is a courtesy in one place."""
+    assert not {n for n in imports_of(parse(module)) if n.split(".")[0] == "filelock"}
+
+
+@pytest.mark.parametrize("module", [*MODULES, "__init__"])
+def test_module_never_pickles(module):
+    """No pickle on disk or between ranks: loading one runs what somebody wrote."""
+    assert not pickling_in(parse(module))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.open('x', 0)",
+        "import os\nos.path.exists('x')",
+        "from os import rename",
+        "from os.path import isdir",
+        "open('x')",
+        "import shutil",
+        "from pathlib import Path",
+        "def f():\n    import tempfile",
+    ],
+)
+def test_rule_about_files_finds_what_touches_one(code):
+    """The rule itself works."""
+    assert file_uses_of(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "import torch.distributed as dist\ndist.all_gather_object([], 1)",
+        "def f():\n    import dill",
+    ],
+)
+def test_rule_about_pickle_finds_what_pickles(code):
+    """The rule itself works."""
+    assert pickling_in(ast.parse(code))

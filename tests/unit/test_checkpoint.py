@@ -1,0 +1,210 @@
+"""``Checkpoint``: its attributes, its counter, and restoring without a job."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch_helpers import assert_same, restore, save
+
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointNotFound,
+    ChecksumError,
+    ConfigError,
+    FormatError,
+    ManifestError,
+    MismatchError,
+    PerRank,
+    StorageError,
+    UnsupportedError,
+    readers,
+)
+
+
+def test_objects_are_attributes_that_can_be_set_and_deleted():
+    """What is tracked is read, replaced, added and removed by attribute."""
+    model = nn.Linear(1, 1)
+    checkpoint = Checkpoint(model=model, epoch=1)
+    assert checkpoint.model is model
+    checkpoint.epoch = 2
+    checkpoint.more = [1]
+    assert (checkpoint.epoch, checkpoint.more) == (2, [1])
+    del checkpoint.more
+    with pytest.raises(
+        AttributeError, match=r"tracks no 'more'; it tracks \['epoch', 'mod"
+    ):
+        _ = checkpoint.more
+    with pytest.raises(AttributeError, match="more"):
+        del checkpoint.more
+    assert not hasattr(checkpoint, "missing")
+
+
+@pytest.mark.parametrize("name", ["restore", "_private", "__dict__", "__class__"])
+def test_names_that_are_taken_are_refused(name):
+    """Methods and private names cannot be tracked."""
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be tracked"):
+        Checkpoint(**{name: 1})
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be tracked"):
+        setattr(Checkpoint(), name, 1)
+
+
+def test_save_counter_is_an_int_that_can_be_set():
+    """The counter starts at 0 and takes nothing but ints."""
+    checkpoint = Checkpoint()
+    assert checkpoint.save_counter == 0
+    checkpoint.save_counter = 5
+    assert checkpoint.save_counter == 5
+    for wrong in (1.0, "1", True, None, torch.tensor(1)):
+        with pytest.raises(ConfigError, match="save_counter must be an int"):
+            checkpoint.save_counter = wrong
+    with pytest.raises(AttributeError):
+        del checkpoint.save_counter
+
+
+def test_copying_a_checkpoint_copies_what_it_tracks():
+    """``copy`` asks for attributes before there are any."""
+    checkpoint = Checkpoint(values=[1])
+    checkpoint.save_counter = 3
+    other = copy.deepcopy(checkpoint)
+    assert (other.values, other.save_counter) == ([1], 3)
+    assert other.values is not checkpoint.values
+
+
+def test_counter_counts_saves_and_is_part_of_the_checkpoint(run_dir):
+    """The saved counter is that of the save itself, whatever its number."""
+    checkpoint = Checkpoint(x=torch.zeros(1))
+    with CheckpointManager(checkpoint, run_dir, max_to_keep=None) as manager:
+        assert manager.save() == os.path.join(run_dir, "ckpt-1")
+        assert manager.save(checkpoint_number=50) == os.path.join(run_dir, "ckpt-50")
+        assert checkpoint.save_counter == 2
+        assert manager.save() == os.path.join(run_dir, "ckpt-3")
+    fresh = Checkpoint(x=torch.zeros(1))
+    fresh.restore(os.path.join(run_dir, "ckpt-50"))
+    assert fresh.save_counter == 2
+    assert restore(run_dir, x=torch.zeros(1)).save_counter == 3
+
+
+def test_counter_is_given_back_when_a_save_fails(run_dir):
+    """The next save that works has the number that the failed one had."""
+    checkpoint = Checkpoint(x=object())
+    with CheckpointManager(checkpoint, run_dir, max_to_keep=None) as manager:
+        with pytest.raises(UnsupportedError):
+            manager.save()
+        assert checkpoint.save_counter == 0
+        checkpoint.x = 1
+        assert manager.save() == os.path.join(run_dir, "ckpt-1")
+        names = [n for n in os.listdir(run_dir) if n.startswith((".ckpt", "ckpt"))]
+    assert len(names) == 1
+
+
+def test_restore_takes_a_prefix_a_directory_and_a_path_object(run_dir):
+    """Everything that names a checkpoint will do, without a manager."""
+    prefix = save(run_dir, x=torch.arange(3), epoch=4)
+    directory = readers.locate(prefix).directory
+    for path in (prefix, directory, Path(prefix), Path(directory), directory + "/"):
+        checkpoint = Checkpoint(x=torch.zeros(3, dtype=torch.int64), epoch=0)
+        checkpoint.restore(path)
+        assert_same(checkpoint.x, torch.arange(3))
+        assert (checkpoint.epoch, checkpoint.save_counter) == (4, 1)
+
+
+def test_restore_reads_a_copied_directory_and_a_copied_run(run_dir, tmp_path):
+    """A checkpoint is complete in itself: its copy restores anywhere."""
+    prefix = save(run_dir, x=torch.arange(3))
+    directory = readers.locate(prefix).directory
+    alone = str(tmp_path / "renamed")
+    shutil.copytree(directory, alone)
+    without_records = tmp_path / "copies"
+    shutil.copytree(directory, without_records / os.path.basename(directory))
+    for path in (alone, str(without_records / "ckpt-1")):
+        checkpoint = Checkpoint(x=torch.zeros(3, dtype=torch.int64))
+        checkpoint.restore(path)
+        assert_same(checkpoint.x, torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["ckpt-2", "other-1", "nothing", "sub/ckpt-1"])
+def test_restore_of_what_is_not_there_says_so(run_dir, name):
+    """A wrong path is no silent start from scratch."""
+    save(run_dir, x=torch.zeros(1))
+    with pytest.raises(CheckpointNotFound):
+        Checkpoint(x=torch.zeros(1)).restore(os.path.join(run_dir, name))
+
+
+@pytest.mark.parametrize("path", [None, 3, b"runs", ""])
+def test_restore_of_no_path_at_all_is_an_error(path):
+    """What is no path is a bad argument."""
+    with pytest.raises(ConfigError, match="a path must be"):
+        Checkpoint().restore(path)
+
+
+def test_restore_that_does_not_fit_changes_nothing(run_dir):
+    """All differences at once, and every live value as it was."""
+    prefix = save(run_dir, x=torch.ones(2), y=torch.ones(2), n=1, gone=2)
+    live = {"x": torch.zeros(2), "y": torch.zeros(3), "n": 0, "new": torch.zeros(1)}
+    checkpoint = Checkpoint(**live)
+    with pytest.raises(MismatchError) as caught:
+        checkpoint.restore(prefix)
+    for text in ("y: float32 [2]", "gone: in the", "new: a tensor here", "3 differences"):
+        assert text in str(caught.value)
+    assert live["x"].tolist() == [0, 0]
+    assert (checkpoint.n, checkpoint.save_counter) == (0, 0)
+
+
+def test_restore_of_damaged_files_names_them(run_dir):
+    """A missing, cut or changed file is an error with its path."""
+    prefix = save(run_dir, x=torch.arange(1000))
+    directory = readers.locate(prefix).directory
+    shard = os.path.join(directory, "rank-00000-of-00001.safetensors")
+    whole = Path(shard).read_bytes()
+
+    def attempt():
+        Checkpoint(x=torch.zeros(1000, dtype=torch.int64)).restore(prefix)
+
+    Path(shard).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ChecksumError, match=r"rank-00000.*tensor 'x', block 0"):
+        attempt()
+    Path(shard).write_bytes(whole[:-1])
+    with pytest.raises(FormatError, match=r"rank-00000.*entries end at 8000"):
+        attempt()
+    os.unlink(shard)
+    with pytest.raises(StorageError, match="rank-00000"):
+        attempt()
+    manifest = Path(directory, "manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    with pytest.raises(ChecksumError, match=r"manifest\.json"):
+        attempt()
+
+
+def test_restore_of_a_newer_format_says_that_it_is_newer(run_dir, tmp_path):
+    """A copied checkpoint of a later version is refused by its number."""
+    directory = readers.locate(save(run_dir, x=torch.zeros(1))).directory
+    copied = tmp_path / "copy"
+    shutil.copytree(directory, copied)
+    manifest = copied / "manifest.json"
+    text = manifest.read_text()
+    assert text.count('"format": 1') == 1
+    manifest.write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(ManifestError, match="format 2"):
+        Checkpoint(x=torch.zeros(1)).restore(copied)
+
+
+def test_restore_gives_rank_zero_its_own(run_dir):
+    """Without a process group this process is rank 0 of 1."""
+    prefix = save(run_dir, mine=PerRank([1, torch.ones(2)]))
+    checkpoint = Checkpoint(mine=PerRank([0, torch.zeros(2)]))
+    checkpoint.restore(prefix)
+    assert checkpoint.mine.value[0] == 1
+    assert checkpoint.mine.value[1].tolist() == [1, 1]
+
+
+def test_empty_checkpoint_saves_and_restores(run_dir):
+    """Nothing but the counter is a checkpoint too."""
+    save(run_dir)
+    assert restore(run_dir).save_counter == 1

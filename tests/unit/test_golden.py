@@ -1,0 +1,175 @@
+"""The exact bytes of every file format, version 1.
+
+The files in ``golden/`` were made once from the objects below, by running this module as
+a script; nothing in them is random. A change that moves one byte of them is a change of
+the format: it needs a new version, not new files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distckpt import shard_file, values
+from distckpt.boxes import Box, whole
+from distckpt.layout import SPLIT, WHOLE, Piece, Row
+from distckpt.manifest import Manifest, Shard
+from distckpt.paths import Attempt
+from distckpt.record import COMMIT, Entry, Record
+from distckpt.shard_file import ShardReader
+
+GOLDEN = Path(__file__).parent / "golden"
+
+ATTEMPT = Attempt("ckpt", 1000, 3, "77b0c2d1")
+
+RECORD = Record(
+    number=17,
+    previous="00112233445566778899aabbccddeeff",
+    chain="0123456789abcdef",
+    epoch=3,
+    writer="fedcba9876543210",
+    run="torchrun-golden",
+    restart=1,
+    action=COMMIT,
+    written=1700000000.5,
+    live=(
+        Entry(Attempt("ckpt", 500, 2, "9f2c41aa"), 9, 1699990000.25, 500, "ab" * 16),
+        Entry(ATTEMPT, 17, 1700000000.0, 1000, "cd" * 16),
+    ),
+    kept=(Entry(Attempt("ckpt", -3, 1, "00000000"), 4, 1699980000.0, None, "ef" * 16),),
+    bad=(),
+    releasing=(Entry(Attempt("ckpt", 1, 1, "11111111"), 2, 1e-05, 0, "01" * 16),),
+    last_preserved=1699980000.0,
+    last_step=1000,
+)
+
+ROWS = (
+    Row("model/weight", "float32", (3, 4), SPLIT),
+    Row("model/tied", "float32", (3, 4), SPLIT, same_as="model/weight"),
+    Row("modél/buffer", "bits16", (), WHOLE),
+)
+
+MANIFEST = Manifest(
+    attempt=ATTEMPT,
+    chain="0123456789abcdef",
+    step=1000,
+    created=1700000000.0,
+    shards=(
+        Shard(8192, "ab" * 16, 0),
+        Shard(4096, "cd" * 16, 1),
+        Shard(8192, "ef" * 16, 0),
+    ),
+    layouts=(ROWS, ()),
+    values={
+        "epoch": 3,
+        "lr/a": values.encode(0.1),
+        "lr/b": values.encode(0.1),
+        "state": values.encode({1: (None, True, b"\x00\xff", float("-inf"))}),
+        "seed": values.encode(np.uint32(7)),
+    },
+)
+
+
+def write_shard(path):
+    """Write the golden shard file: a part, a dtype of our own, an empty tensor."""
+
+    def entry(row, box, data, per_rank=False):
+        return shard_file.Entry(Piece(row, box, 0), lambda: memoryview(data), per_rank)
+
+    return shard_file.write(
+        str(path),
+        [
+            entry(ROWS[0], Box((1, 0), (2, 4)), np.arange(8, dtype="<f4").tobytes()),
+            entry(ROWS[2], whole(()), b"\x34\x12"),
+            entry(Row("empty", "float64", (0, 2), WHOLE), whole((0, 2)), b""),
+            entry(Row("rng", "uint8", (5,), WHOLE), whole((5,)), b"hello", True),
+        ],
+        attempt=ATTEMPT.published,
+        rank=1,
+        world_size=3,
+        per_rank_values={"loader/position": values.encode((12, float("nan")))},
+    )
+
+
+def read(name):
+    return (GOLDEN / name).read_bytes()
+
+
+def test_record_encodes_to_the_golden_bytes():
+    """Older versions read what this one writes."""
+    assert RECORD.encode() == read("record.json")
+
+
+def test_golden_record_decodes_to_the_record():
+    """This version reads what older ones wrote."""
+    assert Record.decode(read("record.json")) == RECORD
+
+
+def test_manifest_encodes_to_the_golden_bytes():
+    """Older versions read what this one writes."""
+    assert MANIFEST.encode() == read("manifest.json")
+
+
+def test_golden_manifest_decodes_to_the_manifest():
+    """This version reads what older ones wrote."""
+    assert Manifest.decode(read("manifest.json")) == MANIFEST
+
+
+def test_shard_file_is_written_with_the_golden_bytes(tmp_path):
+    """Older versions read what this one writes."""
+    write_shard(tmp_path / "shard.safetensors")
+    assert (tmp_path / "shard.safetensors").read_bytes() == read("shard.safetensors")
+
+
+@pytest.fixture
+def reader():
+    with ShardReader(str(GOLDEN / "shard.safetensors")) as reader:
+        yield reader
+
+
+def test_golden_shard_file_verifies(reader):
+    """The checksums are those of this version."""
+    assert reader.verify() == 32 + 2 + 5
+
+
+def test_golden_shard_file_describes_itself(reader):
+    """Attempt, rank and values are where this version looks for them."""
+    seed = values.decode(reader.per_rank_values["loader/position"])
+    assert (reader.attempt, reader.rank, reader.world_size) == (ATTEMPT.published, 1, 3)
+    assert repr(seed) == "(12, nan)"
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "shape", "box", "per_rank", "data"),
+    [
+        (
+            "model/weight[1:3,0:4]",
+            "float32",
+            (3, 4),
+            Box((1, 0), (2, 4)),
+            False,
+            np.arange(8, dtype="<f4").tobytes(),
+        ),
+        ("modél/buffer", "bits16", (), whole(()), False, b"\x34\x12"),
+        ("empty", "float64", (0, 2), whole((0, 2)), False, b""),
+        ("rng", "uint8", (5,), whole((5,)), True, b"hello"),
+    ],
+    ids=["part", "own-dtype", "empty", "per-rank"],
+)
+def test_golden_shard_file_holds_this_entry(reader, key, dtype, shape, box, per_rank, data):
+    """Every kind of entry is read as it was meant."""
+    stored = reader.entries[key]
+    buffer = bytearray(stored.size_bytes)
+    reader.read_into(stored, 0, memoryview(buffer))
+    found = (stored.dtype, stored.global_shape, stored.box, stored.per_rank, bytes(buffer))
+    assert found == (dtype, shape, box, per_rank, data)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    (GOLDEN / "record.json").write_bytes(RECORD.encode())
+    (GOLDEN / "manifest.json").write_bytes(MANIFEST.encode())
+    (GOLDEN / "shard.safetensors").unlink(missing_ok=True)
+    write_shard(GOLDEN / "shard.safetensors")

@@ -1,0 +1,411 @@
+"""The one module that touches the disk: order, short writes, links, clear errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+
+import pytest
+
+from distckpt import storage
+from distckpt.errors import StorageError, UnsafeCheckpointError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record the names of the calls that make things durable, in order."""
+    log = []
+
+    def record(name):
+        real = getattr(os, name)
+
+        def call(*arguments, **keywords):
+            log.append(name)
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("open", "pwritev", "fsync", "close", "link", "rename", "mkdir"):
+        record(name)
+    return log
+
+
+def test_new_file_is_synced_before_it_is_closed(tmp_path, calls):
+    """The content is durable before anything can refer to it."""
+    storage.write_new_file(str(tmp_path / "f"), b"data")
+    assert calls == ["open", "pwritev", "fsync", "close"]
+
+
+def test_sync_directory_opens_syncs_and_closes(tmp_path, calls):
+    """Names become durable by syncing their directory."""
+    storage.sync_directory(str(tmp_path))
+    assert calls == ["open", "fsync", "close"]
+
+
+def test_make_directories_syncs_each_parent(tmp_path, calls):
+    """A new directory that vanishes in a power cut takes the checkpoints with it."""
+    storage.make_directories(str(tmp_path / "a" / "b"))
+    assert [call for call in calls if call in ("mkdir", "fsync")] == ["mkdir", "fsync"] * 2
+
+
+def test_make_directories_that_exist_does_nothing(tmp_path, calls):
+    """Claiming again is no work."""
+    storage.make_directories(str(tmp_path))
+    assert calls == []
+
+
+def test_make_directory_that_exists_is_refused(tmp_path):
+    """A pending directory is never shared."""
+    with pytest.raises(StorageError) as caught:
+        storage.make_directory(str(tmp_path))
+    assert caught.value.errno == errno.EEXIST
+
+
+def test_new_file_that_exists_is_refused_and_untouched(tmp_path):
+    """Nothing is ever overwritten."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(StorageError):
+        storage.write_new_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_new_file_through_a_dangling_link_is_refused(tmp_path):
+    """A link cannot lead the writer elsewhere."""
+    (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError):
+        storage.write_new_file(str(tmp_path / "f"), b"new")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_new_file_in_a_missing_directory_never_makes_it(tmp_path):
+    """Where the directory is gone, another manager took over."""
+    with pytest.raises(StorageError):
+        storage.write_new_file(str(tmp_path / "gone" / "f"), b"x")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_short_writes_are_completed(tmp_path, monkeypatch, step):
+    """A write that wrote less than asked is continued where it stopped."""
+    real_pwrite = os.pwrite
+
+    def short_pwritev(descriptor, buffers, offset):
+        return real_pwrite(descriptor, b"".join(buffers)[:step], offset)
+
+    def short_pwrite(descriptor, data, offset):
+        return real_pwrite(descriptor, bytes(data)[:step], offset)
+
+    monkeypatch.setattr(os, "pwritev", short_pwritev)
+    monkeypatch.setattr(os, "pwrite", short_pwrite)
+    buffers = [bytes([i]) * size for i, size in enumerate((5, 1, 700, 0, 33))]
+    path = tmp_path / "f"
+    with storage.NewFile(str(path)) as file:
+        file.write_at(10, buffers)
+        file.write_at(0, [b"0123456789"])
+        file.finish(749)
+    assert path.read_bytes() == b"0123456789" + b"".join(buffers)
+
+
+def test_write_that_writes_nothing_is_an_error(tmp_path, monkeypatch):
+    """No endless loop where the disk takes nothing and says nothing."""
+    monkeypatch.setattr(os, "pwritev", lambda *_: 0)
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(StorageError, match="wrote nothing"):
+        storage.write_new_file(str(tmp_path / "f"), b"data")
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 3000])
+def test_many_buffers_are_written_in_order(tmp_path, count):
+    """More buffers than one system call takes."""
+    buffers = [i.to_bytes(2, "little") for i in range(count)]
+    path = tmp_path / "f"
+    with storage.NewFile(str(path)) as file:
+        file.write_at(0, buffers)
+        file.finish(2 * count)
+    assert path.read_bytes() == b"".join(buffers)
+
+
+def test_large_buffer_is_written_and_read_whole(tmp_path):
+    """More bytes than one system call takes."""
+    data = os.urandom(2**20) * 33
+    path = str(tmp_path / "f")
+    with storage.NewFile(path) as file:
+        file.write_at(0, [b"x", memoryview(data)])
+        file.finish(len(data) + 1)
+    with storage.OpenFile(path) as file:
+        assert file.read(1, len(data)) == data
+
+
+def test_finish_with_another_size_than_written_is_an_error(tmp_path):
+    """A hole or a lost tail is found before the file counts."""
+    with storage.NewFile(str(tmp_path / "f")) as file:
+        file.write_at(0, [b"data"])
+        with pytest.raises(StorageError, match="wrote 5 bytes, the file has 4"):
+            file.finish(5)
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_failed_fsync_is_never_tried_again(tmp_path, monkeypatch, what):
+    """The kernel has dropped the pages; a second call would report success."""
+    tries = []
+
+    def fsync(descriptor):
+        tries.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError):
+        if what == "file":
+            storage.write_new_file(str(tmp_path / "f"), b"data")
+        else:
+            storage.sync_directory(str(tmp_path))
+    assert len(tries) == 1
+
+
+def _open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["fsync", "fstat", "pwritev"])
+def test_failed_write_leaves_no_descriptor_open(tmp_path, monkeypatch, name):
+    """A disk that fails for hours does not use up the descriptors."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = _open_descriptors()
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(StorageError):
+        storage.write_new_file(str(tmp_path / "f"), b"data")
+    monkeypatch.undo()
+    assert _open_descriptors() == before
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Make one of each kind of thing that is no regular file."""
+    (tmp_path / "target").write_bytes(b"secret")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "directory").mkdir()
+    return tmp_path
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", ["link", "dangling", "fifo", "directory"])
+def test_reading_what_is_no_regular_file_is_unsafe(odd, name):
+    """Refused at once: nothing is followed, nothing blocks."""
+    with pytest.raises(UnsafeCheckpointError, match=name):
+        storage.read_file(str(odd / name), 100)
+
+
+@pytest.mark.timeout(10)
+def test_reading_a_device_is_unsafe():
+    """An endless device is not read."""
+    with pytest.raises(UnsafeCheckpointError):
+        storage.read_file("/dev/zero", 100)
+
+
+def test_reading_a_socket_is_refused(tmp_path, monkeypatch):
+    """A socket cannot be opened; the error is ours."""
+    monkeypatch.chdir(tmp_path)  # socket paths must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(StorageError, match="open socket"):
+            storage.read_file("socket", 100)
+
+
+def test_reading_a_file_larger_than_allowed_is_refused(tmp_path):
+    """A huge file in a small file's place does not fill the memory."""
+    (tmp_path / "f").write_bytes(b"x" * 101)
+    with pytest.raises(StorageError, match="101 bytes, more than 100"):
+        storage.read_file(str(tmp_path / "f"), 100)
+
+
+def test_reading_past_the_end_gives_what_there_is(tmp_path):
+    """The caller sees that the file is too short."""
+    (tmp_path / "f").write_bytes(b"0123456789")
+    with storage.OpenFile(str(tmp_path / "f")) as file:
+        assert file.read(7, 10) == b"789"
+
+
+def test_short_reads_are_completed(tmp_path, monkeypatch):
+    """A read that gave less than asked is continued where it stopped."""
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    real = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset)
+    )
+    with storage.OpenFile(str(tmp_path / "f")) as file:
+        assert file.read(0, 100) == bytes(range(100))
+
+
+def test_file_closed_twice_closes_no_other_descriptor(tmp_path, calls):
+    """The number may belong to another file by then."""
+    (tmp_path / "f").write_bytes(b"")
+    file = storage.OpenFile(str(tmp_path / "f"))
+    file.close()
+    file.close()
+    assert calls.count("close") == 1
+
+
+def test_link_to_a_taken_name_is_refused(tmp_path):
+    """This is the compare-and-swap that everything rests on."""
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    with pytest.raises(StorageError) as caught:
+        storage.link(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert caught.value.errno == errno.EEXIST
+
+
+def test_link_to_a_taken_dangling_link_is_refused(tmp_path):
+    """A link that leads nowhere is a taken name too."""
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").symlink_to(tmp_path / "nothing")
+    with pytest.raises(StorageError):
+        storage.link(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_remove_tree_never_follows_a_link_inside(tmp_path):
+    """What a link points to stays."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_bytes(b"x")
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "link").symlink_to(outside)
+    (tree / "file-link").symlink_to(outside / "precious")
+    storage.remove_tree(str(tree))
+    assert (tree.exists(), (outside / "precious").exists()) == (False, True)
+
+
+def test_remove_tree_that_is_a_link_is_refused(tmp_path):
+    """A link in an attempt's place is not followed."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").write_bytes(b"x")
+    (tmp_path / "tree").symlink_to(tmp_path / "outside")
+    with pytest.raises(StorageError):
+        storage.remove_tree(str(tmp_path / "tree"))
+    assert (tmp_path / "outside" / "precious").exists()
+
+
+@pytest.mark.parametrize("remove", [storage.remove_tree, storage.remove_file])
+def test_removing_what_is_gone_already_is_no_error(tmp_path, remove):
+    """Deletions are repeated after a crash."""
+    remove(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("target", True),
+        ("link", True),
+        ("dangling", True),
+        ("no", False),
+        ("target/x", False),
+    ],
+)
+def test_exists_asks_for_the_name_itself(odd, name, there):
+    """A dangling link is a taken name; a name below a file is none."""
+    assert storage.exists(str(odd / name)) is there
+
+
+def test_list_directory_is_sorted(tmp_path):
+    """The same on every filesystem."""
+    for name in "cab":
+        (tmp_path / name).touch()
+    assert storage.list_directory(str(tmp_path)) == ["a", "b", "c"]
+
+
+def test_list_directory_that_is_missing_is_empty(tmp_path):
+    """A run directory need not exist yet."""
+    assert storage.list_directory(str(tmp_path / "no")) == []
+
+
+def test_list_directory_that_is_a_file_is_an_error(odd):
+    """A file in the run directory's place is not "no checkpoint"."""
+    with pytest.raises(StorageError):
+        storage.list_directory(str(odd / "target"))
+
+
+def test_free_bytes_counts_what_this_user_may_write(tmp_path):
+    """The number comes from the filesystem."""
+    assert storage.free_bytes(str(tmp_path)) >= 0
+
+
+def _operations(path):
+    other = path + ".other"
+    return {
+        "mkdir": lambda: storage.make_directory(os.path.join(path, "a", "b")),
+        "fsync": lambda: storage.sync_directory(path),
+        "open": lambda: storage.read_file(path, 1),
+        "list": lambda: storage.list_directory(__file__),
+        "link": lambda: storage.link(path, other),
+        "rename": lambda: storage.rename(path, other),
+        "unlink": lambda: storage.remove_file(os.path.dirname(path)),
+        "statvfs": lambda: storage.free_bytes(path),
+        "lstat": lambda: storage.exists("x" * 5000),
+    }
+
+
+@pytest.mark.parametrize("operation", _operations("x"))
+def test_error_names_its_operation(tmp_path, operation):
+    """Whoever reads the log knows what failed."""
+    with pytest.raises(StorageError) as caught:
+        _operations(str(tmp_path / "missing"))[operation]()
+    assert caught.value.operation == operation
+
+
+@pytest.mark.parametrize("operation", _operations("x"))
+def test_error_names_operation_and_path_in_its_text(tmp_path, operation):
+    """The text alone is enough: between ranks errors travel as text."""
+    with pytest.raises(StorageError) as caught:
+        _operations(str(tmp_path / "missing"))[operation]()
+    assert str(caught.value).startswith(f"{operation} {caught.value.path}: ")
+
+
+@pytest.mark.parametrize("operation", _operations("x"))
+def test_error_carries_the_errno(tmp_path, operation):
+    """A handler can tell the reasons apart."""
+    with pytest.raises(StorageError) as caught:
+        _operations(str(tmp_path / "missing"))[operation]()
+    assert isinstance(caught.value.errno, int)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """Mount a filesystem of 64 KiB, where that is allowed."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs the mount command")
+    if mounted.returncode != 0:
+        pytest.skip(f"may not mount a small tmpfs: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_full_disk_is_reported_with_the_space_that_is_left(full_disk):
+    """ENOSPC says what, where and how much is free."""
+    with pytest.raises(
+        StorageError, match=r"write .*/f: .*\(\d+ bytes and \d+ inodes"
+    ) as e:
+        storage.write_new_file(str(full_disk / "f"), bytes(10**6))
+    assert e.value.errno == errno.ENOSPC
+
+
+def test_full_disk_that_is_cleared_is_written_again(full_disk):
+    """A failed write leaves nothing behind that cannot be removed."""
+    with pytest.raises(StorageError):
+        storage.write_new_file(str(full_disk / "f"), bytes(10**6))
+    storage.remove_file(str(full_disk / "f"))
+    storage.write_new_file(str(full_disk / "f"), bytes(10**4))
+    assert (full_disk / "f").stat().st_size == 10**4
