@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from distckpt import paths, policy, record, state, storage
@@ -30,26 +30,14 @@ from distckpt.layout import Table
 from distckpt.lock import DirectoryLock
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
+from distckpt.probe import Probe, check_filesystem
 from distckpt.record import Entry, Record, digest
 from distckpt.state import Head
 
 _logger = logging.getLogger(__name__)
 
 _LOCK_WAIT_SECONDS = 30.0
-_MIN_FREE_BYTES = 2**20
 _MAX_CLAIMS_LOST = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """By which files the ranks show that they share the chief's directory."""
-
-    epoch: int
-    nonce: str
-
-    def file(self, rank: int) -> str:
-        """Name one rank's probe file."""
-        return paths.probe_file(self.epoch, self.nonce, rank)
 
 
 class Chief:
@@ -147,18 +135,11 @@ class Chief:
         if newest != self._head:
             self._load(newest)
         storage.make_directories(records)
-        self._probe_links(records)
-        free = storage.free_bytes(self._directory)
-        if free < _MIN_FREE_BYTES:
-            msg = f"{self._directory}: only {free} bytes are free; make room first."
-            raise StorageError(msg, operation="statvfs", path=self._directory)
-        self._probe = Probe(self._next_epoch, paths.random_hex(8))
-        storage.write_new_file(self._probe_path(), b"")
+        epoch = 1 if newest is None else newest.record.epoch + 1
+        check_filesystem(self._directory, epoch)
+        self._probe = Probe(self._directory, epoch, paths.random_hex(8))
+        self._probe.leave()
         return self._probe
-
-    @property
-    def _next_epoch(self) -> int:
-        return 1 if self._head is None else self._head.record.epoch + 1
 
     def _acquire_lock(self) -> None:
         if self._lock is None:
@@ -188,24 +169,6 @@ class Chief:
                 "pass takeover=True to fence it."
             )
             raise DirectoryInUseError(msg)
-
-    def _probe_links(self, records: str) -> None:
-        path = os.path.join(records, paths.temporary_file(self._next_epoch))
-        other = os.path.join(records, paths.temporary_file(self._next_epoch))
-        storage.write_new_file(path, b"")
-        try:
-            storage.link(path, other)
-        except StorageError as error:
-            msg = (
-                f"{self._directory}: this filesystem has no hard links ({error}); without "
-                "them two jobs could commit over each other. Use another filesystem."
-            )
-            raise StorageError(
-                msg, operation="link", path=path, errno=error.errno
-            ) from error
-        finally:
-            storage.remove_file(path)
-            storage.remove_file(other)
 
     def finish_claim(self) -> None:
         """C3 and C4: append the claim that fences all others, then sweep behind.
@@ -240,12 +203,8 @@ class Chief:
     def abandon_claim(self) -> None:
         """Remove the chief's own probe."""
         if self._probe is not None:
-            storage.remove_file(self._probe_path())
+            self._probe.remove()
             self._probe = None
-
-    def _probe_path(self) -> str:
-        assert self._probe is not None
-        return os.path.join(self._directory, self._probe.file(0))
 
     def _claim_record(self) -> Record:
         """Copy the newest record's lists verbatim under a new epoch."""

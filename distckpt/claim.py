@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distckpt import storage
-from distckpt.chief import Probe
 from distckpt.comm import Answer
-from distckpt.errors import SaveFailed, StorageError
+from distckpt.errors import SaveFailed
 from distckpt.job import Job, run_phase
 from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.probe import Probe
 
 
 def ensure_claimed(job: Job) -> None:
@@ -26,12 +25,12 @@ def ensure_claimed(job: Job) -> None:
         return
     # C1 (chief): lock, read, probe.
     answer = job.decisions.consult(Vote(Phase.CLAIM), lambda _: _prepare(job))
-    probe = Probe(answer["epoch"], answer["nonce"])
+    probe = Probe(job.directory, answer["epoch"], answer["nonce"])
     # C2 (every rank): can I write, and is it the chief's directory?
     answer = run_phase(
         job.decisions,
         Phase.PROBE,
-        lambda: _probe(job, probe),
+        lambda: _try(job, probe),
         lambda votes: _finish(job, votes),  # C3, C4 (chief)
     )
     job.take_lists(answer)
@@ -44,18 +43,8 @@ def _prepare(job: Job) -> Answer:
     return {"epoch": probe.epoch, "nonce": probe.nonce}
 
 
-def _probe(job: Job, probe: Probe) -> Vote:
-    if job.rank > 0:
-        if not storage.exists(job.path(probe.file(0))):
-            msg = (
-                f"{job.directory} is not the chief's directory: its probe "
-                f"{probe.file(0)} is not visible here. Every rank needs the same shared "
-                "directory."
-            )
-            raise StorageError(msg, operation="probe", path=job.directory)
-        own = job.path(probe.file(job.rank))
-        storage.write_new_file(own, b"")
-        storage.remove_file(own)
+def _try(job: Job, probe: Probe) -> Vote:
+    probe.try_on(job.rank)
     return Vote(Phase.PROBE)
 
 

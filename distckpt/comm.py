@@ -10,6 +10,7 @@ interleave with them, and they need no device.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import struct
 import time
@@ -45,10 +46,6 @@ _ANSWER, _SEND_DETAILS = 0, 1
 
 _FIRST_POLL_SECONDS = 50e-6
 _LAST_POLL_SECONDS = 2e-3
-
-# gloo's destructor waits for operations that will never end; a group that broke is kept
-# for ever, so that the process can exit at once.
-_broken_groups: list[dist.ProcessGroup] = []
 
 
 class Channel(Protocol):
@@ -121,7 +118,7 @@ class GroupChannel:
             # Interrupted in a collective is as bad as broken: it stays outstanding.
             if not self._broken:
                 self._broken = f"{type(error).__name__}: {error}"
-                _broken_groups.append(self._group)
+                _keep_for_ever(self._group)
             raise
 
     def _consult_as_chief(self, vote: Vote, decide: Decide) -> Answer:
@@ -295,6 +292,15 @@ def open_channels(
             raise PeerTimeout(msg) from error
         channels.append(GroupChannel(group, timeout))
     return channels
+
+
+def _keep_for_ever(group: dist.ProcessGroup) -> None:
+    """Keep a broken group from being destroyed, so that the process can exit at once.
+
+    gloo's destructor waits for operations that will never end. A reference in a global
+    would not do: the interpreter drops those on its way out.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _tensor(data: bytes) -> torch.Tensor:

@@ -34,8 +34,8 @@ def current(environ: Mapping[str, str] = os.environ) -> Identity:
 
 
 def _run(environ: Mapping[str, str]) -> str:
-    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id != "none":
+    run_id = environ.get("TORCHELASTIC_RUN_ID")
+    if run_id and run_id != "none":
         return f"torchrun-{run_id}"
     job_id = environ.get("SLURM_JOB_ID")
     if job_id:

@@ -17,7 +17,8 @@ from distckpt.layout import WHOLE, Row
 from distckpt.leaves import RestorePlan, Saved
 from distckpt.manifest import Manifest
 from distckpt.readers import open_shard
-from distckpt.shard_file import ShardReader, Stored
+from distckpt.shard_file import ShardReader
+from distckpt.shard_header import Stored
 from distckpt.tracked import Nodes
 
 
@@ -84,10 +85,10 @@ class Loading:
         reader = self._reader(self._rank)
         rows = {
             e.name: Row(e.name, e.dtype, e.global_shape, WHOLE)
-            for e in reader.entries.values()
+            for e in reader.header.entries.values()
             if e.per_rank
         }
-        return Saved(rows, reader.per_rank_values, knows_ties=False)
+        return Saved(rows, reader.header.per_rank_values, knows_ties=False)
 
     def _reader(self, rank: int) -> ShardReader:
         reader = self._readers.get(rank)
@@ -106,14 +107,14 @@ class Loading:
             StorageError: They cannot be read.
         """
         if self._per_rank.reads:
-            entries = self._reader(self._rank).entries.values()
+            entries = self._reader(self._rank).header.entries.values()
             own = {e.name: e for e in entries if e.per_rank}
             for name, tensor in self._per_rank.reads.items():
                 self._fill(tensor, [(self._rank, own[name])])
         located = {
             (rank, e.name, e.box): e
             for rank, reader in self._readers.items()
-            for e in reader.entries.values()
+            for e in reader.header.entries.values()
             if not e.per_rank
         }
         for name, tensor in self._shared.reads.items():

@@ -6,6 +6,7 @@ Source: ``tensorflow/python/checkpoint/checkpoint_management.py`` (2.16),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Retention:
                 f"{keep!r}."
             )
             raise ConfigError(msg)
-        if hours is not None and type(hours) not in (int, float):
+        if hours is not None and (type(hours) not in (int, float) or math.isnan(hours)):
             msg = f"keep_checkpoint_every_n_hours must be a number; got {hours!r}."
             raise ConfigError(msg)
 

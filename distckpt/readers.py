@@ -285,16 +285,17 @@ def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
                 "off, or another file."
             )
             raise ShardFileError(msg)
-        if reader.header != shard.header:
-            msg = f"{path}: header digest {reader.header}, expected {shard.header}."
+        if reader.header_digest != shard.header:
+            msg = f"{path}: header digest {reader.header_digest}, expected {shard.header}."
             raise ChecksumError(msg)
         expected = (manifest.attempt.published, rank, manifest.world_size)
-        found = (reader.attempt, reader.rank, reader.world_size)
+        header = reader.header
+        found = (header.attempt, header.rank, header.world_size)
         if found != expected:
             msg = f"{path}: written as {found}, expected {expected}."
             raise ShardFileError(msg)
         promised = {(p.row.name, p.box) for p in manifest.assignment.pieces_of_rank(rank)}
-        stored = {(e.name, e.box) for e in reader.entries.values() if not e.per_rank}
+        stored = {(e.name, e.box) for e in header.entries.values() if not e.per_rank}
         if promised != stored:
             differing = sorted(name for name, _ in promised ^ stored)[:5]
             msg = f"{path}: does not hold what the manifest says: {differing}, ..."

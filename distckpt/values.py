@@ -1,4 +1,4 @@
-"""Plain Python values <-> JSON, without pickle and without losing a bit.
+"""Plain Python values <-> JSON, without pickle: the same types, the same numbers.
 
 What JSON has, it stands for itself. Everything else is an object with one key that
 starts with ``$``:
@@ -9,7 +9,7 @@ starts with ``$``:
 ``$ordered``        the same, a ``collections.OrderedDict``
 ``$counter``        the same, a ``collections.Counter``
 ``$bytes``          base64
-``$float``          "inf", "-inf" or "nan"
+``$float``          "inf", "-inf" or "nan" (one NaN is like another)
 ``$numpy``          [dtype, base64] of a numpy scalar
 ``$tensor``         name of a tensor that is stored beside
 ==================  ==========================================================

@@ -28,9 +28,9 @@ def contents_of(directory: str) -> tuple[str, dict[str, tuple[str, bytes]]]:
     }
     for rank in range(manifest.world_size):
         with open_shard(located.directory, manifest, rank) as reader:
-            for name, value in reader.per_rank_values.items():
+            for name, value in reader.header.per_rank_values.items():
                 contents[f"{name} (rank {rank})"] = ("value", _text(value))
-            for key, stored in reader.entries.items():
+            for key, stored in reader.header.entries.items():
                 data = bytearray(stored.size_bytes)
                 reader.read_into(stored, 0, memoryview(data))
                 contents[f"{key} (rank {rank})"] = (stored.dtype, bytes(data))

@@ -275,7 +275,7 @@ def check_content(directory: str, saved: Saved) -> None:
     num_found = 0
     for rank in range(manifest.world_size):
         with readers.open_shard(located.directory, manifest, rank) as reader:
-            for stored in reader.entries.values():
+            for stored in reader.header.entries.values():
                 found = bytearray(stored.size_bytes)
                 reader.read_into(stored, 0, memoryview(found))
                 if stored.per_rank:

@@ -17,11 +17,11 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous"},
-    1: {"values", "record", "layout", "storage", "messages", "modules"},
-    2: {"manifest", "policy", "state", "lock", "shard_file", "tensors", "comm"},
-    3: {"readers", "janitor", "leaves"},
-    4: {"verify", "chief", "tracked"},
-    5: {"loading"},
+    1: {"values", "record", "layout", "storage", "messages", "modules", "lock"},
+    2: {"manifest", "policy", "state", "shard_header", "tensors", "comm", "probe"},
+    3: {"shard_file", "janitor", "leaves"},
+    4: {"readers", "chief", "tracked"},
+    5: {"verify", "loading"},
     6: {"checkpoint"},
     7: {"job"},
     8: {"claim"},
@@ -34,6 +34,7 @@ LAYERS = {
 TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
+    *{"shard_header", "probe"},
     *{"readers", "janitor", "verify", "chief", "cli"},
 }
 

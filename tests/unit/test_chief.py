@@ -93,7 +93,7 @@ def test_claim_is_a_claim_only_when_finished(run_dir):
     chief = make_chief(run_dir)
     probe = chief.prepare_claim()
     assert (chief.is_claimed, state.has_records(run_dir)) == (False, False)
-    assert os.path.exists(os.path.join(run_dir, probe.file(0)))
+    assert paths.probe_file(probe.epoch, probe.nonce, 0) in os.listdir(run_dir)
 
 
 def test_claim_finished_leaves_no_probe(run_dir):

@@ -136,8 +136,9 @@ def test_golden_shard_file_verifies(reader):
 
 def test_golden_shard_file_describes_itself(reader):
     """Attempt, rank and values are where this version looks for them."""
-    seed = values.decode(reader.per_rank_values["loader/position"])
-    assert (reader.attempt, reader.rank, reader.world_size) == (ATTEMPT.published, 1, 3)
+    seed = values.decode(reader.header.per_rank_values["loader/position"])
+    header = reader.header
+    assert (header.attempt, header.rank, header.world_size) == (ATTEMPT.published, 1, 3)
     assert repr(seed) == "(12, nan)"
 
 
@@ -160,7 +161,7 @@ def test_golden_shard_file_describes_itself(reader):
 )
 def test_golden_shard_file_holds_this_entry(reader, key, dtype, shape, box, per_rank, data):
     """Every kind of entry is read as it was meant."""
-    stored = reader.entries[key]
+    stored = reader.header.entries[key]
     buffer = bytearray(stored.size_bytes)
     reader.read_into(stored, 0, memoryview(buffer))
     found = (stored.dtype, stored.global_shape, stored.box, stored.per_rank, bytes(buffer))

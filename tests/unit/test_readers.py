@@ -344,7 +344,7 @@ def test_file_that_is_a_link_is_refused(saved, tmp_path, name):
 def test_open_shard_gives_a_reader_of_that_rank(saved):
     """Held against the manifest, and open."""
     with readers.open_shard(saved.published, manifest_of(saved), 1) as reader:
-        assert reader.rank == 1
+        assert reader.header.rank == 1
 
 
 def test_open_shard_that_was_cut_is_refused(saved):

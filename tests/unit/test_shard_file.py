@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import ARRAYS, flip_bit
 
-from distckpt import dtypes, shard_file, storage
+from distckpt import dtypes, shard_file, shard_header, storage
 from distckpt.boxes import Box, whole
 from distckpt.errors import (
     ChecksumError,
@@ -131,7 +131,7 @@ def test_file_of_any_arrays_is_read_by_us_with_equal_contents(tmp_path, arrays):
     write(path, [entry_of(name, array) for name, array in arrays.items()])
     with ShardReader(str(path)) as reader:
         found = {}
-        for stored in reader.entries.values():
+        for stored in reader.header.entries.values():
             buffer = bytearray(stored.size_bytes)
             reader.read_into(stored, 0, memoryview(buffer))
             found[stored.name] = (stored.dtype, stored.global_shape, bytes(buffer))
@@ -149,7 +149,7 @@ def test_file_of_any_dtype_opens_in_the_official_package(tmp_path, dtype):
         ((name, tensor),) = safetensors.deserialize(file.read())
     assert (name, bytes(tensor["data"])) == ("x", data.tobytes())
     with ShardReader(path) as reader:
-        stored = reader.entries["x"]
+        stored = reader.header.entries["x"]
         assert (stored.dtype, stored.global_shape) == (dtype, (2, 3))
 
 
@@ -157,7 +157,7 @@ def test_data_starts_at_a_multiple_of_4096(tmp_path):
     """Direct I/O and memory maps want it."""
     write_sample(tmp_path / "f")
     (length,) = struct.unpack("<Q", (tmp_path / "f").read_bytes()[:8])
-    assert (8 + length) % shard_file.ALIGNMENT == 0
+    assert (8 + length) % 4096 == 0
 
 
 @settings(max_examples=MAX_EXAMPLES // 4)
@@ -168,7 +168,7 @@ def test_every_entry_is_aligned_to_its_element_size(tmp_path, arrays):
     path.unlink(missing_ok=True)
     write(path, [entry_of(name, array) for name, array in arrays.items()])
     with ShardReader(str(path)) as reader:
-        for stored in reader.entries.values():
+        for stored in reader.header.entries.values():
             assert stored.start % dtypes.item_size_bytes(stored.dtype) == 0
 
 
@@ -176,7 +176,7 @@ def test_written_says_the_size_and_digest_that_a_reader_finds(tmp_path):
     """The vote carries what the manifest will hold."""
     written = write_sample(tmp_path / "f")
     with ShardReader(str(tmp_path / "f")) as reader:
-        assert (reader.size_bytes, reader.header) == written
+        assert (reader.size_bytes, reader.header_digest) == written
 
 
 def test_file_describes_itself(tmp_path):
@@ -184,7 +184,8 @@ def test_file_describes_itself(tmp_path):
     path = str(tmp_path / "f")
     write(path, [], rank=1, per_rank_values={"seed": {"$tuple": [1]}})
     with ShardReader(path) as reader:
-        found = (reader.attempt, reader.rank, reader.world_size, reader.per_rank_values)
+        header = reader.header
+    found = (header.attempt, header.rank, header.world_size, header.per_rank_values)
     assert found == (ATTEMPT, 1, 2, {"seed": {"$tuple": [1]}})
 
 
@@ -195,7 +196,7 @@ def test_part_of_a_tensor_is_stored_with_where_it_belongs(tmp_path):
     part = np.arange(6, dtype=np.int16).reshape(2, 3)
     write(path, [entry_of("w", part, box=box, shape=(10, 3))])
     with ShardReader(path) as reader:
-        (stored,) = reader.entries.values()
+        (stored,) = reader.header.entries.values()
     assert (stored.key, stored.name, stored.global_shape, stored.box) == (
         "w[4:6,0:3]",
         "w",
@@ -209,7 +210,7 @@ def test_per_rank_tensor_is_marked(tmp_path):
     path = str(tmp_path / "f")
     write(path, [entry_of("rng", np.zeros(3, np.uint8), per_rank=True)])
     with ShardReader(path) as reader:
-        assert reader.entries["rng"].per_rank
+        assert reader.header.entries["rng"].per_rank
 
 
 def test_equal_names_in_one_file_are_refused(tmp_path):
@@ -263,8 +264,8 @@ def test_small_entries_are_written_in_few_calls(tmp_path, monkeypatch):
 def test_blocks_grow_for_entries_so_large_that_checksums_would_not_fit():
     """The header stays below the package's limit for terabytes."""
     sizes = [2**40, 2**38]
-    block = shard_file._block_bytes(iter(sizes))
-    assert shard_file._num_blocks(sizes, block) * 8 <= 16 * 2**20
+    block = shard_header._block_bytes(sizes)
+    assert shard_header._num_blocks(sizes, block) * 8 <= 16 * 2**20
 
 
 # What is read
@@ -283,7 +284,7 @@ def test_any_range_of_an_entry_reads_as_written(tmp_path, data):
     start, stop = sorted((data.draw(point), data.draw(point)))
     with ShardReader(str(path)) as reader:
         buffer = bytearray(stop - start)
-        reader.read_into(reader.entries["weight"], start, memoryview(buffer))
+        reader.read_into(reader.header.entries["weight"], start, memoryview(buffer))
     assert bytes(buffer) == expected[start:stop]
 
 
@@ -296,7 +297,7 @@ def test_read_of_a_range_reads_only_the_blocks_it_touches(tmp_path, start, stop,
     write_sample(tmp_path / "f")
     with ShardReader(str(tmp_path / "f")) as reader:
         reader.read_into(
-            reader.entries["weight"], start, memoryview(bytearray(stop - start))
+            reader.header.entries["weight"], start, memoryview(bytearray(stop - start))
         )
         assert reader.num_block_reads == blocks
 
@@ -323,7 +324,7 @@ def test_flipped_bit_in_another_block_does_not_fail_a_partial_read(tmp_path):
     write_sample(path)
     with ShardReader(path) as reader:
         flip_bit(path, reader.size_bytes - 28 - 1)  # the last byte of weight
-        reader.read_into(reader.entries["weight"], 0, memoryview(bytearray(100)))
+        reader.read_into(reader.header.entries["weight"], 0, memoryview(bytearray(100)))
 
 
 def test_verify_returns_the_number_of_bytes(tmp_path):
@@ -410,7 +411,7 @@ def test_arbitrary_file_gives_only_our_errors(tmp_path, data):
 @given(data=st.data())
 def test_file_with_a_piece_replaced_gives_only_our_errors(tmp_path, sample, data):
     """Whatever a disk or a person does to a file; and no stricter than needed."""
-    text_end = sample.rindex(b"}", 0, shard_file.ALIGNMENT) + 1
+    text_end = sample.rindex(b"}", 0, 4096) + 1
     start = data.draw(st.integers(0, text_end))
     stop = data.draw(st.integers(start, min(text_end, start + 10)))
     middle = data.draw(
@@ -724,4 +725,4 @@ def test_whole_rows_are_read_under_their_own_name(tmp_path):
     row = Row("x", "uint8", (3,), WHOLE)
     write(tmp_path / "f", [Entry(Piece(row, whole((3,)), 0), lambda: memoryview(b"abc"))])
     with ShardReader(str(tmp_path / "f")) as reader:
-        assert reader.entries["x"].box == whole((3,))
+        assert reader.header.entries["x"].box == whole((3,))
