@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distckpt import identity, paths, policy, readers, strict_json
+from distckpt import identity, paths, policy, readers, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, open_channels
@@ -86,15 +86,18 @@ class CheckpointManager:
         takeover: bool = False,
     ) -> None:
         self._unusable: DistckptError | None = None
-        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
-            msg = f"timeout must be a positive datetime.timedelta, got {timeout!r}."
-            raise ConfigError(msg)
-        decisions, commits = open_channels(process_group, timeout, 2)
+        # A bad timeout must reach all ranks too, and for that they have to be connected.
+        is_timeout = isinstance(timeout, timedelta) and timeout > timedelta(0)
+        wait = timeout if is_timeout else _DEFAULT_TIMEOUT
+        decisions, commits = open_channels(process_group, wait, 2)
         made: list[tuple[Job, Callable[[], Chief]]] = []
 
         def body() -> Vote:
             # Bad arguments of one rank must reach all of them, so they are a vote too.
             root = readers.checked_path(directory)
+            if not is_timeout:
+                msg = f"timeout must be a positive datetime.timedelta, got {timeout!r}."
+                raise ConfigError(msg)
             _check_arguments(checkpoint, checkpoint_name, checkpoint_interval, init_fn)
             retention = policy.Retention(max_to_keep, keep_checkpoint_every_n_hours)
             gate = policy.IntervalGate(checkpoint_interval)
@@ -109,7 +112,7 @@ class CheckpointManager:
                 gate=gate,
                 read_step=_step_reader(step_counter),
                 init_fn=init_fn,
-                timeout_seconds=timeout.total_seconds(),
+                timeout_seconds=wait.total_seconds(),
             )
 
             def make_chief() -> Chief:
@@ -130,7 +133,7 @@ class CheckpointManager:
                 checkpoint_interval,
                 bool(takeover),
             ]
-            key = digest(strict_json.dumps(arguments).encode())
+            key = digest(strict_json.dumps(values.encode(arguments)).encode())
             return Vote(Phase.CONSTRUCT, digest_a=bytes.fromhex(key))
 
         def decide(votes: Sequence[Vote]) -> Answer:

@@ -72,7 +72,6 @@ def save(
         return None
     if job.undefined:
         raise RestoreFailed(job.undefined)
-    ensure_claimed(job)
     attempt = _decide(job, lambda: _request(step, number, check_interval, options))
     counter = job.checkpoint.save_counter
     try:
@@ -112,6 +111,16 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
 
 def _decide(job: Job, make_request: Callable[[], Request]) -> Attempt:
     """Ask the chief; it makes the pending directory of a new attempt."""
+    attempt = _ask(job, make_request)
+    if attempt is None:
+        # The first call of this manager: all ranks made it alike, so now claim.
+        ensure_claimed(job)
+        attempt = _ask(job, make_request)
+    assert attempt is not None
+    return attempt
+
+
+def _ask(job: Job, make_request: Callable[[], Request]) -> Attempt | None:
     made: list[Request] = []
 
     def body() -> Vote:
@@ -125,9 +134,7 @@ def _decide(job: Job, make_request: Callable[[], Request]) -> Attempt:
         return _begin(job, made[0], votes)
 
     answer = run_phase(job.decisions, Phase.DECIDE, body, decide)
-    attempt = paths.parse_published(answer["attempt"])
-    assert attempt is not None
-    return attempt
+    return None if answer["attempt"] is None else paths.parse_published(answer["attempt"])
 
 
 def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
@@ -142,6 +149,8 @@ def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
             "arguments. Every rank must call save() at the same step in the same way."
         )
         raise ConfigError(msg)
+    if not job.claimed:
+        return {"attempt": None}
     attempt = job.chief.begin(request.number, job.checkpoint.save_counter)
     return {"attempt": attempt.published}
 

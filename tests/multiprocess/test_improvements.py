@@ -531,6 +531,7 @@ def _die_while_saving(rank, directory, where):
     else:
         checkpoint.doomed = _KillsInside()
     manager.save()
+    manager.sync()  # deletions run behind: here at the latest they kill
 
 
 # Before the commit's record appears; before what it has dropped is renamed.
