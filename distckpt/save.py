@@ -323,7 +323,6 @@ def _commit(
 ) -> Answer:
     assert job.chief is not None
     assert plan.values is not None
-    before = [a.prefix for a in job.chief.checkpoints]
     shards = [
         Shard(vote.size_bytes, vote.digest_a.hex(), table)
         for vote, table in zip(votes, plan.table_of_rank, strict=True)
@@ -336,17 +335,26 @@ def _commit(
         text = f"the commit failed on the chief: {error}"
         msg = f"save {attempt.prefix}: {text}; no checkpoint was made."
         raise SaveFailed(msg, {0: text}) from error
-    after = {a.prefix for a in job.chief.checkpoints}
-    removed = [prefix for prefix in before if prefix not in after]
-    return {"added": attempt.prefix, "removed": removed}
+    return _changes(job, attempt.prefix)
 
 
-def _updated_lists(job: Job, answer: Answer) -> Answer:
-    """Follow the chief's lists by what changed: the whole would grow for ever."""
-    added = answer["added"]
-    gone = {*answer["removed"], added}
-    kept = [prefix for prefix in job.checkpoints if prefix not in gone]
-    return {"latest": added, "checkpoints": [*kept, added]}
+def _changes(job: Job, saved: str) -> Answer:
+    """Say how the lists that all ranks hold have changed: the whole would grow for ever."""
+    assert job.chief is not None
+    held, now = job.checkpoints, [a.prefix for a in job.chief.checkpoints]
+    remain = {*now} - {saved}
+    return {
+        "latest": saved,
+        "removed": [prefix for prefix in held if prefix not in remain],
+        # Not only the one just saved: a commit of unknown outcome may have turned up.
+        "added": [prefix for prefix in now if prefix not in {*held} - {saved}],
+    }
+
+
+def _updated_lists(job: Job, changes: Answer) -> Answer:
+    removed = {*changes["removed"]}
+    kept = [prefix for prefix in job.checkpoints if prefix not in removed]
+    return {"latest": changes["latest"], "checkpoints": [*kept, *changes["added"]]}
 
 
 def _or_abandon(
