@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from distckpt.comm import Answer
 from distckpt.errors import SaveFailed
-from distckpt.job import Job, run_phase
+from distckpt.job import Job, Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.probe import Probe
 
@@ -27,12 +27,9 @@ def ensure_claimed(job: Job) -> None:
     answer = job.decisions.consult(Vote(Phase.CLAIM), lambda _: _prepare(job))
     probe = Probe(job.directory, answer["epoch"], answer["nonce"])
     # C2 (every rank): can I write, and is it the chief's directory?
-    answer = run_phase(
-        job.decisions,
-        Phase.PROBE,
-        lambda: _try(job, probe),
-        lambda votes: _finish(job, votes),  # C3, C4 (chief)
-    )
+    tried = Ran(lambda: probe.try_on(job.rank))
+    # C3, C4 (chief)
+    answer = agree(job.decisions, Phase.PROBE, tried, lambda votes: _finish(job, votes))
     job.take_lists(answer)
     job.claimed = True
 
@@ -41,11 +38,6 @@ def _prepare(job: Job) -> Answer:
     assert job.chief is not None
     probe = job.chief.prepare_claim()
     return {"epoch": probe.epoch, "nonce": probe.nonce}
-
-
-def _try(job: Job, probe: Probe) -> Vote:
-    probe.try_on(job.rank)
-    return Vote(Phase.PROBE)
 
 
 def _finish(job: Job, votes: Sequence[Vote]) -> Answer:

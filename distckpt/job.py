@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
@@ -14,6 +14,8 @@ from distckpt.errors import DistckptError
 from distckpt.layout import Assignment
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.policy import IntervalGate
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -91,31 +93,50 @@ class Job:
         return self.chief.settle(max(0.0, self.timeout_seconds - 1.0))
 
 
-def run_phase(
+class Ran(Generic[_Result]):
+    """What a phase came to on this rank: a result, or the error that will be its vote."""
+
+    def __init__(self, body: Callable[[], _Result]) -> None:
+        self.error: BaseException | None = None
+        try:
+            self._result = body()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def result(self) -> _Result:
+        """The result; to be asked for only when all ranks have agreed to go on."""
+        assert self.error is None, self.error
+        return self._result
+
+
+def agree(
     channel: Channel,
     phase: Phase,
-    body: Callable[[], Vote],
+    ran: Ran[_Result],
     decide: Decide,
+    *,
+    says: Callable[[_Result], Vote] | None = None,
     status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
 ) -> Answer:
-    """Run one phase on this rank and agree on it: collective.
+    """Vote on what a phase came to, and return the chief's answer: collective.
 
-    The body's error becomes this rank's vote, whatever it is, so that no rank raises
-    between two votes; once all agree, a rank raises its own error as the cause.
+    An error becomes this rank's vote, whatever it is, so that no rank raises between two
+    votes; once all agree, a rank raises its own error as the cause.
 
     Args:
         channel: Over which.
         phase: Where in the protocol.
-        body: What this rank does; returns its vote.
+        ran: What the phase came to here.
         decide: The chief's decision from all votes.
+        says: Makes the vote from the result; by default it says that all is well.
         status_of: How this rank's error is to be judged.
     """
-    original: BaseException | None = None
-    try:
-        vote = body()
-    except BaseException as error:
-        original = error
-        vote = failure(phase, error, status_of(error))
+    original = ran.error
+    if original is not None:
+        vote = failure(phase, original, status_of(original))
+    else:
+        vote = Vote(phase) if says is None else says(ran.result)
     try:
         answer = channel.consult(vote, decide)
     except DistckptError as error:

@@ -8,32 +8,24 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from distckpt import identity, paths, policy, readers, strict_json, values
+from distckpt import readers
 from distckpt.checkpoint import Checkpoint
-from distckpt.chief import Chief
-from distckpt.comm import Answer, open_channels
+from distckpt.comm import Answer
+from distckpt.construct import DEFAULT_TIMEOUT, Arguments, construct
 from distckpt.errors import (
-    ConfigError,
     DistckptError,
     FencedError,
     ManagerBroken,
-    RestoreFailed,
     StorageError,
-    UnsupportedError,
 )
-from distckpt.job import Job, run_phase
-from distckpt.messages import Phase, Vote, raise_failures
-from distckpt.record import digest
+from distckpt.messages import Phase, Vote
 from distckpt.restore import restore_or_initialize
 from distckpt.save import CheckpointOptions, save
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-_DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 
 class CheckpointManager:
@@ -82,76 +74,23 @@ class CheckpointManager:
         init_fn: Callable[[], Any] | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
-        timeout: timedelta = _DEFAULT_TIMEOUT,
+        timeout: timedelta = DEFAULT_TIMEOUT,
         takeover: bool = False,
     ) -> None:
         self._unusable: DistckptError | None = None
-        # A bad timeout must reach all ranks too, and for that they have to be connected.
-        is_timeout = isinstance(timeout, timedelta) and timeout > timedelta(0)
-        wait = timeout if is_timeout else _DEFAULT_TIMEOUT
-        decisions, commits = open_channels(process_group, wait, 2)
-        made: list[tuple[Job, Callable[[], Chief]]] = []
-
-        def body() -> Vote:
-            # Bad arguments of one rank must reach all of them, so they are a vote too.
-            root = readers.checked_path(directory)
-            if not is_timeout:
-                msg = f"timeout must be a positive datetime.timedelta, got {timeout!r}."
-                raise ConfigError(msg)
-            _check_arguments(checkpoint, checkpoint_name, checkpoint_interval, init_fn)
-            retention = policy.Retention(max_to_keep, keep_checkpoint_every_n_hours)
-            gate = policy.IntervalGate(checkpoint_interval)
-            if checkpoint_interval is not None and step_counter is None:
-                msg = "step_counter must be given if checkpoint_interval is not None."
-                raise ConfigError(msg)
-            job = Job(
-                checkpoint=checkpoint,
-                directory=root,
-                decisions=decisions,
-                commits=commits,
-                gate=gate,
-                read_step=_step_reader(step_counter),
-                init_fn=init_fn,
-                timeout_seconds=wait.total_seconds(),
-            )
-
-            def make_chief() -> Chief:
-                return Chief(
-                    root,
-                    checkpoint_name=checkpoint_name,
-                    retention=retention,
-                    identity=identity.current(),
-                    takeover=takeover,
-                )
-
-            made.append((job, make_chief))
-            arguments = [
-                root,
-                max_to_keep,
-                keep_checkpoint_every_n_hours,
-                checkpoint_name,
-                checkpoint_interval,
-                bool(takeover),
-            ]
-            key = digest(strict_json.dumps(values.encode(arguments)).encode())
-            return Vote(Phase.CONSTRUCT, digest_a=bytes.fromhex(key))
-
-        def decide(votes: Sequence[Vote]) -> Answer:
-            raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
-            if len({vote.digest_a for vote in votes}) > 1:
-                ranks = [v.rank for v in votes if v.digest_a != votes[0].digest_a]
-                msg = (
-                    "CheckpointManager was made with other arguments on ranks "
-                    f"{ranks[:16]} than on the chief; they must be the same everywhere."
-                )
-                raise ConfigError(msg)
-            job, make_chief = made[0]
-            job.chief = make_chief()
-            return job.lists()
-
-        answer = run_phase(decisions, Phase.CONSTRUCT, body, decide)
-        self._job = made[0][0]
-        self._job.take_lists(answer)
+        arguments = Arguments(
+            checkpoint=checkpoint,
+            directory=directory,
+            max_to_keep=max_to_keep,
+            keep_checkpoint_every_n_hours=keep_checkpoint_every_n_hours,
+            checkpoint_name=checkpoint_name,
+            step_counter=step_counter,
+            checkpoint_interval=checkpoint_interval,
+            init_fn=init_fn,
+            timeout=timeout,
+            takeover=takeover,
+        )
+        self._job = construct(arguments, process_group)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -315,47 +254,3 @@ class CheckpointManager:
             if self._job.world_size > 1:
                 self._let_go(ManagerBroken(f"interrupted in a call: {error!r}"))
             raise
-
-
-def _check_arguments(
-    checkpoint: Any, checkpoint_name: Any, checkpoint_interval: Any, init_fn: Any
-) -> None:
-    if not isinstance(checkpoint, Checkpoint):
-        msg = f"checkpoint must be a distckpt.Checkpoint, got {checkpoint!r:.100}."
-        raise ConfigError(msg)
-    if not isinstance(checkpoint_name, str) or not paths.is_checkpoint_name(
-        checkpoint_name
-    ):
-        msg = (
-            f"checkpoint_name must be letters, digits, '.', '_' and '-', not starting "
-            f"with '.' or '-' and not ending with '-'; got {checkpoint_name!r:.200}."
-        )
-        raise ConfigError(msg)
-    if init_fn is not None and not callable(init_fn):
-        msg = f"init_fn must be callable, got {init_fn!r:.100}."
-        raise ConfigError(msg)
-
-
-def _step_reader(step_counter: Any) -> Callable[[], int] | None:
-    if step_counter is None:
-        return None
-    if type(step_counter) in (int, bool, float):
-        msg = (
-            f"step_counter={step_counter!r} is a plain number, which never changes; pass "
-            "a 0-dim tensor that is the step, or a callable that returns it."
-        )
-        raise UnsupportedError(msg)
-    if isinstance(step_counter, torch.Tensor):
-        if step_counter.numel() != 1:
-            msg = f"step_counter must have one element, got {tuple(step_counter.shape)}."
-            raise ConfigError(msg)
-        if step_counter.device.type != "cpu":
-            _logger.warning(
-                "step_counter is on %s: reading it at every save() call waits for the "
-                "device; keep it on the CPU.",
-                step_counter.device,
-            )
-        return lambda: int(step_counter)
-    if callable(step_counter):
-        return lambda: int(step_counter())
-    return lambda: int(step_counter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from distckpt import paths, strict_json
 from distckpt.checkpoint import nodes_of
@@ -12,7 +13,7 @@ from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.errors import FormatError, RestoreFailed, StorageError
-from distckpt.job import Job, run_phase
+from distckpt.job import Job, Ran, agree
 from distckpt.leaves import mismatch, unexpected
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
@@ -20,6 +21,7 @@ from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry
 
 _logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 _GO, _RETRY, _NEXT = "go", "retry", "next"
 
@@ -113,14 +115,13 @@ class Candidates:
         return False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Try:
-    """One candidate on this rank."""
+    """One candidate, as the chief offers it."""
 
     attempt: paths.Attempt
     manifest_digest: str
     min_counter: int | None
-    loading: Loading | None = None
 
 
 def restore_or_initialize(job: Job) -> str | None:
@@ -152,19 +153,23 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
         assert candidates is not None
         return candidates.judge(votes)
 
-    def agreed(phase: Phase, body: Callable[[], Vote]) -> bool:
-        answer = run_phase(job.decisions, phase, body, judge, _status_of)
+    def agreed(
+        phase: Phase, ran: Ran[_Result], says: Callable[[_Result], Vote] | None = None
+    ) -> bool:
+        answer = agree(job.decisions, phase, ran, judge, says=says, status_of=_status_of)
         return bool(answer["do"] == _GO)
 
+    planned = Ran(lambda: _plan(job, trial))
     try:
-        if not agreed(Phase.PLAN, lambda: _plan(job, trial)):  # R3
+        if not agreed(Phase.PLAN, planned, _vote_on_plan):  # R3
             return False
-        if not agreed(Phase.READ, lambda: _read(job, trial)):  # R4
+        loading = planned.result
+        if not agreed(Phase.READ, Ran(lambda: _read(job, loading))):  # R4
             return False
-        _apply(job, trial)  # R5
+        _apply(job, trial, loading)  # R5
     finally:
-        if trial.loading is not None:
-            trial.loading.close()
+        if planned.error is None:
+            planned.result.close()
     return True
 
 
@@ -176,43 +181,39 @@ def _status_of(error: BaseException) -> Status:
     return Status.MISMATCH
 
 
-def _plan(job: Job, trial: _Try) -> Vote:
+def _plan(job: Job, trial: _Try) -> Loading:
     """R3: open and check every file, list all that does not fit; touch nothing."""
     directory = job.path(trial.attempt.published)
     manifest = read_manifest(directory, trial.manifest_digest)
-    trial.loading = Loading(
-        nodes_of(job.checkpoint), directory, manifest, job.rank, job.world_size
-    )
+    nodes = nodes_of(job.checkpoint)
+    return Loading(nodes, directory, manifest, job.rank, job.world_size)
+
+
+def _vote_on_plan(loading: Loading) -> Vote:
     # Ranks may track different objects: only all of them together know what is too much.
-    names = trial.loading.unexpected
+    names = loading.unexpected
     return Vote(Phase.PLAN, detail=strict_json.dumps(names).encode() if names else b"")
 
 
-def _read(job: Job, trial: _Try) -> Vote:
+def _read(job: Job, loading: Loading) -> None:
     """R4: fill the tensors, verifying each block."""
-    assert trial.loading is not None
     job.undefined = (
         f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
-    trial.loading.read()
-    return Vote(Phase.READ)
+    loading.read()
 
 
-def _apply(job: Job, trial: _Try) -> None:
+def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     """R5: all ranks have read everything; now values, states and user code."""
-
-    def body() -> Vote:
-        assert trial.loading is not None
-        trial.loading.finish()
-        return Vote(Phase.APPLY)
 
     def decide(votes: Sequence[Vote]) -> Answer:
         what = f"loading the state of {trial.attempt.prefix} failed; tensors are undefined"
         raise_failures(votes, what, RestoreFailed, keep_kind=False)
         return job.lists()
 
-    answer = run_phase(job.decisions, Phase.APPLY, body, decide)
+    finished = Ran(loading.finish)
+    answer = agree(job.decisions, Phase.APPLY, finished, decide)
     job.take_lists(answer)
     job.undefined = ""
     if trial.min_counter is not None:
@@ -225,13 +226,9 @@ def _apply(job: Job, trial: _Try) -> None:
 def _initialize(job: Job) -> None:
     """Call ``init_fn`` on every rank; like TensorFlow, again until something is saved."""
 
-    def body() -> Vote:
-        if job.init_fn is not None:
-            job.init_fn()
-        return Vote(Phase.INITIALIZE)
-
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "init_fn failed", RestoreFailed)
         return {}
 
-    run_phase(job.decisions, Phase.INITIALIZE, body, decide)
+    initialized = Ran(lambda: None if job.init_fn is None else job.init_fn())
+    agree(job.decisions, Phase.INITIALIZE, initialized, decide)

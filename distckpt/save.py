@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from distckpt import paths, shard_file, strict_json, tensors
 from distckpt.checkpoint import Captured, capture, per_rank_pieces
@@ -22,7 +22,7 @@ from distckpt.errors import (
     SaveFailed,
     StorageError,
 )
-from distckpt.job import Job, run_phase
+from distckpt.job import Job, Ran, agree
 from distckpt.layout import Assignment, Piece, Row, Table
 from distckpt.leaves import Leaf
 from distckpt.manifest import Shard
@@ -121,19 +121,20 @@ def _decide(job: Job, make_request: Callable[[], Request]) -> Attempt:
 
 
 def _ask(job: Job, make_request: Callable[[], Request]) -> Attempt | None:
-    made: list[Request] = []
-
-    def body() -> Vote:
-        # Bad arguments of one rank must reach all of them, so they are a vote too.
-        request = make_request()
-        made.append(request)
-        return Vote(Phase.DECIDE, step=request.step, digest_a=request.digest())
+    # Bad arguments of one rank must reach all of them, so they are a vote too.
+    request = Ran(make_request)
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "save() was refused", SaveFailed)
-        return _begin(job, made[0], votes)
+        return _begin(job, request.result, votes)
 
-    answer = run_phase(job.decisions, Phase.DECIDE, body, decide)
+    answer = agree(
+        job.decisions,
+        Phase.DECIDE,
+        request,
+        decide,
+        says=lambda r: Vote(Phase.DECIDE, step=r.step, digest_a=r.digest()),
+    )
     return None if answer["attempt"] is None else paths.parse_published(answer["attempt"])
 
 
@@ -158,35 +159,42 @@ def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
 # S3: capture, and agree on who writes what
 
 
-def _capture(job: Job, attempt: Attempt) -> tuple[Captured, _Plan]:
-    """Collect this rank's state; learn from digests whether all ranks' are alike."""
-    captured: list[Captured] = []
-    table: list[Table] = []
+class _State(NamedTuple):
+    """What this rank has to save."""
 
-    def body() -> Vote:
-        captured.append(capture(job.checkpoint))
-        table.append(captured[0].shared.table())
+    captured: Captured
+    table: Table
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.captured.shared.values
+
+    def vote(self) -> Vote:
         return Vote(
             Phase.CAPTURE,
-            digest_a=_digest_of([row.to_json() for row in table[0]]),
-            digest_b=_digest_of(captured[0].shared.values),
+            digest_a=_digest_of([row.to_json() for row in self.table]),
+            digest_b=_digest_of(self.values),
         )
 
-    answer = run_phase(
-        job.decisions,
-        Phase.CAPTURE,
-        body,
-        _or_abandon(job, attempt, _judge_capture),
-    )
-    own_values = captured[0].shared.values
-    if not answer["differ"]:
-        key = bytes.fromhex(answer["key"])
-        if job.assignment is None or job.assignment[0] != key:
-            tables_alike = Assignment([table[0]], [0] * job.world_size)
-            job.assignment = (key, tables_alike)
-        plan = _Plan(job.assignment[1], [table[0]], [0] * job.world_size, own_values)
-        return captured[0], plan
-    return captured[0], _exchange(job, attempt, table[0], own_values)
+
+def _capture(job: Job, attempt: Attempt) -> tuple[Captured, _Plan]:
+    """Collect this rank's state; learn from digests whether all ranks' are alike."""
+
+    def body() -> _State:
+        captured = capture(job.checkpoint)
+        return _State(captured, captured.shared.table())
+
+    ran = Ran(body)
+    decide = _or_abandon(job, attempt, _judge_capture)
+    answer = agree(job.decisions, Phase.CAPTURE, ran, decide, says=_State.vote)
+    state = ran.result
+    if answer["differ"]:
+        return state.captured, _exchange(job, attempt, state)
+    key = bytes.fromhex(answer["key"])
+    if job.assignment is None or job.assignment[0] != key:
+        job.assignment = (key, Assignment([state.table], [0] * job.world_size))
+    everyone = [0] * job.world_size
+    return state.captured, _Plan(job.assignment[1], [state.table], everyone, state.values)
 
 
 def _judge_capture(votes: Sequence[Vote]) -> Answer:
@@ -195,25 +203,23 @@ def _judge_capture(votes: Sequence[Vote]) -> Answer:
     return {"differ": not alike, "key": votes[0].digest_a.hex()}
 
 
-def _exchange(
-    job: Job, attempt: Attempt, table: Table, own_values: dict[str, Any]
-) -> _Plan:
+def _exchange(job: Job, attempt: Attempt, state: _State) -> _Plan:
     """Make the plan from tables that differ between ranks: one more round."""
-    plan: list[_Plan] = []
+    plans: list[_Plan] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
-        merged = _merge(votes)
-        plan.append(merged)
+        plan = _merge(votes)
+        plans.append(plan)
         return {
-            "tables": [[row.to_json() for row in table] for table in merged.tables],
-            "table_of_rank": list(merged.table_of_rank),
+            "tables": [[row.to_json() for row in table] for table in plan.tables],
+            "table_of_rank": list(plan.table_of_rank),
         }
 
-    detail = {"table": [row.to_json() for row in table], "values": own_values}
+    detail = {"table": [row.to_json() for row in state.table], "values": state.values}
     vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode())
     answer = job.decisions.consult(vote, _or_abandon(job, attempt, decide))
-    if plan:
-        return plan[0]
+    if plans:
+        return plans[0]
     tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
     return _Plan(Assignment(tables, answer["table_of_rank"]))
 
@@ -267,11 +273,9 @@ def _merge_values(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _write_and_commit(
     job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: _Plan
 ) -> Answer:
-    headers: list[str] = []
-
-    def body() -> Vote:
-        # S5 (every rank): write my file, durably.
-        written = shard_file.write(
+    # S5 (every rank): write my file, durably.
+    written = Ran(
+        lambda: shard_file.write(
             job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
             _entries(job.rank, captured, plan.assignment),
             attempt=attempt.published,
@@ -279,13 +283,7 @@ def _write_and_commit(
             world_size=job.world_size,
             per_rank_values=captured.per_rank.values,
         )
-        headers.append(written.header)
-        # S6 (every rank): vote.
-        return Vote(
-            Phase.WRITE,
-            size_bytes=written.size_bytes,
-            digest_a=bytes.fromhex(written.header),
-        )
+    )
 
     def decide(votes: Sequence[Vote]) -> Answer:
         assert job.chief is not None
@@ -296,7 +294,18 @@ def _write_and_commit(
         raise_failures(votes, what, SaveFailed, keep_kind=False)
         return _commit(job, attempt, step, plan, votes)  # S7 (chief)
 
-    return run_phase(job.commits, Phase.WRITE, body, _or_abandon(job, attempt, decide))
+    # S6 (every rank): vote; S8: receive the outcome.
+    return agree(
+        job.commits,
+        Phase.WRITE,
+        written,
+        _or_abandon(job, attempt, decide),
+        says=lambda file: Vote(
+            Phase.WRITE,
+            size_bytes=file.size_bytes,
+            digest_a=bytes.fromhex(file.header),
+        ),
+    )
 
 
 def _entries(

@@ -1,4 +1,4 @@
-"""Optimizers, schedulers and whatever else has a state: restored, training goes on alike."""
+"""Optimizers, schedulers and whatever else has a state: training goes on alike."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_optimizer_that_has_trained_already_is_set_back(run_dir, name):
 
 
 def test_state_that_the_checkpoint_lacks_is_removed(run_dir):
-    """Momentum gathered since is dropped when the checkpoint is from before the first step."""
+    """Momentum gathered since is dropped when the checkpoint has none."""
     model = _model()
     optimizer = torch.optim.Adam(model.parameters())
     save(run_dir, model=model, optimizer=optimizer)
@@ -207,7 +207,7 @@ def test_parameters_in_another_order_and_other_groups_restore_right(run_dir):
     assert [group["lr"] for group in other.param_groups] == [0.2, 0.1, 0.2]
     assert_same(
         _state_by_name(live, other),
-        {name: _state_by_name(model, optimizer)[name] for name in sum(order, [])},
+        {name: _state_by_name(model, optimizer)[name] for group in order for name in group},
     )
     assert _train(live, other, 2, first=2) == _train(model, optimizer, 2, first=2)
 

@@ -1,0 +1,173 @@
+"""Making a manager: check its arguments on every rank, read what is committed.
+
+Bad arguments are votes like every other error: those of one rank reach all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distckpt import identity, paths, policy, readers, strict_json, values
+from distckpt.checkpoint import Checkpoint
+from distckpt.chief import Chief
+from distckpt.comm import Answer, Channel, open_channels
+from distckpt.errors import ConfigError, RestoreFailed, UnsupportedError
+from distckpt.job import Job, Ran, agree
+from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.record import digest
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a manager was given; see ``CheckpointManager``."""
+
+    checkpoint: Any
+    directory: Any
+    max_to_keep: Any
+    keep_checkpoint_every_n_hours: Any
+    checkpoint_name: Any
+    step_counter: Any
+    checkpoint_interval: Any
+    init_fn: Any
+    timeout: Any
+    takeover: Any
+
+    @property
+    def wait(self) -> timedelta:
+        """How long to wait for another rank: the default, if what was given is bad.
+
+        For a bad timeout to reach all ranks they have to be connected.
+        """
+        good = isinstance(self.timeout, timedelta) and self.timeout > timedelta(0)
+        return self.timeout if good else DEFAULT_TIMEOUT
+
+    def retention(self) -> policy.Retention:
+        """Return the retention rule, checked."""
+        return policy.Retention(self.max_to_keep, self.keep_checkpoint_every_n_hours)
+
+    def digest(self) -> bytes:
+        """Return what must be equal on all ranks."""
+        fields = [
+            readers.checked_path(self.directory),
+            self.max_to_keep,
+            self.keep_checkpoint_every_n_hours,
+            self.checkpoint_name,
+            self.checkpoint_interval,
+            bool(self.takeover),
+        ]
+        return bytes.fromhex(digest(strict_json.dumps(values.encode(fields)).encode()))
+
+
+def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> Job:
+    """Connect the ranks, check the arguments and read what is committed: collective.
+
+    Writes nothing: the directory is claimed by the first save or restore.
+
+    Raises:
+        ConfigError, UnsupportedError: A bad argument, on every rank.
+        CorruptStateError, StorageError: The directory's state cannot be read.
+    """
+    decisions, commits = open_channels(process_group, arguments.wait, 2)
+    made = Ran(lambda: _make_job(arguments, decisions, commits))
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
+        ranks = [vote.rank for vote in votes if vote.digest_a != votes[0].digest_a]
+        if ranks:
+            msg = (
+                f"CheckpointManager was made with other arguments on ranks {ranks[:16]} "
+                "than on the chief; they must be the same everywhere."
+            )
+            raise ConfigError(msg)
+        job = made.result
+        job.chief = Chief(
+            job.directory,
+            checkpoint_name=arguments.checkpoint_name,
+            retention=arguments.retention(),
+            identity=identity.current(),
+            takeover=bool(arguments.takeover),
+        )
+        return job.lists()
+
+    answer = agree(
+        decisions,
+        Phase.CONSTRUCT,
+        made,
+        decide,
+        says=lambda _: Vote(Phase.CONSTRUCT, digest_a=arguments.digest()),
+    )
+    job = made.result
+    job.take_lists(answer)
+    return job
+
+
+def _make_job(arguments: Arguments, decisions: Channel, commits: Channel) -> Job:
+    if arguments.wait is not arguments.timeout:
+        msg = f"timeout must be a positive datetime.timedelta, got {arguments.timeout!r}."
+        raise ConfigError(msg)
+    if not isinstance(arguments.checkpoint, Checkpoint):
+        msg = (
+            f"checkpoint must be a distckpt.Checkpoint, got {arguments.checkpoint!r:.100}."
+        )
+        raise ConfigError(msg)
+    name = arguments.checkpoint_name
+    if not isinstance(name, str) or not paths.is_checkpoint_name(name):
+        msg = (
+            "checkpoint_name must be letters, digits, '.', '_' and '-', not starting with "
+            f"'.' or '-' and not ending with '-'; got {name!r:.200}."
+        )
+        raise ConfigError(msg)
+    if arguments.init_fn is not None and not callable(arguments.init_fn):
+        msg = f"init_fn must be callable, got {arguments.init_fn!r:.100}."
+        raise ConfigError(msg)
+    arguments.retention()
+    gate = policy.IntervalGate(arguments.checkpoint_interval)
+    if gate.interval is not None and arguments.step_counter is None:
+        msg = "step_counter must be given if checkpoint_interval is not None."
+        raise ConfigError(msg)
+    return Job(
+        checkpoint=arguments.checkpoint,
+        directory=readers.checked_path(arguments.directory),
+        decisions=decisions,
+        commits=commits,
+        gate=gate,
+        read_step=_step_reader(arguments.step_counter),
+        init_fn=arguments.init_fn,
+        timeout_seconds=arguments.wait.total_seconds(),
+    )
+
+
+def _step_reader(step_counter: Any) -> Callable[[], int] | None:
+    if step_counter is None:
+        return None
+    if type(step_counter) in (int, bool, float):
+        msg = (
+            f"step_counter={step_counter!r} is a plain number, which never changes; pass "
+            "a 0-dim tensor that is the step, or a callable that returns it."
+        )
+        raise UnsupportedError(msg)
+    if isinstance(step_counter, torch.Tensor):
+        if step_counter.numel() != 1:
+            msg = f"step_counter must have one element, got {tuple(step_counter.shape)}."
+            raise ConfigError(msg)
+        if step_counter.device.type != "cpu":
+            _logger.warning(
+                "step_counter is on %s: reading it at every save() call waits for the "
+                "device; keep it on the CPU.",
+                step_counter.device,
+            )
+        return lambda: int(step_counter)
+    if callable(step_counter):
+        return lambda: int(step_counter())
+    return lambda: int(step_counter)
