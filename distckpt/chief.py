@@ -9,6 +9,7 @@ TensorFlow's recovery rule, which reaches the disk with the next commit.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ class Chief:
         retention: policy.Retention,
         identity: Identity,
         takeover: bool = False,
+        max_lock_wait_seconds: float = math.inf,
         janitor: Janitor | None = None,
     ) -> None:
         self._directory = directory
@@ -63,6 +65,7 @@ class Chief:
         self._retention = retention
         self._identity = identity
         self._takeover = takeover
+        self._max_lock_wait_seconds = max_lock_wait_seconds
         self._janitor = janitor or Janitor(directory)
         self._writer = paths.random_hex(8)
         self._epoch: int | None = None
@@ -156,7 +159,8 @@ class Chief:
         if self._takeover:
             _logger.warning("taking %s over from a live job", self._directory)
             return
-        if not self._lock.acquire(_LOCK_WAIT_SECONDS):
+        wait_seconds = min(_LOCK_WAIT_SECONDS, self._max_lock_wait_seconds)
+        if not self._lock.acquire(wait_seconds):
             owner = (
                 "a job that has not claimed it yet"
                 if holder is None
@@ -165,7 +169,7 @@ class Chief:
             )
             msg = (
                 f"{self._directory} is in use by {owner}; waited "
-                f"{_LOCK_WAIT_SECONDS:.0f} s. End that job, use another directory, or "
+                f"{wait_seconds:.0f} s. End that job, use another directory, or "
                 "pass takeover=True to fence it."
             )
             raise DirectoryInUseError(msg)

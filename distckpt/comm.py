@@ -99,7 +99,7 @@ class GroupChannel:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
-        self._group = group
+        self._group: dist.ProcessGroup | None = group
         self._timeout_seconds = timeout.total_seconds()
         self._broken = ""
         self.rank = dist.get_rank(group)
@@ -118,6 +118,7 @@ class GroupChannel:
             # Interrupted in a collective is as bad as broken: it stays outstanding.
             if not self._broken:
                 self._broken = f"{type(error).__name__}: {error}"
+                assert self._group is not None
                 _keep_for_ever(self._group)
             raise
 
@@ -245,6 +246,9 @@ class GroupChannel:
             # The user may have destroyed all groups already.
             with suppress(Exception):
                 dist.destroy_process_group(self._group)
+            # Its threads and connections end with the last reference; an exception's
+            # traceback may keep this object for long.
+            self._group = None
 
 
 def open_channels(
@@ -281,8 +285,7 @@ def open_channels(
         try:
             group = dist.new_group(
                 members,
-                # gloo's own deadline only ends what ours has given up on.
-                timeout=timeout + timedelta(seconds=5),
+                timeout=timeout,
                 backend="gloo",
                 # Ranks outside process_group do not take part.
                 use_local_synchronization=members is not None,

@@ -18,7 +18,12 @@ from distckpt import identity, paths, policy, readers, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, Channel, open_channels
-from distckpt.errors import ConfigError, RestoreFailed, UnsupportedError
+from distckpt.errors import (
+    ConfigError,
+    DistckptError,
+    RestoreFailed,
+    UnsupportedError,
+)
 from distckpt.job import Job, Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.record import digest
@@ -79,6 +84,16 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         CorruptStateError, StorageError: The directory's state cannot be read.
     """
     decisions, commits = open_channels(process_group, arguments.wait, 2)
+    try:
+        return _agree_on_job(arguments, decisions, commits)
+    except DistckptError:
+        # On every rank, so nobody is left waiting.
+        decisions.close()
+        commits.close()
+        raise
+
+
+def _agree_on_job(arguments: Arguments, decisions: Channel, commits: Channel) -> Job:
     made = Ran(lambda: _make_job(arguments, decisions, commits))
 
     def decide(votes: Sequence[Vote]) -> Answer:
@@ -97,6 +112,8 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
             retention=arguments.retention(),
             identity=identity.current(),
             takeover=bool(arguments.takeover),
+            # The other ranks wait for the chief while it waits for the lock.
+            max_lock_wait_seconds=job.timeout_seconds / 2,
         )
         return job.lists()
 

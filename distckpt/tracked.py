@@ -134,29 +134,33 @@ class ModuleNode:
         self.path = path
         self._module = modules.unwrap(module)
 
-    def _entries(self) -> Iterator[tuple[str, str, Any]]:
-        """Walk ``(raw key, full name, value)`` of the state dict."""
+    def _entries(self) -> list[tuple[str, str, Any]]:
+        """List ``(raw key, full name, value)`` of the state dict, all of it storable."""
         canonical = modules.CanonicalNames(self._module)
-        for key, value in self._module.state_dict(keep_vars=True).items():
-            yield key, join(self.path, canonical[key]), value
+        entries = []
+        for key, value in self._module.state_dict().items():
+            name = join(self.path, canonical[key])
+            if isinstance(value, torch.Tensor):
+                tensors.check_storable(value, name)
+            entries.append((key, name, value))
+        return entries
 
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
-        for _, name, value in self._entries():
-            if isinstance(value, nn.Parameter):
-                leaves.add_parameter(name, value)
-            elif isinstance(value, torch.Tensor):
-                leaves.add_tensor(name, value)
-            else:
+        entries = self._entries()
+        parameters = {tensors.identity_of(p) for p in self._module.parameters()}
+        for _, name, value in entries:
+            # A state dict holds detached views; what they are shows in their memory.
+            if not isinstance(value, torch.Tensor):
                 leaves.add_value(name, value)
+            elif tensors.identity_of(value) in parameters:
+                leaves.add_parameter(name, value)
+            else:
+                leaves.add_tensor(name, value)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what is not live goes through load_state_dict."""
-        entries = list(self._entries())
-        for _, name, value in entries:
-            if isinstance(value, torch.Tensor):
-                # Lazy ones have no memory that could be asked for below.
-                tensors.check_storable(value, name)
+        entries = self._entries()
         own = {_storage(t) for t in self._module.parameters()}
         own |= {_storage(t) for t in self._module.buffers()}
         loaded: dict[str, Any] = {}

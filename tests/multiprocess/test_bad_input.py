@@ -31,7 +31,7 @@ from outcome_helpers import (
 )
 
 import distckpt.chief
-from distckpt import CheckpointManager, PerRank, readers
+from distckpt import Checkpoint, CheckpointManager, ConfigError, PerRank, readers
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
@@ -668,3 +668,24 @@ def test_full_disk_on_one_rank_fails_the_save_everywhere_and_loses_nothing(
         assert saved == f"{directory}/ckpt-3"
     assert committed(directory) == ["ckpt-3", "ckpt-2", "ckpt-1"]
     assert_all_whole(directory)
+
+
+def _fail_to_make_managers(rank, directory):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    def fail():
+        with pytest.raises(ConfigError):
+            CheckpointManager(Checkpoint(), directory, max_to_keep=0)
+
+    fail()
+    before = descriptors()
+    for _ in range(5):
+        fail()
+    return descriptors() - before
+
+
+def test_managers_that_cannot_be_made_leak_nothing(tmp_path):
+    """Each bad constructor gives its connections back."""
+    leaked = values_of(run_ranks(_fail_to_make_managers, 2, str(tmp_path / "run")))
+    assert max(leaked) <= 2

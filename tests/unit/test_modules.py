@@ -16,7 +16,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch_helpers import assert_same, manifest_of, restore, rows_of, save, stored
 
-from distckpt import MismatchError, SaveFailed, UnsupportedError
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    MismatchError,
+    SaveFailed,
+    UnsupportedError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -396,3 +402,19 @@ def test_looking_for_wrappers_imports_nothing():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+class _PlainStateDict(torch.nn.Linear):
+    def state_dict(self):
+        return {"weight": self.weight.detach(), "bias": self.bias.detach()}
+
+
+def test_a_state_dict_that_takes_no_arguments_is_enough(run_dir):
+    """A module whose state_dict() has no keywords is saved and restored like any other."""
+    saved, live = _PlainStateDict(2, 3), _PlainStateDict(2, 3)
+    CheckpointManager(Checkpoint(model=saved), run_dir, max_to_keep=1).save()
+    CheckpointManager(
+        Checkpoint(model=live), run_dir, max_to_keep=1
+    ).restore_or_initialize()
+    assert torch.equal(live.weight, saved.weight)
+    assert torch.equal(live.bias, saved.bias)
