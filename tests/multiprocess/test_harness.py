@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,14 @@ def _fail_on_one(rank):
     return rank
 
 
-def _die_on_one(rank):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rank
+def _die_on_one(rank, flag):
+    if rank == 0:
+        Path(flag).touch()
+        return rank
+    while not os.path.exists(flag):  # rank 0 may still be connecting
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return None
 
 
 def _hang_on_one(rank):
@@ -45,9 +50,9 @@ def test_an_error_on_one_rank_leaves_the_others_alone():
     assert results[1].error == ("ValueError", "only me")
 
 
-def test_a_killed_rank_is_reported_with_its_signal():
+def test_a_killed_rank_is_reported_with_its_signal(tmp_path):
     """A death shows as a negative exit code."""
-    results = run_ranks(_die_on_one, 2)
+    results = run_ranks(_die_on_one, 2, str(tmp_path / "flag"))
     assert results[0].ok
     assert results[1].exit_code == -signal.SIGKILL
 
