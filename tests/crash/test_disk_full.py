@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,23 +24,6 @@ from distckpt.errors import OutcomeUnknown, StorageError
 _PAGE_BYTES = 4096
 # The pending directory, two shard files, the manifest, the record's temporary file.
 _SAVE_INODES = 5
-
-
-@contextmanager
-def _small_disk(path: str, options: str) -> Iterator[str]:
-    os.mkdir(path)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here")
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        # Lazily: where a test fails, the lock in there is still open.
-        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def _fill_bytes(disk: str, leave: int) -> list[str]:
@@ -133,73 +114,80 @@ class Job:
 )
 def test_save_with_full_disk_fails_and_leaves_no_trace(
     tmp_path: Path,
+    small_disk: Callable[[str], str],
     options: str,
     fill: Callable[[str, int], list[str]],
     missing: int | None,
 ):
     """The error names the path, the pending directory goes, the next save works."""
-    with _small_disk(str(tmp_path / "disk"), options) as disk:
-        job = Job(disk, str(tmp_path / "journal"))
-        needed = job.save_bytes if fill is _fill_bytes else _SAVE_INODES
-        job.fill(fill, 0 if missing is None else needed - missing)
+    disk = small_disk(options)
+    job = Job(disk, str(tmp_path / "journal"))
+    needed = job.save_bytes if fill is _fill_bytes else _SAVE_INODES
+    job.fill(fill, 0 if missing is None else needed - missing)
 
-        with pytest.raises(StorageError) as caught:
-            job.save(3)
-
-        error = caught.value
-        assert error.errno == errno.ENOSPC
-        assert error.path.startswith(job.directory) and error.path in str(error)
-        assert "No space left on device" in str(error)
-        assert job.check() == []
-        job.empty()
-        job.end()
-
-
-def test_commit_with_no_inode_for_the_link_alone_is_unknown(tmp_path: Path):
-    """A link that failed may have happened: the attempt stays until a later claim."""
-    with _small_disk(str(tmp_path / "disk"), "nr_inodes=100") as disk:
-        job = Job(disk, str(tmp_path / "journal"))
-        job.fill(_fill_inodes, _SAVE_INODES)  # a second name takes an inode on a tmpfs
-
-        with pytest.raises(OutcomeUnknown, match="No space left on device"):
-            job.save(3)
-
-        (left,) = job.check()
-        attempt = paths.parse_published(left)
-        assert attempt is not None and attempt.number == 3
-        job.empty()
-        job.end()
-
-
-def test_commit_with_no_room_for_the_copy_alone_succeeds(tmp_path: Path):
-    """When only the state file's copy finds no room, the checkpoint is committed."""
-    with _small_disk(str(tmp_path / "disk"), "size=4m") as disk:
-        job = Job(disk, str(tmp_path / "journal"))
-        copy = os.path.join(job.directory, paths.STATE_FILE)
-        before = _read(copy)
-        job.fill(_fill_bytes, job.save_bytes)
-
+    with pytest.raises(StorageError) as caught:
         job.save(3)
 
-        assert _read(copy) == before
-        assert job.check() == []
-        job.empty()
-        job.end()
-        assert _read(copy) != before
+    error = caught.value
+    assert error.errno == errno.ENOSPC
+    assert error.path.startswith(job.directory) and error.path in str(error)
+    assert "No space left on device" in str(error)
+    assert job.check() == []
+    job.empty()
+    job.end()
 
 
-def test_claim_with_full_disk_fails_before_anything_is_claimed(tmp_path: Path):
+def test_commit_with_no_inode_for_the_link_alone_is_unknown(
+    tmp_path: Path, small_disk: Callable[[str], str]
+):
+    """A link that failed may have happened: the attempt stays until a later claim."""
+    disk = small_disk("nr_inodes=100")
+    job = Job(disk, str(tmp_path / "journal"))
+    job.fill(_fill_inodes, _SAVE_INODES)  # a second name takes an inode on a tmpfs
+
+    with pytest.raises(OutcomeUnknown, match="No space left on device"):
+        job.save(3)
+
+    (left,) = job.check()
+    attempt = paths.parse_published(left)
+    assert attempt is not None and attempt.number == 3
+    job.empty()
+    job.end()
+
+
+def test_commit_with_no_room_for_the_copy_alone_succeeds(
+    tmp_path: Path, small_disk: Callable[[str], str]
+):
+    """When only the state file's copy finds no room, the checkpoint is committed."""
+    disk = small_disk("size=4m")
+    job = Job(disk, str(tmp_path / "journal"))
+    copy = os.path.join(job.directory, paths.STATE_FILE)
+    before = _read(copy)
+    job.fill(_fill_bytes, job.save_bytes)
+
+    job.save(3)
+
+    assert _read(copy) == before
+    assert job.check() == []
+    job.empty()
+    job.end()
+    assert _read(copy) != before
+
+
+def test_claim_with_full_disk_fails_before_anything_is_claimed(
+    tmp_path: Path, small_disk: Callable[[str], str]
+):
     """Too little room is said at the claim, by number of bytes, not after an hour."""
-    with _small_disk(str(tmp_path / "disk"), "size=4m") as disk:
-        fillers = _fill_bytes(disk, 2**19)
-        chief = make_chief(os.path.join(disk, "run"))
-        with pytest.raises(StorageError, match="bytes are free"):
-            claim(chief)
-        assert not chief.is_claimed
-        for filler in fillers:
-            os.unlink(filler)
+    disk = small_disk("size=4m")
+    fillers = _fill_bytes(disk, 2**19)
+    chief = make_chief(os.path.join(disk, "run"))
+    with pytest.raises(StorageError, match="bytes are free"):
         claim(chief)
-        chief.close()
+    assert not chief.is_claimed
+    for filler in fillers:
+        os.unlink(filler)
+    claim(chief)
+    chief.close()
 
 
 def _read(path: str) -> str:

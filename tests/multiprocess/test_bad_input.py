@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -606,22 +605,6 @@ def test_damaged_state_is_an_error_on_all_ranks_and_never_a_fresh_start(
 # A full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a filesystem of a few MiB."""
-    path = str(tmp_path / "disk")
-    os.mkdir(path)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", path]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command here")
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
-
-
 def _fill_disk(rank, directory):
     last = dist.get_world_size() - 1
     checkpoint = make_checkpoint(own=PerRank(torch.zeros(10)))
@@ -651,7 +634,7 @@ def test_full_disk_on_one_rank_fails_the_save_everywhere_and_loses_nothing(
     small_disk, world_size
 ):
     """The rank is named, older checkpoints are as they were, the number is free again."""
-    directory = os.path.join(small_disk, "run")
+    directory = os.path.join(small_disk("size=6m"), "run")
     for found, unchanged, left in values_of(run_ranks(_fill_disk, world_size, directory)):
         first, counter, second, counter_again, lists, saved = found
         for one in (first, second):

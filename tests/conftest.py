@@ -1,0 +1,33 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Mount real small filesystems: ``small_disk("size=4m")`` returns the path of one."""
+    mounted: list[str] = []
+
+    def mount(options: str) -> str:
+        path = tmp_path / f"disk-{len(mounted)}"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here")
+        if done.returncode != 0:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(str(path))
+        return str(path)
+
+    yield mount
+    for path in mounted:
+        # Lazily: where a test fails, a lock in there may still be open.
+        subprocess.run(["umount", "--lazy", path], check=True)
