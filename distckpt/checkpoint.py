@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from distckpt import boxes, layout, readers, tensors, tracked
 from distckpt.errors import ConfigError, MismatchError
-from distckpt.leaves import Leaves, mismatch, unexpected
+from distckpt.leaves import Leaves
 from distckpt.loading import Loading, name_of
+from distckpt.restore_plan import mismatch, unexpected
 
 _COUNTER = "save_counter"
 

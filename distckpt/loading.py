@@ -14,9 +14,9 @@ from distckpt import dtypes, tensors
 from distckpt.boxes import contiguous_runs, overlap, whole
 from distckpt.errors import FormatError, MismatchError
 from distckpt.layout import WHOLE, Row
-from distckpt.leaves import RestorePlan, Saved
 from distckpt.manifest import Manifest
 from distckpt.readers import open_shard
+from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.shard_file import ShardReader
 from distckpt.shard_header import Stored
 from distckpt.tracked import Nodes

@@ -14,11 +14,11 @@ from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.errors import FormatError, RestoreFailed, StorageError
 from distckpt.job import Job, Ran, agree
-from distckpt.leaves import mismatch, unexpected
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry
+from distckpt.restore_plan import mismatch, unexpected
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

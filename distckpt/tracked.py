@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.leaves import Leaves, RestorePlan, join
+from distckpt.leaves import Leaves, join
 from distckpt.per_rank import PerRank
+from distckpt.restore_plan import RestorePlan
 
 _MAX_DEPTH = 64
 

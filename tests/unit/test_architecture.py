@@ -19,7 +19,7 @@ LAYERS = {
     | {"per_rank", "rendezvous"},
     1: {"values", "record", "layout", "storage", "messages", "modules", "lock"},
     2: {"manifest", "policy", "state", "shard_header", "tensors", "comm", "probe"},
-    3: {"shard_file", "janitor", "leaves"},
+    3: {"shard_file", "janitor", "leaves", "restore_plan"},
     4: {"readers", "chief", "tracked"},
     5: {"verify", "loading"},
     6: {"checkpoint"},
