@@ -132,11 +132,12 @@ def agree(
         says: Makes the vote from the result; by default it says that all is well.
         status_of: How this rank's error is to be judged.
     """
-    original = ran.error
-    if original is not None:
-        vote = failure(phase, original, status_of(original))
+    voted = Ran(lambda: says(ran.result) if says and not ran.error else Vote(phase))
+    original = ran.error or voted.error
+    if original is None:
+        vote = voted.result
     else:
-        vote = Vote(phase) if says is None else says(ran.result)
+        vote = failure(phase, original, status_of(original))
     try:
         answer = channel.consult(vote, decide)
     except DistckptError as error:
