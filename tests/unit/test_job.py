@@ -46,7 +46,7 @@ def test_an_error_of_ours_stays_what_it_is():
 def test_an_error_while_the_vote_is_made_is_a_vote_too():
     """No rank raises between two votes, whatever it is that fails."""
     with pytest.raises(SaveFailed, match="KeyError"):
-        _agree(lambda: {}, lambda result: result["size"])
+        _agree(dict, lambda result: result["size"])
 
 
 def test_an_interrupt_stays_an_interrupt():
