@@ -3,6 +3,7 @@
 # a worker in the middle of training and one in the middle of a save, and shows that the
 # result is the very same, bit for bit, as that of a run without faults.
 # Arguments go to launch/train.py, for example: launch/demo.sh --text my-texts/ --steps 400
+# shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
