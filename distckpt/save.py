@@ -6,29 +6,27 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from distckpt import paths, shard_file, strict_json, tensors
-from distckpt.checkpoint import Captured, capture, per_rank_pieces
+from distckpt.checkpoint import Captured, per_rank_pieces
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.errors import (
     ConfigError,
-    DistckptError,
-    FencedError,
-    ManifestError,
     OutcomeUnknown,
     RestoreFailed,
     SaveFailed,
     StorageError,
 )
 from distckpt.job import Job, Ran, agree
-from distckpt.layout import Assignment, Piece, Row, Table
+from distckpt.layout import Assignment, Piece
 from distckpt.leaves import Leaf
 from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
+from distckpt.save_plan import SavePlan, capture_and_plan, or_abandon
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +48,6 @@ class Request:
         return bytes.fromhex(digest(strict_json.dumps(fields).encode()))
 
 
-@dataclass(slots=True)
-class _Plan:
-    """What all ranks agreed to write.
-
-    Only the chief has tables and values; every rank has its pieces.
-    """
-
-    assignment: Assignment
-    tables: Sequence[Table] = ()
-    table_of_rank: Sequence[int] = ()
-    values: dict[str, Any] | None = None
-
-
 def save(
     job: Job, number: Any, check_interval: Any, options: CheckpointOptions | None
 ) -> str | None:
@@ -77,7 +62,7 @@ def save(
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
-        captured, plan = _capture(job, attempt)  # S3
+        captured, plan = capture_and_plan(job, attempt)  # S3
         answer = _write_and_commit(job, attempt, step, captured, plan)  # S5 to S8
     except OutcomeUnknown:
         raise  # the number may be in use
@@ -156,122 +141,11 @@ def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
     return {"attempt": attempt.published}
 
 
-# S3: capture, and agree on who writes what
-
-
-class _State(NamedTuple):
-    """What this rank has to save."""
-
-    captured: Captured
-    table: Table
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return self.captured.shared.values
-
-    def vote(self) -> Vote:
-        return Vote(
-            Phase.CAPTURE,
-            digest_a=_digest_of([row.to_json() for row in self.table]),
-            digest_b=_digest_of(self.values),
-        )
-
-
-def _capture(job: Job, attempt: Attempt) -> tuple[Captured, _Plan]:
-    """Collect this rank's state; learn from digests whether all ranks' are alike."""
-
-    def body() -> _State:
-        captured = capture(job.checkpoint)
-        return _State(captured, captured.shared.table())
-
-    ran = Ran(body)
-    decide = _or_abandon(job, attempt, _judge_capture)
-    answer = agree(job.decisions, Phase.CAPTURE, ran, decide, says=_State.vote)
-    state = ran.result
-    if answer["differ"]:
-        return state.captured, _exchange(job, attempt, state)
-    key = bytes.fromhex(answer["key"])
-    if job.assignment is None or job.assignment[0] != key:
-        job.assignment = (key, Assignment([state.table], [0] * job.world_size))
-    everyone = [0] * job.world_size
-    return state.captured, _Plan(job.assignment[1], [state.table], everyone, state.values)
-
-
-def _judge_capture(votes: Sequence[Vote]) -> Answer:
-    raise_failures(votes, "the state could not be captured", SaveFailed)
-    alike = len({(vote.digest_a, vote.digest_b) for vote in votes}) == 1
-    return {"differ": not alike, "key": votes[0].digest_a.hex()}
-
-
-def _exchange(job: Job, attempt: Attempt, state: _State) -> _Plan:
-    """Make the plan from tables that differ between ranks: one more round."""
-    plans: list[_Plan] = []  # the chief's
-
-    def decide(votes: Sequence[Vote]) -> Answer:
-        plan = _merge(votes)
-        plans.append(plan)
-        return {
-            "tables": [[row.to_json() for row in table] for table in plan.tables],
-            "table_of_rank": list(plan.table_of_rank),
-        }
-
-    detail = {"table": [row.to_json() for row in state.table], "values": state.values}
-    vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode())
-    answer = job.decisions.consult(vote, _or_abandon(job, attempt, decide))
-    if plans:
-        return plans[0]
-    tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
-    return _Plan(Assignment(tables, answer["table_of_rank"]))
-
-
-def _merge(votes: Sequence[Vote]) -> _Plan:
-    details = [strict_json.loads(vote.detail) for vote in votes]
-    tables: list[Table] = []
-    index_of: dict[str, int] = {}
-    table_of_rank = []
-    for detail in details:
-        key = strict_json.dumps(detail["table"])
-        if key not in index_of:
-            index_of[key] = len(tables)
-            tables.append(tuple(map(Row.from_json, detail["table"])))
-        table_of_rank.append(index_of[key])
-    try:
-        assignment = Assignment(tables, table_of_rank)
-    except ManifestError as error:
-        raise ConfigError(str(error)) from error
-    merged = _merge_values([detail["values"] for detail in details])
-    return _Plan(assignment, tables, table_of_rank, merged)
-
-
-def _merge_values(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Unite the ranks' plain values; those of one name must be equal."""
-    merged: dict[str, Any] = {}
-    spelled: dict[str, dict[str, list[int]]] = {}
-    for rank, own in enumerate(per_rank):
-        for name, value in own.items():
-            merged.setdefault(name, value)
-            text = strict_json.dumps(value)
-            spelled.setdefault(name, {}).setdefault(text, []).append(rank)
-    differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
-    if differing:
-        lines = [
-            f"{name}: "
-            + ", ".join(f"{text:.60} on ranks {ranks[:8]}" for text, ranks in texts.items())
-            for name, texts in list(differing.items())[:16]
-        ]
-        msg = (
-            f"{len(differing)} plain values differ between ranks; wrap what each rank "
-            "has of its own in PerRank. " + "; ".join(lines)
-        )
-        raise ConfigError(msg)
-    return merged
-
-
 # S5 to S8: write, vote, commit, outcome
 
 
 def _write_and_commit(
-    job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: _Plan
+    job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: SavePlan
 ) -> Answer:
     # S5 (every rank): write my file, durably.
     written = Ran(
@@ -299,7 +173,7 @@ def _write_and_commit(
         job.commits,
         Phase.WRITE,
         written,
-        _or_abandon(job, attempt, decide),
+        or_abandon(job, attempt, decide),
         says=lambda file: Vote(
             Phase.WRITE,
             size_bytes=file.size_bytes,
@@ -328,7 +202,7 @@ def _entry(piece: Piece, leaf: Leaf, per_rank: bool = False) -> shard_file.Entry
 
 
 def _commit(
-    job: Job, attempt: Attempt, step: int | None, plan: _Plan, votes: Sequence[Vote]
+    job: Job, attempt: Attempt, step: int | None, plan: SavePlan, votes: Sequence[Vote]
 ) -> Answer:
     assert job.chief is not None
     assert plan.values is not None
@@ -351,12 +225,13 @@ def _changes(job: Job, saved: str) -> Answer:
     """Say how the lists that all ranks hold have changed: the whole would grow for ever."""
     assert job.chief is not None
     held, now = job.checkpoints, [a.prefix for a in job.chief.checkpoints]
-    remain = {*now} - {saved}
+    # What is saved again moves to the end.
+    before, after = {*held} - {saved}, {*now} - {saved}
     return {
         "latest": saved,
-        "removed": [prefix for prefix in held if prefix not in remain],
+        "removed": [prefix for prefix in held if prefix not in after],
         # Not only the one just saved: a commit of unknown outcome may have turned up.
-        "added": [prefix for prefix in now if prefix not in {*held} - {saved}],
+        "added": [prefix for prefix in now if prefix not in before],
     }
 
 
@@ -364,26 +239,3 @@ def _updated_lists(job: Job, changes: Answer) -> Answer:
     removed = {*changes["removed"]}
     kept = [prefix for prefix in job.checkpoints if prefix not in removed]
     return {"latest": changes["latest"], "checkpoints": [*kept, *changes["added"]]}
-
-
-def _or_abandon(
-    job: Job, attempt: Attempt, decide: Callable[[Sequence[Vote]], Answer]
-) -> Callable[[Sequence[Vote]], Answer]:
-    """Remove the pending directory at once if all ranks voted and the save failed."""
-
-    def decide_or_abandon(votes: Sequence[Vote]) -> Answer:
-        try:
-            return decide(votes)
-        except (FencedError, OutcomeUnknown):
-            raise  # nothing is ours to delete now
-        except DistckptError:
-            # Not after Ctrl-C: the commit may have gone through.
-            assert job.chief is not None
-            job.chief.abandon(attempt)
-            raise
-
-    return decide_or_abandon
-
-
-def _digest_of(tree: object) -> bytes:
-    return bytes.fromhex(digest(strict_json.dumps(tree).encode()))

@@ -24,7 +24,7 @@ LAYERS = {
     5: {"verify", "loading"},
     6: {"checkpoint"},
     7: {"job"},
-    8: {"claim", "construct"},
+    8: {"claim", "construct", "save_plan"},
     9: {"save", "restore"},
     10: {"manager"},
     11: {"cli"},
