@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ _PRELOAD = [
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
+# Tests run several jobs from threads, and starting a process looks after all others: two
+# threads that ask for one exit status at a time get it once, and nonsense the other time.
+_lock = threading.Lock()
 
 
 @dataclass
@@ -87,7 +91,8 @@ def run_ranks(
                 args=(theirs, rendezvous, function, rank, world_size, args, environment),
                 daemon=True,
             )
-            process.start()
+            with _lock:
+                process.start()
             theirs.close()
             processes.append(process)
             connections.append(ours)
@@ -98,13 +103,14 @@ def run_ranks(
             for connection in connections:
                 connection.close()  # tells a rank that it may exit
             for process, result in zip(processes, results, strict=True):
-                process.join(0 if result.killed else 10)
-                if process.is_alive() and process.pid is not None:
+                exit_code = _exit_code(process, 0 if result.killed else 10)
+                if exit_code is None:
                     os.kill(process.pid, signal.SIGKILL)
-                    process.join()
+                    exit_code = _exit_code(process, None)
                 if result.exit_code is None:
-                    result.exit_code = process.exitcode
-                process.close()
+                    result.exit_code = exit_code
+                with _lock:
+                    process.close()
     return results
 
 
@@ -115,6 +121,14 @@ def values_of(results: Sequence[RankResult]) -> list[Any]:
     }
     assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
     return [result.value for result in results]
+
+
+def _exit_code(process: Any, timeout: float | None) -> int | None:
+    """Wait for a process to end; None if it has not."""
+    wait([process.sentinel], timeout)
+    with _lock:
+        process.join(0)
+        return process.exitcode
 
 
 def _collect(
@@ -136,8 +150,7 @@ def _collect(
             try:
                 value, error, trace, seconds = connection.recv()  # type: ignore[union-attr]
             except (EOFError, ConnectionResetError):
-                processes[rank].join(10)
-                results[rank].exit_code = processes[rank].exitcode
+                results[rank].exit_code = _exit_code(processes[rank], 10)
                 continue
             results[rank] = RankResult(value, error, trace, seconds, 0)
 
