@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -24,7 +23,6 @@ from distckpt.messages import Phase, Vote
 from distckpt.restore import restore_or_initialize
 from distckpt.save import CheckpointOptions, save
 
-_logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 

@@ -76,7 +76,7 @@ class Vote:
         return self.status is Status.OK
 
     def pack(self, rank: int) -> bytes:
-        """Encode all but the detail into ``VOTE_BYTES`` bytes."""
+        """Encode all but the detail; always into the same number of bytes."""
         return _VOTE.pack(
             rank,
             self.phase,
@@ -91,7 +91,6 @@ class Vote:
 
 _VOTE = struct.Struct("<IHHQq16s16sQ")
 _NO_STEP = -(2**63)
-VOTE_BYTES = _VOTE.size
 
 
 def unpack_vote(data: bytes, detail: bytes = b"") -> Vote:

@@ -24,7 +24,6 @@ _ATTEMPT = re.compile(
 )
 _PREFIX = re.compile(rf"(?P<name>{_NAME})-(?P<number>0|-?[1-9][0-9]{{0,18}})")
 _RECORD = re.compile(r"([0-9]{20})\.json")
-_SHARD = re.compile(r"rank-([0-9]{5,})-of-([0-9]{5,})\.safetensors")
 _TEMPORARY = re.compile(rf"\.e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})\.tmp")
 _PROBE = re.compile(
     rf"\.probe-e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})-[0-9]{{5,}}"
@@ -120,15 +119,6 @@ def parse_record_file(name: str) -> int | None:
 def shard_file(rank: int, world_size: int) -> str:
     """Name the one file that a rank writes in one save."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def parse_shard_file(name: str) -> tuple[int, int] | None:
-    """Parse a shard file's name into rank and world size; None for anything else."""
-    match = _SHARD.fullmatch(name)
-    if match is None:
-        return None
-    rank, world_size = int(match[1]), int(match[2])
-    return (rank, world_size) if name == shard_file(rank, world_size) else None
 
 
 def temporary_file(epoch: int) -> str:

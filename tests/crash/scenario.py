@@ -418,9 +418,9 @@ def _demand(kind: type[AssertionError], condition: bool, found: Any) -> None:
 FAILED = 3
 HUNG = -signal.SIGALRM
 KILLED = -signal.SIGKILL
-_PATIENCE_SECONDS = 20
+_PATIENCE_SECONDS = 60
 _NUM_WORKERS = 2
-_WORKER_SECONDS = 100
+_WORKER_SECONDS = 300
 
 
 def in_workers(

@@ -32,6 +32,9 @@ from distckpt.chief import Chief
 from distckpt.errors import DistckptError, OutcomeUnknown, StorageError
 from distckpt.values import encode
 
+# Hundreds of crash points; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(400)
+
 _ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES)
 
 # Seeds, with a number where one is asked for: retention drops, a number is used again.

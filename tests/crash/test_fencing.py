@@ -35,6 +35,9 @@ from distckpt.values import encode
 
 OLD, NEW = "old", "new"
 
+# Hundreds of crash points; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(400)
+
 _NUM_RANDOM = 150
 _MAX_SWITCHES = 6
 _PATIENCE_SECONDS = 20.0

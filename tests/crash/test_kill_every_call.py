@@ -36,6 +36,9 @@ from distckpt.janitor import remove_published
 from distckpt.paths import Attempt
 from distckpt.record import Record, digest
 
+# Hundreds of crash points; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(400)
+
 _RECOVERY_SEED = 50
 _NUM_SECOND_KILLS = 6
 _NUM_THREADED = 100

@@ -14,6 +14,9 @@ from test_kill_every_call import Figures, Point, Stage, _calls, _points
 
 from distckpt import state, storage
 
+# Hundreds of crash points; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(400)
+
 _SEED = 60
 
 
