@@ -77,6 +77,9 @@ class Checkpoint:
         For warm starts, evaluation and notebooks; a job restores with
         ``CheckpointManager.restore_or_initialize``, which falls back together.
 
+        What is ``PerRank`` is taken by this process's rank in the default group (0
+        without one), and needs as many ranks as saved it.
+
         After an error other than ``MismatchError`` tensors may hold a mixture.
 
         Args:
@@ -86,13 +89,19 @@ class Checkpoint:
             CheckpointNotFound: There is no such checkpoint.
             MismatchError: It does not fit; lists every difference, changes nothing.
             FormatError, StorageError: It cannot be read, or its bytes are wrong.
+            ConfigError, UnsupportedError: Something tracked cannot be restored into.
         """
         located = readers.locate(path)
         manifest = readers.read_manifest(located.directory, located.manifest_digest)
         rank, world_size = _rank_and_world_size()
         nodes = nodes_of(self)
         if nodes.per_rank and rank >= manifest.world_size:
-            msg = f"{located.directory}: saved by {manifest.world_size} ranks only."
+            paths = ", ".join(node.path for node in nodes.per_rank[:5])
+            msg = (
+                f"{located.directory} was saved by {manifest.world_size} ranks, this is "
+                f"rank {rank}: what it should have of its own (PerRank: {paths}) is not "
+                "there. Restore with as many ranks, or without tracking these."
+            )
             raise MismatchError(msg)
         with Loading(nodes, located.directory, manifest, rank, world_size) as loading:
             if loading.unexpected:

@@ -154,7 +154,11 @@ class Chief:
         if holder is not None and holder.run == self._identity.run:
             # A process of this very job that has not gone yet, or never will: the next
             # record fences it.
-            _logger.info("the lock on %s is held by this job itself", self._directory)
+            _logger.warning(
+                "the lock on %s is held by another process of this job (%s); fencing it",
+                self._directory,
+                holder.run,
+            )
             return
         if self._takeover:
             _logger.warning("taking %s over from a live job", self._directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distckpt.comm import Answer
-from distckpt.errors import SaveFailed
+from distckpt.errors import RanksFailed
 from distckpt.job import Job, Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.probe import Probe
@@ -43,7 +43,7 @@ def _prepare(job: Job) -> Answer:
 def _finish(job: Job, votes: Sequence[Vote]) -> Answer:
     assert job.chief is not None
     try:
-        raise_failures(votes, f"claiming {job.directory} failed", SaveFailed)
+        raise_failures(votes, f"claiming {job.directory} failed", RanksFailed)
     except BaseException:
         job.chief.abandon_claim()
         raise

@@ -222,8 +222,8 @@ def _print_reports(reports: Sequence[tuple[str, Report]]) -> None:
     num_bad = sum(not report.ok for _, report in reports)
     if num_bad:
         _echo(
-            f"{num_bad} of {len(reports)} are bad. A restore falls back to the newest "
-            "one that is not."
+            f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
+            "and fails if there is none."
         )
 
 

@@ -30,7 +30,7 @@ from distckpt.errors import (
     ManagerBroken,
     PeerLost,
     PeerTimeout,
-    SaveFailed,
+    RanksFailed,
 )
 from distckpt.messages import Phase, Vote
 
@@ -145,7 +145,10 @@ class GroupChannel:
         except BaseException as error:
             # The others must not wait for an answer that never comes.
             text = f"on the chief: {type(error).__name__}: {error}"
-            self._broadcast(vote.phase, messages.encode_error(SaveFailed(text, {0: text})))
+            failed = RanksFailed(text, {0: text})
+            self._broadcast(vote.phase, messages.encode_error(failed))
+            if isinstance(error, Exception):
+                raise failed from error
             raise
 
     def _gather_details(self, vote: Vote, packed: Sequence[bytes]) -> list[bytes]:

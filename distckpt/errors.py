@@ -96,7 +96,7 @@ class ChecksumError(FormatError):
 
 
 class UnsafeCheckpointError(FormatError):
-    """A file is a link, a device or outside its directory: nothing of it is read."""
+    """A file is a link, a device or the like: nothing of it is read."""
 
 
 class CheckpointNotFound(DistckptError):

@@ -124,11 +124,13 @@ class CheckpointManager:
     ) -> str | None:
         """Save a checkpoint, if the interval allows one at this step.
 
-        May be called at every step. A call that the step interval rules out makes no
-        collective and returns None. After return of a path the checkpoint is committed:
-        durable, whole, and never lost.
+        May be called at every step. A call that the step interval rules out returns None
+        without asking anybody, so ranks whose steps differ are found out only by a call
+        that asks. After return of a path the checkpoint is committed: durable, complete
+        and listed, until retention drops it or its number is saved again.
 
-        Called by: every rank. Collectives: some, if a save is due.
+        Called by: every rank. Collectives: none if the interval rules the call out; else
+        three rounds, one more if ranks track different things, three more the first time.
 
         Args:
             checkpoint_number: Number to save under, instead of the next one; it may
@@ -146,6 +148,8 @@ class CheckpointManager:
             ConfigError: Ranks called it differently, or the next number is that of a
                 live checkpoint.
             UnsupportedError: Something tracked cannot be stored.
+            RestoreFailed: A restore failed half-way before, so there is nothing to save.
+            CorruptStateError, StorageError: The directory cannot be claimed.
             OutcomeUnknown: The disk will not say whether it was committed.
             FencedError, DirectoryInUseError: The directory belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
@@ -161,7 +165,8 @@ class CheckpointManager:
         unreadable twice is passed over for the next older, together. Only a directory
         in which nothing was ever committed is a fresh start.
 
-        Called by: every rank. Collectives: some.
+        Called by: every rank. Collectives: two rounds the first time, then up to four for
+        each checkpoint that is tried.
 
         Returns:
             Path of what was restored; None if there was nothing.
@@ -171,7 +176,10 @@ class CheckpointManager:
                 nothing was changed.
             RestoreFailed: Nothing could be restored, or user code failed; the message
                 says whether tensors were touched.
-            FencedError, DirectoryInUseError: The directory belongs to another manager.
+            ConfigError, UnsupportedError: Something tracked cannot be restored into.
+            CorruptStateError, StorageError, OutcomeUnknown: The directory cannot be
+                claimed.
+            FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
         return self._run(lambda: restore_or_initialize(self._job))
@@ -208,6 +216,10 @@ class CheckpointManager:
         The manager cannot be used any more. Harmless when it is closed already.
 
         Called by: every rank. Collectives: one round, unless the manager is broken.
+
+        Raises:
+            StorageError: Deletions are still running at the deadline.
+            ManagerBroken: Another rank is gone. The manager is closed all the same.
         """
         if self._unusable is None:
             try:

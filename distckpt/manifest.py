@@ -15,12 +15,13 @@ from typing import Any
 from distckpt import layout, paths, strict_json, values
 from distckpt.errors import FormatError, ManifestError
 from distckpt.layout import Assignment, Row, Table
-from distckpt.record import DIGEST_LENGTH, is_hex
+from distckpt.record import DIGEST_LENGTH, digest, is_hex
 
 FORMAT = 1
 MAX_SIZE_BYTES = 256 * 2**20
 
 _MAX_WORLD_SIZE = 10_000_000
+_CHECKSUM = b',\n"checksum": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Manifest:
     values: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(0 < len(self.shards) <= _MAX_WORLD_SIZE, "number of shards", self.shards)
+        num_shards = len(self.shards)
+        _check(0 < num_shards <= _MAX_WORLD_SIZE, "number of shards", num_shards)
         for rank, shard in enumerate(self.shards):
             _check(
                 0 < shard.size_bytes < 2**63
@@ -118,7 +120,8 @@ class Manifest:
         )
         lines.append(f'"layouts": [{tables}]')
         lines.append(f'"values": {_one_a_line(_group(self.values))}')
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        body = ("{\n" + ",\n".join(lines)).encode()
+        return body + _CHECKSUM + f'"{digest(body)}"\n}}\n'.encode()
 
     @staticmethod
     def decode(data: bytes) -> Manifest:
@@ -140,7 +143,11 @@ class Manifest:
                 f"distckpt reads format {FORMAT}. It was written by another version."
             )
             raise ManifestError(msg)
-        return _from_tree(tree)
+        manifest = _from_tree(tree)
+        # The record holds the digest of the whole; this one is for copies without records.
+        body, _, _ = data.rpartition(_CHECKSUM)
+        _check(tree["checksum"] == digest(body), "checksum", tree["checksum"])
+        return manifest
 
 
 _FIELDS = (
@@ -153,6 +160,7 @@ _FIELDS = (
     "shards",
     "layouts",
     "values",
+    "checksum",
 )
 
 

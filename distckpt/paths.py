@@ -1,6 +1,6 @@
 """Every file and directory name of a run directory: built and parsed here only.
 
-A path that is ever renamed or deleted carries epoch and attempt and is never used
+A directory that is ever renamed or deleted carries epoch and attempt and is never used
 twice, so that a writer of an older epoch can only ever touch what is its own.
 """
 

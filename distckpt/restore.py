@@ -129,7 +129,7 @@ def restore_or_initialize(job: Job) -> str | None:
     ensure_claimed(job)
     candidates = None if job.chief is None else Candidates(job, job.chief)
     while True:
-        # R1 (chief), R2 (every rank)
+        # R1 (chief)
         answer = job.decisions.consult(Vote(Phase.CANDIDATE), lambda _: _offer(candidates))
         if answer["attempt"] is None:
             _initialize(job)
@@ -182,7 +182,7 @@ def _status_of(error: BaseException) -> Status:
 
 
 def _plan(job: Job, trial: _Try) -> Loading:
-    """R3: open and check every file, list all that does not fit; touch nothing."""
+    """R2, R3: read the manifest, open every file, list all that does not fit."""
     directory = job.path(trial.attempt.published)
     manifest = read_manifest(directory, trial.manifest_digest)
     nodes = nodes_of(job.checkpoint)

@@ -91,6 +91,9 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
         if not -(2**63) <= number < 2**63:
             msg = f"checkpoint_number must fit into 64 bits, got {number}."
             raise ConfigError(msg)
+    if step is not None and not -(2**63) < step < 2**63:
+        msg = f"the training step must fit into 64 bits, step_counter says {step}."
+        raise ConfigError(msg)
     return Request(step, number, bool(check_interval))
 
 
@@ -164,7 +167,8 @@ def _write_and_commit(
         if not all(vote.ok for vote in votes):
             # A pending directory that vanished under a rank is another chief's sweep.
             job.chief.check_not_fenced()
-        what = f"save {attempt.prefix} failed; no checkpoint was made, older ones are safe"
+        path = job.path(attempt.prefix)
+        what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         raise_failures(votes, what, SaveFailed, keep_kind=False)
         return _commit(job, attempt, step, plan, votes)  # S7 (chief)
 

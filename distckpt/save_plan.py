@@ -167,7 +167,7 @@ def or_abandon(
 ) -> Callable[[Sequence[Vote]], Answer]:
     """Remove the pending directory at once if all ranks voted and the save failed."""
 
-    def decideor_abandon(votes: Sequence[Vote]) -> Answer:
+    def decide_or_abandon(votes: Sequence[Vote]) -> Answer:
         try:
             return decide(votes)
         except (FencedError, OutcomeUnknown):
@@ -178,7 +178,7 @@ def or_abandon(
             job.chief.abandon(attempt)
             raise
 
-    return decideor_abandon
+    return decide_or_abandon
 
 
 def _digest_of(tree: object) -> bytes:

@@ -182,9 +182,11 @@ def _read(directory: str, number: int) -> Head:
     except CorruptStateError as error:
         msg = (
             f"{path}: {error}. The newest record decides what is committed, so nothing "
-            "is guessed. The checkpoints themselves are untouched ('distckpt verify' "
-            "tells which are whole); restore the file from a copy, or move it away to go "
-            f"on from record {number - 1} without what it committed."
+            "is guessed. Restore the file from a copy (the state file "
+            f"'{paths.STATE_FILE}' holds the same bytes if its number is {number}). Do not "
+            "just remove it: the next claim would then delete what it committed. Or start "
+            "in another run directory from the newest checkpoint that 'distckpt verify' "
+            "finds whole, with Checkpoint.restore as init_fn."
         )
         raise CorruptStateError(msg) from error
     return Head(record, digest(data))

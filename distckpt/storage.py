@@ -5,8 +5,8 @@ Everything durable follows one order: write, fsync, close, then make the name ap
 kernel has already dropped the pages, and a second call would report success.
 (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020.)
 
-Reading never follows links and never blocks on a FIFO; deleting works relative to open
-directories, so that nothing outside them can be reached.
+A file that is read is never a link, and never blocks as a FIFO would; deleting works
+relative to open directories, so that nothing outside them can be reached.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.leaves import Leaves, join
+from distckpt.leaves import Leaves, join, key_text
 from distckpt.per_rank import PerRank
 from distckpt.restore_plan import RestorePlan
 
@@ -58,7 +58,7 @@ def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> N
     """
     walker = _Walker()
     for name, value in objects.items():
-        walker.visit(join(name), value, partial(set_value, name))
+        walker.visit(key_text(name, name), value, partial(set_value, name))
     return Nodes(walker.shared, walker.per_rank)
 
 

@@ -208,3 +208,23 @@ def test_empty_checkpoint_saves_and_restores(run_dir):
     """Nothing but the counter is a checkpoint too."""
     save(run_dir)
     assert restore(run_dir).save_counter == 1
+
+
+def test_names_with_slashes_are_told_from_paths(run_dir):
+    """A top-level name is one part of a path, whatever it contains."""
+    objects = {"a/b": torch.ones(2), "a": {"b": torch.zeros(2)}}
+    CheckpointManager(Checkpoint(**objects), run_dir, max_to_keep=1).save()
+    live = {"a/b": torch.empty(2), "a": {"b": torch.empty(2)}}
+    CheckpointManager(Checkpoint(**live), run_dir, max_to_keep=1).restore_or_initialize()
+    assert torch.equal(live["a/b"], torch.ones(2))
+    assert torch.equal(live["a"]["b"], torch.zeros(2))
+
+
+def test_a_step_beyond_64_bits_is_refused_before_anything_is_written(run_dir):
+    """The record could not hold it."""
+    manager = CheckpointManager(
+        Checkpoint(), run_dir, max_to_keep=1, step_counter=lambda: 2**63
+    )
+    with pytest.raises(ConfigError, match="64 bits"):
+        manager.save()
+    assert not os.path.exists(run_dir)

@@ -259,3 +259,13 @@ def test_manifest_with_a_replaced_field_is_checked_again():
     """No way around the checks."""
     with pytest.raises(ManifestError):
         dataclasses.replace(SAMPLE, shards=(Shard(1, DIGEST, 7),))
+
+
+def test_manifest_with_any_byte_changed_is_refused():
+    """Also in a copy without records, a value that was changed is not taken."""
+    data = SAMPLE.encode()
+    for index in range(len(data)):
+        changed = bytearray(data)
+        changed[index] ^= 1
+        with pytest.raises(ManifestError):
+            Manifest.decode(bytes(changed))
