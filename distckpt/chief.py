@@ -22,7 +22,6 @@ from distckpt.errors import (
     ConfigError,
     DirectoryInUseError,
     FencedError,
-    OutcomeUnknown,
     StorageError,
 )
 from distckpt.identity import Identity
@@ -316,8 +315,7 @@ class Chief:
             storage.rename(pending, self._path(attempt.published))
             storage.sync_directory(self._directory)
             self._append_commit(attempt, step, digest(data))
-        except OutcomeUnknown:
-            self._uncertain = True
+        except FencedError:
             raise
         except StorageError:
             # Raised before the link was tried, so the attempt is certainly in no record.
@@ -327,6 +325,10 @@ class Chief:
             # only says "no such file"; that this one is fenced is the reason.
             with suppress(StorageError):
                 self.check_not_fenced()
+            raise
+        except BaseException:
+            # OutcomeUnknown, or Ctrl-C: the record may be there.
+            self._uncertain = True
             raise
         self._after_append()
 
@@ -398,7 +400,12 @@ class Chief:
         if state.is_newest(self._directory, self._head):
             return
         newest = state.read_head(self._directory)
-        assert newest is not None
+        if newest is None:
+            msg = (
+                f"{self._directory}: its records are gone. Was it deleted or unmounted, or "
+                "has the working directory changed under a relative path?"
+            )
+            raise StorageError(msg, operation="read", path=self._directory)
         if newest.record.writer == self._writer and self._uncertain:
             # An append of ours whose outcome was unknown is there after all.
             self._head = newest

@@ -33,6 +33,7 @@ class Janitor:
         self._condition = threading.Condition()
         self._work: deque[Callable[[], None]] = deque()
         self._running = False
+        self._thread: threading.Thread | None = None
         self._released: set[Attempt] = set()
 
     def release(self, attempts: Collection[Attempt]) -> None:
@@ -57,18 +58,23 @@ class Janitor:
     def wait(self, timeout_seconds: float) -> bool:
         """Wait until nothing is outstanding; False if the time was not enough."""
         with self._condition:
-            return self._condition.wait_for(
+            done = self._condition.wait_for(
                 lambda: not self._running, timeout=timeout_seconds
             )
+            thread = self._thread
+        if done and thread is not None:
+            thread.join()  # it has nothing left to do but to end
+        return done
 
     def _submit(self, task: Callable[[], None]) -> None:
         with self._condition:
             self._work.append(task)
             if not self._running:
                 self._running = True
-                threading.Thread(
+                self._thread = threading.Thread(
                     target=self._run, name="distckpt-janitor", daemon=True
-                ).start()
+                )
+                self._thread.start()
 
     def _run(self) -> None:
         while True:

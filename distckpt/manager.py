@@ -173,7 +173,7 @@ class CheckpointManager:
 
         Raises:
             MismatchError: The newest does not fit the live objects; lists everything,
-                nothing was changed.
+                nothing of it was read.
             RestoreFailed: Nothing could be restored, or user code failed; the message
                 says whether tensors were touched.
             ConfigError, UnsupportedError: Something tracked cannot be restored into.
@@ -228,8 +228,11 @@ class CheckpointManager:
                 self._let_go(ManagerBroken("this manager is closed."))
                 self._job.decisions.close()
                 self._job.commits.close()
-        elif not isinstance(self._unusable, ManagerBroken):
+        elif isinstance(self._unusable, FencedError):
+            # All ranks were told in the same round, so nobody is left waiting.
             self._let_go(ManagerBroken("this manager is closed."))
+            self._job.decisions.close()
+            self._job.commits.close()
 
     def __enter__(self) -> CheckpointManager:
         return self

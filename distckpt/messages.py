@@ -116,13 +116,17 @@ def detail_length(data: bytes) -> int:
 
 def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) -> Vote:
     """Make the vote of a rank on which a phase raised."""
-    kind = type(error).__name__ if isinstance(error, DistckptError) else ""
-    text = str(error) if kind else f"{type(error).__name__}: {error}"
+    is_ours = isinstance(error, DistckptError)
+    name = type(error).__name__
+    try:
+        text = str(error) if is_ours else f"{name}: {error}"
+    except Exception:  # an error that cannot even say what it is must be a vote, too
+        text = name
     fields = {
-        "kind": kind,
+        "kind": name if is_ours else "",
         "text": _clip(text),
-        "errno": getattr(error, "errno", None),
-        "shard_rank": getattr(error, "shard_rank", None),
+        "errno": _int_of(error, "errno"),
+        "shard_rank": _int_of(error, "shard_rank"),
     }
     return Vote(phase, status, detail=strict_json.dumps(fields).encode())
 
@@ -198,6 +202,11 @@ def decode_answer(data: bytes) -> dict[str, Any]:
     if issubclass(error_class, RanksFailed):
         raise error_class(fields["text"], dict(fields["failures"]))
     raise error_class(fields["text"])
+
+
+def _int_of(error: BaseException, name: str) -> int | None:
+    value = getattr(error, name, None)
+    return value if type(value) is int else None
 
 
 def _clip(text: str) -> str:

@@ -12,7 +12,7 @@ from distckpt.checkpoint import nodes_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
-from distckpt.errors import FormatError, RestoreFailed, StorageError
+from distckpt.errors import FormatError, MismatchError, RestoreFailed, StorageError
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
@@ -64,11 +64,17 @@ class Candidates:
         entry = self._left[0]
         what = f"restoring {entry.attempt.prefix} failed"
         hard = (Status.MISMATCH, Status.FAILED)
-        if any(vote.status in hard for vote in votes):
-            raise_failures(votes, what, RestoreFailed)
-        if all(vote.ok for vote in votes):
-            self._refuse_unexpected(entry, votes)
-            return {"do": _GO}
+        try:
+            if any(vote.status in hard for vote in votes):
+                raise_failures(votes, what, RestoreFailed)
+            if all(vote.ok for vote in votes):
+                self._refuse_unexpected(entry, votes)
+                return {"do": _GO}
+        except MismatchError as error:
+            # Perhaps it was only tried because a newer one is bad, or after that one's
+            # tensors had been read in part.
+            notes = [str(error), *self._skipped, self._job.undefined]
+            raise MismatchError("\n".join(filter(None, notes))) from error
         reasons = {vote.rank: failure_of(vote) for vote in votes if not vote.ok}
         text = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in reasons.items())
         blamed = {failure_of(vote)[1] for vote in votes if vote.status is Status.CORRUPT}
@@ -176,7 +182,8 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
 def _status_of(error: BaseException) -> Status:
     if isinstance(error, FormatError):
         return Status.CORRUPT
-    if isinstance(error, (OSError, MemoryError)):
+    # Only our own: an OSError of a user's state_dict() says nothing about the checkpoint.
+    if isinstance(error, (StorageError, MemoryError)):
         return Status.UNREADABLE
     return Status.MISMATCH
 
@@ -212,7 +219,12 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         raise_failures(votes, what, RestoreFailed, keep_kind=False)
         return job.lists()
 
-    finished = Ran(loading.finish)
+    def finish() -> int | None:
+        loading.finish()
+        # Read before the vote: a step counter that raises must fail the restore on all.
+        return None if job.gate.interval is None else job.step()
+
+    finished = Ran(finish)
     answer = agree(job.decisions, Phase.APPLY, finished, decide)
     job.take_lists(answer)
     job.undefined = ""
@@ -220,7 +232,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         # A newer checkpoint could not be read just now; its number stays its own.
         job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)
     if job.gate.interval is not None:
-        job.gate.last_step = job.step()
+        job.gate.last_step = finished.result
 
 
 def _initialize(job: Job) -> None:

@@ -57,6 +57,25 @@ class Saved:
         self._taken.add(name)
         return values.decode(self._values[name])
 
+    def same_value(self, one: str, other: str) -> bool:
+        """Tell whether two plain values are the same, down to the tensors in them.
+
+        Compared as they are stored: the tensors are not read yet, and NaN equals NaN.
+        """
+        first, second = self._values[one], self._values[other]
+        return bool(self._without_names(first) == self._without_names(second))
+
+    def _without_names(self, encoded: Any) -> Any:
+        if isinstance(encoded, list):
+            return [self._without_names(item) for item in encoded]
+        if not isinstance(encoded, dict):
+            return encoded
+        if "$tensor" in encoded:
+            row = self.rows.get(encoded["$tensor"])
+            # A rank's own tensors do not tell which of them were one.
+            return ["$tensor", row and self.knows_ties and (row.same_as or row.name)]
+        return {key: self._without_names(item) for key, item in encoded.items()}
+
     def left_over(self) -> list[str]:
         """Return the names that nobody has asked for."""
         return [n for n in (*self.rows, *self._values) if n not in self._taken]
@@ -162,7 +181,7 @@ def mismatch(what: str, problems: list[str]) -> MismatchError:
     """Make the error that lists how a checkpoint and live objects do not fit."""
     lines = "".join(f"\n  {problem}" for problem in _first(problems, 100))
     return MismatchError(
-        f"{what} does not fit the live objects; nothing was changed. "
+        f"{what} does not fit the live objects; nothing of it was read. "
         f"{len(problems)} differences:{lines}"
     )
 

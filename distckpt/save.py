@@ -66,7 +66,8 @@ def save(
         answer = _write_and_commit(job, attempt, step, captured, plan)  # S5 to S8
     except OutcomeUnknown:
         raise  # the number may be in use
-    except BaseException:
+    except Exception:
+        # Not after Ctrl-C, for the same reason.
         job.checkpoint.save_counter = counter
         raise
     # S8 (every rank): only now does anything remember this save.

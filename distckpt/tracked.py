@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ from distckpt.per_rank import PerRank
 from distckpt.restore_plan import RestorePlan
 
 _MAX_DEPTH = 64
+
+
+class Owner(NamedTuple):
+    """The tracked module that a parameter belongs to.
+
+    Attributes:
+        name: Full name of the parameter.
+        per_rank: Whether the module is each rank's own.
+    """
+
+    name: str
+    per_rank: bool
 
 
 class Node(Protocol):
@@ -66,7 +78,7 @@ class _Walker:
     def __init__(self) -> None:
         self.shared: list[Node] = []
         self.per_rank: list[Node] = []
-        self._owners: dict[int, str] = {}
+        self._owners: dict[int, Owner] = {}
 
     def visit(
         self,
@@ -87,11 +99,11 @@ class _Walker:
         if isinstance(value, nn.Module):
             modules.check_supported(value, path)
             for name, parameter in modules.named_parameters(value):
-                self._owners.setdefault(id(parameter), join(path, name))
+                self._owners.setdefault(id(parameter), Owner(join(path, name), per_rank))
             nodes.append(ModuleNode(path, value))
         elif isinstance(value, Optimizer):
             modules.check_supported(value, path)
-            nodes.append(OptimizerNode(path, value, self._owners))
+            nodes.append(OptimizerNode(path, value, self._owners, per_rank))
         elif isinstance(value, torch.Tensor):
             nodes.append(TensorNode(path, value))
         elif _is_stateful(value):
@@ -198,18 +210,21 @@ class OptimizerNode:
     parameter's dtype: fp32 moments of bf16 parameters would come back rounded.
     """
 
-    def __init__(self, path: str, optimizer: Optimizer, owners: dict[int, str]) -> None:
+    def __init__(
+        self, path: str, optimizer: Optimizer, owners: dict[int, Owner], per_rank: bool
+    ) -> None:
         self.path = path
         self._optimizer = optimizer
         self._owners = owners
+        self._per_rank = per_rank
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Any]]]]:
         """Walk ``(group, [(parameter's name, parameter)])``."""
         for index, group in enumerate(self._optimizer.param_groups):
             named = []
             for position, parameter in enumerate(group["params"]):
-                name = self._owners.get(id(parameter))
-                if name is None:
+                owner = self._owners.get(id(parameter))
+                if owner is None:
                     msg = (
                         f"{self.path}: parameter {position} of group {index} (shape "
                         f"{tuple(parameter.shape)}) belongs to no tracked module, so its "
@@ -217,13 +232,35 @@ class OptimizerNode:
                         "Checkpoint."
                     )
                     raise ConfigError(msg)
-                named.append((name, parameter))
+                if owner.per_rank and not self._per_rank:
+                    # Its state would be taken for equal on all ranks and be mixed.
+                    msg = (
+                        f"{self.path}: optimizes {owner.name}, which each rank has of its "
+                        "own; wrap the optimizer in PerRank, too."
+                    )
+                    raise ConfigError(msg)
+                named.append((owner.name, parameter))
             yield group, named
+        self._refuse_other_state()
+
+    def _refuse_other_state(self) -> None:
+        groups = self._optimizer.param_groups
+        known = {id(p) for group in groups for p in group["params"]}
+        for key in self._optimizer.state:
+            if id(key) not in known:
+                msg = (
+                    f"{self.path}: has state that belongs to no parameter of its groups "
+                    f"(key {type(key).__name__} {key!r:.60}); it has no name to be stored "
+                    "under. Keep it in an object of its own with a state_dict()."
+                )
+                raise UnsupportedError(msg)
 
     def capture(self, leaves: Leaves) -> None:
         """Add each parameter's state and settings."""
-        for group, named in self._groups():
+        for index, (group, named) in enumerate(self._groups()):
             settings = _settings(group)
+            if not named:
+                leaves.add_value(self._empty_group(index), settings)
             for name, parameter in named:
                 leaves.add_value(f"{self.path}/settings/{name}", settings)
                 # Not state[parameter]: that would add an empty entry.
@@ -238,7 +275,9 @@ class OptimizerNode:
     def plan(self, plan: RestorePlan) -> None:
         """Read into state that is there, allocate what is not, drop what is not saved."""
         for index, (group, named) in enumerate(self._groups()):
-            taken: dict[str, Any] | None = None
+            taken: str | None = None
+            if not named:
+                self._plan_empty(plan, group, self._empty_group(index))
             for name, parameter in named:
                 self._plan_state(plan, group, name, parameter)
                 full = f"{self.path}/settings/{name}"
@@ -247,13 +286,22 @@ class OptimizerNode:
                     continue
                 settings = plan.take_value(full)
                 if taken is None:
-                    taken = settings
+                    taken = full
                     plan.finishers.append(partial(_set_settings, group, settings))
-                elif _comparable(settings, plan) != _comparable(taken, plan):
+                elif not plan.saved.same_value(full, taken):
                     plan.problems.append(
                         f"{full}: saved with other settings than the parameters before "
                         f"it, and all are in one group (number {index}) here"
                     )
+
+    def _empty_group(self, index: int) -> str:
+        return join(f"{self.path}/empty_groups", index)
+
+    def _plan_empty(self, plan: RestorePlan, group: dict[str, Any], name: str) -> None:
+        if plan.saved.has_value(name):
+            plan.finishers.append(partial(_set_settings, group, plan.take_value(name)))
+        else:
+            plan.missing(name, "a group without parameters")
 
     def _plan_state(
         self,
@@ -286,16 +334,6 @@ class OptimizerNode:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
-
-
-def _comparable(settings: dict[str, Any], plan: RestorePlan) -> dict[str, Any]:
-    """Replace tensors, which are not read yet, by which of the saved ones they are."""
-    return {
-        key: (id(value) if plan.saved.knows_ties else None)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in settings.items()
-    }
 
 
 def _set_settings(group: dict[str, Any], settings: dict[str, Any]) -> None:

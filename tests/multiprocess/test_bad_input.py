@@ -364,7 +364,7 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_changed(tmp_path, wo
             "added: a plain value here, not there in the checkpoint",
             "gone: in the checkpoint, nothing here",
             "5 differences",
-            "nothing was changed",
+            "nothing of it was read",
         ):
             assert text in found.text
         assert unchanged and called == [] and same

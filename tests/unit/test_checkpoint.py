@@ -22,9 +22,12 @@ from distckpt import (
     ManifestError,
     MismatchError,
     PerRank,
+    RestoreFailed,
+    SaveFailed,
     StorageError,
     UnsupportedError,
     readers,
+    storage,
 )
 
 
@@ -228,3 +231,104 @@ def test_a_step_beyond_64_bits_is_refused_before_anything_is_written(run_dir):
     with pytest.raises(ConfigError, match="64 bits"):
         manager.save()
     assert not os.path.exists(run_dir)
+
+
+class _Angry:
+    def __init__(self, error):
+        self.error = error
+
+    def state_dict(self):
+        if self.error is not None:
+            raise self.error
+        return {"n": 1}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class _Tokenizer(nn.Linear):
+    error = None
+
+    def get_extra_state(self):
+        if self.error is not None:
+            raise self.error
+        return 1
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_an_os_error_of_user_code_does_not_fall_back(run_dir):
+    """Only the checkpoint's own files being unreadable says anything about it."""
+    model = _Tokenizer(1, 1)
+    manager = CheckpointManager(Checkpoint(model=model), run_dir, max_to_keep=3)
+    manager.save()
+    manager.save()
+    model.error = PermissionError("my tokenizer's file")
+    with pytest.raises(RestoreFailed, match="my tokenizer's file"):
+        manager.restore_or_initialize()
+
+
+def test_an_error_that_cannot_speak_is_still_told(run_dir):
+    """Whatever user code raises becomes a vote."""
+
+    class Mute(Exception):
+        errno = object()
+
+        def __str__(self):
+            raise RuntimeError
+
+    angry = _Angry(Mute())
+    manager = CheckpointManager(Checkpoint(angry=angry), run_dir, max_to_keep=3)
+    with pytest.raises(SaveFailed, match="Mute"):
+        manager.save()
+    angry.error = None
+    assert manager.save()
+
+
+def test_an_interrupt_behind_the_commit_does_not_fence_the_manager(run_dir, monkeypatch):
+    """After Ctrl-C between the record's link and the return, saving goes on."""
+    manager = CheckpointManager(Checkpoint(x=1), run_dir, max_to_keep=None)
+    manager.save()
+    sync = storage.sync_directory
+
+    def interrupt(path):
+        sync(path)
+        if path.endswith(".state"):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "sync_directory", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        manager.save()
+    assert manager.save() == os.path.join(run_dir, "ckpt-3")
+    expected = [os.path.join(run_dir, f"ckpt-{number}") for number in (1, 2, 3)]
+    assert manager.checkpoints == expected
+
+
+def test_a_run_directory_that_vanished_is_said_to_have(run_dir):
+    """Deleted, unmounted or left by chdir: the error says what to look at."""
+    manager = CheckpointManager(Checkpoint(x=1), run_dir, max_to_keep=None)
+    manager.save()
+    shutil.rmtree(run_dir)
+    with pytest.raises(StorageError, match="its records are gone"):
+        manager.save()
+
+
+def test_a_mismatch_after_a_bad_checkpoint_tells_of_both(run_dir):
+    """The older one does not fit; why it was tried, and what tensors hold, is said."""
+    old = {"w": torch.ones(300)}
+    CheckpointManager(Checkpoint(**old), run_dir, max_to_keep=3).save()
+    new = Checkpoint(w=torch.ones(300), v=torch.ones(300))
+    new.save_counter = 1
+    CheckpointManager(new, run_dir, max_to_keep=3).save()
+    (path,) = Path(run_dir).glob("ckpt-2.*/*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    manager = CheckpointManager(new, run_dir, max_to_keep=3)
+    with pytest.raises(MismatchError) as caught:
+        manager.restore_or_initialize()
+    assert "ckpt-2 is corrupt" in str(caught.value)
+    assert "which hold a mixture now" in str(caught.value)
+    assert "nothing of it was read" in str(caught.value)

@@ -11,7 +11,15 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch_helpers import assert_same, manifest_of, restore, rows_of, save, stored
 
-from distckpt import ConfigError, MismatchError, SaveFailed, UnsupportedError
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    ConfigError,
+    MismatchError,
+    PerRank,
+    SaveFailed,
+    UnsupportedError,
+)
 
 
 def _model(dtype=torch.float32):
@@ -489,3 +497,40 @@ def test_values_of_an_optimizer_are_few_and_named(run_dir):
         *sorted(f"optimizer/settings/model/{name}" for name, _ in model.named_parameters()),
         "save_counter",
     ]
+
+
+def test_a_shared_optimizer_of_per_rank_parameters_is_refused(run_dir):
+    """Its state differs between ranks and would be mixed from several."""
+    model = _model()
+    checkpoint = Checkpoint(
+        model=PerRank(model), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    with pytest.raises(ConfigError, match="wrap the optimizer in PerRank, too"):
+        CheckpointManager(checkpoint, run_dir, max_to_keep=1).save()
+
+
+def test_state_of_no_parameter_is_refused(run_dir):
+    """What cannot be named is not dropped silently."""
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["calls"] = {"n": torch.tensor(7.0)}
+    checkpoint = Checkpoint(model=model, optimizer=optimizer)
+    with pytest.raises(UnsupportedError, match="'calls'"):
+        CheckpointManager(checkpoint, run_dir, max_to_keep=1).save()
+
+
+def test_settings_of_an_empty_group_and_nan_settings_come_back(run_dir):
+    """A group that is filled later keeps its learning rate; NaN equals NaN."""
+
+    def make():
+        model = _model()
+        groups = [{"params": [], "lr": 0.5}, {"params": list(model.parameters())}]
+        return Checkpoint(model=model, optimizer=torch.optim.SGD(groups, lr=0.1))
+
+    saved, live = make(), make()
+    saved.optimizer.param_groups[0]["lr"] = 0.9
+    saved.optimizer.param_groups[1]["clip"] = float("nan")
+    CheckpointManager(saved, run_dir, max_to_keep=1).save()
+    CheckpointManager(live, run_dir, max_to_keep=1).restore_or_initialize()
+    assert live.optimizer.param_groups[0]["lr"] == 0.9
+    assert live.optimizer.param_groups[1]["clip"] != live.optimizer.param_groups[1]["clip"]
