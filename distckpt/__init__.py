@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SaveFailed,
         ShardFileError,
         StorageError,
+        StorageTimeout,
         UnsafeCheckpointError,
         UnsupportedError,
     )
@@ -74,6 +75,7 @@ __all__ = [
     "SaveFailed",
     "ShardFileError",
     "StorageError",
+    "StorageTimeout",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distckpt import identity, paths, policy, readers, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
-from distckpt.comm import Answer, Channel, open_channels
+from distckpt.comm import Answer, Channel, invite, open_channels
 from distckpt.errors import (
     ConfigError,
     DistckptError,
@@ -25,8 +25,11 @@ from distckpt.errors import (
     UnsupportedError,
 )
 from distckpt.job import Job, Ran, agree
+from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.record import digest
+from distckpt.waiting import Whereabouts
+from distckpt.worker import Worker
 
 _logger = logging.getLogger(__name__)
 
@@ -83,9 +86,19 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         ConfigError, UnsupportedError: A bad argument, on every rank.
         CorruptStateError, StorageError: The directory's state cannot be read.
     """
-    decisions, commits = open_channels(process_group, arguments.wait, 2)
+    worker = Worker(arguments.wait.total_seconds())
+    whereabouts = Whereabouts(worker)
+    decisions, commits = open_channels(
+        process_group, arguments.wait, ("decisions", "commits"), worker, whereabouts
+    )
     try:
-        return _agree_on_job(arguments, decisions, commits)
+        connect = invite([decisions, commits], whereabouts)
+        made = Ran(
+            lambda: _make_job(
+                arguments, decisions, commits, worker, whereabouts, connect()
+            )
+        )
+        return _agree_on_job(arguments, made, decisions)
     except DistckptError:
         # On every rank, so nobody is left waiting.
         decisions.close()
@@ -93,9 +106,7 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         raise
 
 
-def _agree_on_job(arguments: Arguments, decisions: Channel, commits: Channel) -> Job:
-    made = Ran(lambda: _make_job(arguments, decisions, commits))
-
+def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> Job:
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
         ranks = [vote.rank for vote in votes if vote.digest_a != votes[0].digest_a]
@@ -129,7 +140,14 @@ def _agree_on_job(arguments: Arguments, decisions: Channel, commits: Channel) ->
     return job
 
 
-def _make_job(arguments: Arguments, decisions: Channel, commits: Channel) -> Job:
+def _make_job(
+    arguments: Arguments,
+    decisions: Channel,
+    commits: Channel,
+    worker: Worker,
+    whereabouts: Whereabouts,
+    liveness: Liveness | None,
+) -> Job:
     if arguments.wait is not arguments.timeout:
         msg = f"timeout must be a positive datetime.timedelta, got {arguments.timeout!r}."
         raise ConfigError(msg)
@@ -158,6 +176,9 @@ def _make_job(arguments: Arguments, decisions: Channel, commits: Channel) -> Job
         directory=readers.checked_path(arguments.directory),
         decisions=decisions,
         commits=commits,
+        worker=worker,
+        whereabouts=whereabouts,
+        liveness=liveness,
         gate=gate,
         read_step=_step_reader(arguments.step_counter),
         init_fn=arguments.init_fn,

@@ -4,6 +4,7 @@
   + ConfigError (also ValueError)      a bad argument, found before anything is done
   + UnsupportedError (also TypeError)  a value, tensor or object that cannot be stored
   + StorageError (also OSError)        disk full, permission denied, missing mount, ...
+    - StorageTimeout                   a call into the filesystem hangs
   + FormatError                        bytes on disk are not what the format says
     - CorruptStateError                the record chain cannot be read
     - ManifestError
@@ -19,7 +20,7 @@
     - RestoreFailed
   + OutcomeUnknown                     the disk will not say whether a commit happened
   + ManagerBroken                      this manager cannot be used any more
-    - PeerLost                         the connection to another rank broke
+    - PeerLost                         another rank died or left
     - PeerTimeout                      another rank did not arrive within the deadline
     - Desync                           ranks are in different calls
 
@@ -28,7 +29,7 @@ All are ``Exception``s, and none is ever pickled: between ranks errors travel as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class DistckptError(Exception):
@@ -67,6 +68,10 @@ class StorageError(DistckptError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class StorageTimeout(StorageError):
+    """A call into the filesystem did not come back; it cannot be ended and may hang on."""
 
 
 class FormatError(DistckptError):
@@ -143,15 +148,27 @@ class OutcomeUnknown(DistckptError):
 
 
 class ManagerBroken(DistckptError):
-    """This manager cannot be used any more; restart the job."""
+    """This manager cannot be used any more; restart the job.
+
+    Attributes:
+        ranks: The ranks that are gone or missing, as far as that is known.
+        committed: If a save was under way: True if it is known to be committed, False
+            if it is known not to be, None if that is unknown. The next restore decides
+            in any case.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        self.committed: bool | None = None
 
 
 class PeerLost(ManagerBroken):
-    """The connection to another rank broke, most likely because it died."""
+    """Another rank is gone: it died, or left the manager by an error."""
 
 
 class PeerTimeout(ManagerBroken):
-    """Another rank did not arrive within the deadline."""
+    """Another rank did not arrive within the deadline: stopped, cut off, or elsewhere."""
 
 
 class Desync(ManagerBroken):

@@ -7,13 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, Channel, Decide
-from distckpt.errors import DistckptError
+from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.layout import Assignment
+from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.policy import IntervalGate
+from distckpt.waiting import Whereabouts, broken_by
+from distckpt.worker import Worker
 
 _Result = TypeVar("_Result")
 
@@ -27,6 +32,9 @@ class Job:
         directory: The run directory, spelled the same on all ranks.
         decisions: Channel of the caller's thread.
         commits: Channel of what follows capture, which may get a thread of its own.
+        worker: Does the work that may hang in the filesystem.
+        whereabouts: What this rank does, for the others to know.
+        liveness: Who is still there; None with one rank.
         gate: The step interval, alike on all ranks.
         read_step: Returns the training step; None without a step counter.
         init_fn: Called where there is nothing to restore.
@@ -43,6 +51,9 @@ class Job:
     directory: str
     decisions: Channel
     commits: Channel
+    worker: Worker
+    whereabouts: Whereabouts
+    liveness: Liveness | None
     gate: IntervalGate
     read_step: Callable[[], int] | None
     init_fn: Callable[[], Any] | None
@@ -72,6 +83,37 @@ class Job:
         """Return the training step; None without a step counter."""
         return None if self.read_step is None else self.read_step()
 
+    def check_alive(self) -> None:
+        """Raise ``PeerLost`` or ``PeerTimeout`` if another rank is known to be gone."""
+        if self.liveness is not None and self.liveness.verdict is not None:
+            who = f"rank {self.rank} of {self.world_size}"
+            raise broken_by(self.liveness.verdict, who)
+
+    def on_disk(self, what: str, body: Callable[[], _Result]) -> _Result:
+        """Do this rank's own storage work; the others are told that it gets on.
+
+        Args:
+            what: For errors on other ranks: what this one is doing.
+            body: Runs on another thread.
+
+        Raises:
+            StorageTimeout: A call into the filesystem hangs. The body ends with it, if
+                it ever comes back.
+            ManagerBroken: Another rank is gone meanwhile; the body ends likewise.
+        """
+        self.whereabouts.be_at(what)
+        return self.worker.run(_on_the_same_device(body), self._while_waiting)
+
+    def _while_waiting(self, has_progressed: bool) -> None:
+        if has_progressed and self.liveness is not None:
+            self.liveness.note_progress()
+        self.check_alive()
+
+    def close_channels(self) -> None:
+        """Give the groups back; all ranks must be done with them."""
+        self.decisions.close()
+        self.commits.close()
+
     def take_lists(self, answer: Answer) -> None:
         """Take over the chief's lists from an answer."""
         self.latest = answer["latest"]
@@ -91,6 +133,22 @@ class Job:
         assert self.chief is not None
         # The others wait for the chief's answer at the same time.
         return self.chief.settle(max(0.0, self.timeout_seconds - 1.0))
+
+
+def _on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
+    """Keep the caller's device and stream, which belong to its thread.
+
+    Copies from the device then wait for what the caller has put into its stream.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return body
+    stream = torch.cuda.current_stream()
+
+    def body_in_stream() -> _Result:
+        with torch.cuda.stream(stream):
+            return body()
+
+    return body_in_stream
 
 
 class Ran(Generic[_Result]):
@@ -118,6 +176,7 @@ def agree(
     *,
     says: Callable[[_Result], Vote] | None = None,
     status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
+    patient: bool = False,
 ) -> Answer:
     """Vote on what a phase came to, and return the chief's answer: collective.
 
@@ -131,7 +190,10 @@ def agree(
         decide: The chief's decision from all votes.
         says: Makes the vote from the result; by default it says that all is well.
         status_of: How this rank's error is to be judged.
+        patient: Wait for as long as any rank makes progress.
     """
+    if isinstance(ran.error, ManagerBroken):
+        raise ran.error  # nobody is left to vote with
     voted = Ran(lambda: says(ran.result) if says and not ran.error else Vote(phase))
     original = ran.error or voted.error
     if original is None:
@@ -139,7 +201,7 @@ def agree(
     else:
         vote = failure(phase, original, status_of(original))
     try:
-        answer = channel.consult(vote, decide)
+        answer = channel.consult(vote, decide, patient=patient)
     except DistckptError as error:
         if original is None or original is error:
             raise

@@ -223,16 +223,14 @@ class CheckpointManager:
         """
         if self._unusable is None:
             try:
-                self._sync()
+                self._run(self._sync)
             finally:
                 self._let_go(ManagerBroken("this manager is closed."))
-                self._job.decisions.close()
-                self._job.commits.close()
+                self._job.close_channels()
         elif isinstance(self._unusable, FencedError):
             # All ranks were told in the same round, so nobody is left waiting.
             self._let_go(ManagerBroken("this manager is closed."))
-            self._job.decisions.close()
-            self._job.commits.close()
+            self._job.close_channels()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -247,23 +245,39 @@ class CheckpointManager:
             self.close()
         else:
             # The other ranks may be anywhere: no collective, or the error that matters
-            # would show only at the deadline.
-            self._let_go(ManagerBroken("this manager was left by an error."))
+            # would show only at the deadline. Those that wait for this one are told.
+            reason = f"its program raised {type(error).__name__}: {error}"
+            self._let_go(ManagerBroken("this manager was left by an error."), reason)
 
-    def _let_go(self, reason: DistckptError) -> None:
-        self._unusable = reason
+    def _let_go(self, unusable: DistckptError, reason: str = "") -> None:
+        """Be of no more use; with a reason if others may be waiting for this rank."""
+        self._unusable = unusable
+        if self._job.liveness is not None:
+            self._job.liveness.leave(reason[:500])
         if self._job.chief is not None:
             self._job.chief.close()
 
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
             raise type(self._unusable)(str(self._unusable)) from self._unusable
+        worker = self._job.worker
         try:
-            return call()
-        except (ManagerBroken, FencedError) as error:
+            result = call()
+        except FencedError as error:
             self._let_go(error)
+            raise
+        except ManagerBroken as error:
+            self._let_go(error, f"{type(error).__name__}: {error}")
             raise
         except (KeyboardInterrupt, SystemExit) as error:
             if self._job.world_size > 1:
-                self._let_go(ManagerBroken(f"interrupted in a call: {error!r}"))
+                unusable = ManagerBroken(f"interrupted in a call: {error!r}")
+                self._let_go(unusable, f"{error!r} in a call of the manager")
             raise
+        finally:
+            self._job.whereabouts.be_at("in no call of this manager")
+            # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
+            interrupt, worker.interrupt = worker.interrupt, None
+            if interrupt is not None:
+                raise interrupt
+        return result

@@ -21,19 +21,20 @@ _MAX_TEXT = 2048
 class Phase(IntEnum):
     """Where in a protocol a rank is: all ranks must be in the same phase."""
 
-    CONSTRUCT = 1
-    CLAIM = 2
-    PROBE = 3
-    DECIDE = 4
-    CAPTURE = 5
-    TABLES = 6
-    WRITE = 7
-    CANDIDATE = 8
-    PLAN = 9
-    READ = 10
-    APPLY = 11
-    INITIALIZE = 12
-    SYNC = 13
+    CONNECT = 1
+    CONSTRUCT = 2
+    CLAIM = 3
+    PROBE = 4
+    DECIDE = 5
+    CAPTURE = 6
+    TABLES = 7
+    WRITE = 8
+    CANDIDATE = 9
+    PLAN = 10
+    READ = 11
+    APPLY = 12
+    INITIALIZE = 13
+    SYNC = 14
 
 
 class Status(IntEnum):
@@ -163,10 +164,10 @@ def raise_failures(
         lines = [f"rank {rank}: {text}" for rank, text in failures.items()]
         message = f"{what} ({len(failed)} of {len(votes)} ranks): {'; '.join(lines[:16])}"
     kind = kinds.pop() if keep_kind and len(kinds) == 1 else ""
-    error_class = getattr(errors, kind, default) if kind else default
+    error_class: type[DistckptError] = getattr(errors, kind, default) if kind else default
     if issubclass(error_class, StorageError):
         errnos = {fields["errno"] for fields in failed.values()}
-        raise StorageError(message, errno=errnos.pop() if len(errnos) == 1 else None)
+        raise error_class(message, errno=errnos.pop() if len(errnos) == 1 else None)
     if issubclass(error_class, RanksFailed):
         raise error_class(message, failures)
     raise error_class(message)
@@ -198,7 +199,7 @@ def decode_answer(data: bytes) -> dict[str, Any]:
         return answer
     error_class = getattr(errors, fields["error"])
     if issubclass(error_class, StorageError):
-        raise StorageError(fields["text"], errno=fields["errno"])
+        raise error_class(fields["text"], errno=fields["errno"])
     if issubclass(error_class, RanksFailed):
         raise error_class(fields["text"], dict(fields["failures"]))
     raise error_class(fields["text"])

@@ -12,7 +12,13 @@ from distckpt.checkpoint import nodes_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
-from distckpt.errors import FormatError, MismatchError, RestoreFailed, StorageError
+from distckpt.errors import (
+    FormatError,
+    MismatchError,
+    RestoreFailed,
+    StorageError,
+    StorageTimeout,
+)
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
@@ -162,7 +168,15 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
     def agreed(
         phase: Phase, ran: Ran[_Result], says: Callable[[_Result], Vote] | None = None
     ) -> bool:
-        answer = agree(job.decisions, phase, ran, judge, says=says, status_of=_status_of)
+        answer = agree(
+            job.decisions,
+            phase,
+            ran,
+            judge,
+            says=says,
+            status_of=_status_of,
+            patient=True,
+        )
         return bool(answer["do"] == _GO)
 
     planned = Ran(lambda: _plan(job, trial))
@@ -170,7 +184,7 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
         if not agreed(Phase.PLAN, planned, _vote_on_plan):  # R3
             return False
         loading = planned.result
-        if not agreed(Phase.READ, Ran(lambda: _read(job, loading))):  # R4
+        if not agreed(Phase.READ, Ran(lambda: _read(job, trial, loading))):  # R4
             return False
         _apply(job, trial, loading)  # R5
     finally:
@@ -182,6 +196,8 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
 def _status_of(error: BaseException) -> Status:
     if isinstance(error, FormatError):
         return Status.CORRUPT
+    if isinstance(error, StorageTimeout):
+        return Status.FAILED  # an older checkpoint is behind the same hanging call
     # Only our own: an OSError of a user's state_dict() says nothing about the checkpoint.
     if isinstance(error, (StorageError, MemoryError)):
         return Status.UNREADABLE
@@ -191,9 +207,13 @@ def _status_of(error: BaseException) -> Status:
 def _plan(job: Job, trial: _Try) -> Loading:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
     directory = job.path(trial.attempt.published)
-    manifest = read_manifest(directory, trial.manifest_digest)
-    nodes = nodes_of(job.checkpoint)
-    return Loading(nodes, directory, manifest, job.rank, job.world_size)
+    nodes = nodes_of(job.checkpoint)  # runs user code, so on this thread
+
+    def plan() -> Loading:
+        manifest = read_manifest(directory, trial.manifest_digest)
+        return Loading(nodes, directory, manifest, job.rank, job.world_size)
+
+    return job.on_disk(f"opening {trial.attempt.prefix}", plan)
 
 
 def _vote_on_plan(loading: Loading) -> Vote:
@@ -202,13 +222,13 @@ def _vote_on_plan(loading: Loading) -> Vote:
     return Vote(Phase.PLAN, detail=strict_json.dumps(names).encode() if names else b"")
 
 
-def _read(job: Job, loading: Loading) -> None:
+def _read(job: Job, trial: _Try, loading: Loading) -> None:
     """R4: fill the tensors, verifying each block."""
     job.undefined = (
         f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
-    loading.read()
+    job.on_disk(f"reading {trial.attempt.prefix}", loading.read)
 
 
 def _apply(job: Job, trial: _Try, loading: Loading) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from distckpt import paths, shard_file, strict_json, tensors
+from distckpt import paths, readers, shard_file, strict_json, tensors
 from distckpt.checkpoint import Captured, per_rank_pieces
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.errors import (
     ConfigError,
+    DistckptError,
+    ManagerBroken,
     OutcomeUnknown,
     RestoreFailed,
     SaveFailed,
@@ -27,6 +29,9 @@ from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.save_plan import SavePlan, capture_and_plan, or_abandon
+from distckpt.worker import Worker
+
+_LAST_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +156,8 @@ def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
 def _write_and_commit(
     job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: SavePlan
 ) -> Answer:
-    # S5 (every rank): write my file, durably.
-    written = Ran(
-        lambda: shard_file.write(
+    def write() -> shard_file.Written:
+        return shard_file.write(
             job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
             _entries(job.rank, captured, plan.assignment),
             attempt=attempt.published,
@@ -161,9 +165,14 @@ def _write_and_commit(
             world_size=job.world_size,
             per_rank_values=captured.per_rank.values,
         )
-    )
+
+    # S5 (every rank): write my file, durably.
+    written = Ran(lambda: job.on_disk(f"writing {attempt.prefix}", write))
+
+    commit_began = False
 
     def decide(votes: Sequence[Vote]) -> Answer:
+        nonlocal commit_began
         assert job.chief is not None
         if not all(vote.ok for vote in votes):
             # A pending directory that vanished under a rank is another chief's sweep.
@@ -171,20 +180,53 @@ def _write_and_commit(
         path = job.path(attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         raise_failures(votes, what, SaveFailed, keep_kind=False)
+        commit_began = True
         return _commit(job, attempt, step, plan, votes)  # S7 (chief)
 
     # S6 (every rank): vote; S8: receive the outcome.
-    return agree(
-        job.commits,
-        Phase.WRITE,
-        written,
-        or_abandon(job, attempt, decide),
-        says=lambda file: Vote(
+    try:
+        return agree(
+            job.commits,
             Phase.WRITE,
-            size_bytes=file.size_bytes,
-            digest_a=bytes.fromhex(file.header),
-        ),
-    )
+            written,
+            or_abandon(job, attempt, decide),
+            says=lambda file: Vote(
+                Phase.WRITE,
+                size_bytes=file.size_bytes,
+                digest_a=bytes.fromhex(file.header),
+            ),
+            patient=True,
+        )
+    except ManagerBroken as error:
+        committed = _is_committed(job, attempt)
+        if committed is None and job.chief is not None and not commit_began:
+            committed = False
+        raise _with_outcome(error, job.path(attempt.prefix), committed) from error
+
+
+def _is_committed(job: Job, attempt: Attempt) -> bool | None:
+    """Look whether a save was committed that lost a rank; None if it is not, as yet."""
+    # Not waited for long: the call has had its time already.
+    worker = Worker(_LAST_LOOK_SECONDS)
+    try:
+        record = worker.finish(lambda: readers.read_record(job.directory))
+    except DistckptError:
+        return None
+    listed = record is not None and any(e.attempt == attempt for e in record.committed)
+    return True if listed else None
+
+
+def _with_outcome(
+    error: ManagerBroken, path: str, committed: bool | None
+) -> ManagerBroken:
+    outcome = {
+        True: f"{path} was committed before.",
+        False: f"{path} was not committed; older checkpoints are safe.",
+        None: f"Whether {path} was committed is unknown; the next restore decides.",
+    }[committed]
+    told = type(error)(f"{error} {outcome}", error.ranks)
+    told.committed = committed
+    return told
 
 
 def _entries(

@@ -7,6 +7,9 @@ kernel has already dropped the pages, and a second call would report success.
 
 A file that is read is never a link, and never blocks as a FIFO would; deleting works
 relative to open directories, so that nothing outside them can be reached.
+
+A call into a filesystem can hang for ever, and nothing can end it. So a thread's calls can
+be watched from another one (``Calls``), which then need not wait for them.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import errno
 import os
 import shutil
 import stat
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from distckpt.errors import StorageError, UnsafeCheckpointError
 
@@ -27,6 +32,53 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOL
 # What one vectored call may carry: buffers (IOV_MAX) and bytes.
 _MAX_BUFFERS = 1024
 _MAX_CALL_BYTES = 16 * 2**20
+
+
+class Call(NamedTuple):
+    """One call into the filesystem: what, on what, since when (``time.monotonic``)."""
+
+    operation: str
+    path: str
+    since: float
+
+
+class Calls:
+    """The calls of one thread, for other threads to see.
+
+    Attributes:
+        current: The call that the thread is in, if any.
+        num_finished: How many came back.
+        changed: When a call last began or ended, by ``time.monotonic``.
+        stopped: Set by another thread: the next call fails instead of being made.
+    """
+
+    def __init__(self) -> None:
+        self.current: Call | None = None
+        self.num_finished = 0
+        self.changed = time.monotonic()
+        self.stopped = False
+
+    def begin(self, operation: str, path: str) -> None:
+        """Note that a call begins."""
+        if self.stopped:
+            msg = f"{operation} {path}: not done, nobody waits for it any more."
+            raise StorageError(msg, operation=operation, path=path)
+        self.changed = time.monotonic()
+        self.current = Call(operation, path, self.changed)
+
+    def end(self) -> None:
+        """Note that it came back, well or not."""
+        self.current = None
+        self.num_finished += 1
+        self.changed = time.monotonic()
+
+
+_thread = threading.local()
+
+
+def watch_this_thread(calls: Calls) -> None:
+    """Note all further calls of this thread; for the thread's whole life."""
+    _thread.calls = calls
 
 
 def make_directory(path: str) -> None:
@@ -39,7 +91,7 @@ def make_directories(path: str) -> None:
     """Make a directory and its parents, where missing, and make them durable."""
     missing = []
     current = os.path.abspath(path)
-    while not os.path.isdir(current):
+    while not is_directory(current):
         missing.append(current)
         parent = os.path.dirname(current)
         if parent == current:
@@ -86,13 +138,13 @@ class NewFile:
 
     def write_at(self, offset: int, buffers: Sequence[memoryview | bytes]) -> None:
         """Write buffers one behind the other, from an offset on, to the last byte."""
-        with _reported("write", self.path):
-            for batch in _batches(buffers):
-                size = sum(map(len, batch))
+        for batch in _batches(buffers):
+            size = sum(map(len, batch))
+            with _reported("write", self.path):
                 written = os.pwritev(self._descriptor, batch, offset)
                 if written < size:
                     self._write_rest(batch, written, offset)
-                offset += size
+            offset += size
 
     def _write_rest(
         self, batch: Sequence[memoryview | bytes], written: int, offset: int
@@ -148,13 +200,16 @@ class OpenFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, _READ_FLAGS)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                msg = f"{path} is a symbolic link; checkpoints are read from files only."
-                raise UnsafeCheckpointError(msg) from error
-            _fail("open", path, error)
+        with _reported("open", path):
+            try:
+                self._descriptor = os.open(path, _READ_FLAGS)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    msg = (
+                        f"{path} is a symbolic link; checkpoints are read from files only."
+                    )
+                    raise UnsafeCheckpointError(msg) from error
+                raise
         try:
             with _reported("fstat", path):
                 status = os.fstat(self._descriptor)
@@ -169,13 +224,13 @@ class OpenFile:
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill a buffer from an offset on; returns fewer bytes only at the file's end."""
         done = 0
-        with _reported("read", self.path):
-            while done < len(buffer):
-                end = min(done + _MAX_CALL_BYTES, len(buffer))
+        while done < len(buffer):
+            end = min(done + _MAX_CALL_BYTES, len(buffer))
+            with _reported("read", self.path):
                 count = os.preadv(self._descriptor, [buffer[done:end]], offset + done)
-                if count == 0:
-                    break
-                done += count
+            if count == 0:
+                break
+            done += count
         return done
 
     def read(self, offset: int, size_bytes: int) -> bytes:
@@ -215,30 +270,23 @@ def read_file(path: str, max_size_bytes: int) -> bytes:
 
 def exists(path: str) -> bool:
     """Tell whether a name exists, asking by name, whatever it is."""
-    try:
+    with _reported("lstat", path), suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except NotADirectoryError:
-        return False
-    except OSError as error:
-        _fail("lstat", path, error)
-    return True
+        return True
+    return False
 
 
 def is_directory(path: str) -> bool:
     """Tell whether a path is a directory (or a link to one)."""
-    return os.path.isdir(path)
+    with _reported("stat", path):
+        return os.path.isdir(path)
 
 
 def list_directory(path: str) -> list[str]:
     """List the names in a directory, sorted; empty if there is no such directory."""
-    try:
+    with _reported("list", path), suppress(FileNotFoundError):
         return sorted(os.listdir(path))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        _fail("list", path, error)
+    return []
 
 
 def link(source: str, target: str) -> None:
@@ -293,12 +341,19 @@ def _batches(
 
 @contextmanager
 def _reported(operation: str, path: str) -> Iterator[None]:
+    """Let a call be seen while it runs, and say which one it was if it fails."""
+    calls: Calls | None = getattr(_thread, "calls", None)
+    if calls is not None:
+        calls.begin(operation, path)
     try:
         yield
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         _fail(operation, path, error)
+    finally:
+        if calls is not None:
+            calls.end()
 
 
 def _fail(operation: str, path: str, error: OSError) -> NoReturn:

@@ -234,6 +234,7 @@ def test_directory_that_cannot_be_written_is_found_at_the_claim(
 
 def _read_as_nobody(rank, directory, port):
     checkpoint = make_checkpoint()
+    socket.getaddrinfo("localhost", None)  # its codec is imported when first used
     os.setuid(NOBODY)
     # Over TCP: what another user has created cannot be written by this one.
     dist.init_process_group(

@@ -60,6 +60,9 @@ def _count_collectives():
         "new_group",
     ):
         setattr(dist, name, counted(name, getattr(dist, name)))
+    # The manager's own go to its groups directly.
+    for name in ("gather", "broadcast", "allreduce", "barrier", "send", "recv"):
+        setattr(dist.ProcessGroup, name, counted(name, getattr(dist.ProcessGroup, name)))
     return counts
 
 

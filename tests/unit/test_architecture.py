@@ -17,29 +17,35 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous"},
-    1: {"values", "record", "layout", "storage", "messages", "modules", "lock"},
-    2: {"manifest", "policy", "state", "shard_header", "tensors", "comm", "probe"},
-    3: {"shard_file", "janitor", "leaves", "restore_plan"},
-    4: {"readers", "chief", "tracked"},
-    5: {"verify", "loading"},
-    6: {"checkpoint"},
-    7: {"job"},
-    8: {"claim", "construct", "save_plan"},
-    9: {"save", "restore"},
-    10: {"manager"},
-    11: {"cli"},
+    1: {"values", "record", "sharding", "storage", "messages", "modules", "lock"}
+    | {"line"},
+    2: {"layout"},
+    3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
+    | {"liveness", "worker"},
+    4: {"shard_file", "janitor", "leaves", "restore_plan", "waiting"},
+    5: {"readers", "chief", "tracked", "comm"},
+    6: {"verify", "loading"},
+    7: {"checkpoint"},
+    8: {"job"},
+    9: {"claim", "construct", "save_plan"},
+    10: {"save", "restore"},
+    11: {"manager"},
+    12: {"cli"},
 }
 
 # What the command and the crash tests need answers at once: importing torch takes seconds.
 TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
-    *{"shard_header", "probe"},
-    *{"readers", "janitor", "verify", "chief", "cli"},
+    *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
+    *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
 }
 
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
-PLAIN_OS = {"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"}
+PLAIN_OS = {
+    *{"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"},
+    *{"register_at_fork"},
+}
 PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
 # Modules that touch files by themselves.
 FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}

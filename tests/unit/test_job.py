@@ -6,6 +6,7 @@ from distckpt.comm import SoloChannel
 from distckpt.errors import SaveFailed, UnsupportedError
 from distckpt.job import Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.worker import Worker
 
 
 def _decide(votes):
@@ -14,7 +15,7 @@ def _decide(votes):
 
 
 def _agree(body, says=None):
-    return agree(SoloChannel(), Phase.WRITE, Ran(body), _decide, says=says)
+    return agree(SoloChannel(Worker(10.0)), Phase.WRITE, Ran(body), _decide, says=says)
 
 
 def test_a_result_speaks_through_its_vote():

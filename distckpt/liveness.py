@@ -1,0 +1,519 @@
+"""Who is still there: a connection from every rank to the chief, watched by a thread.
+
+gloo tells only some ranks that a peer has died, with an address and no rank, and nobody
+that one is stopped. A connection of the manager's own does better. The kernel closes it
+when a process ends, however it ends: the chief sees that within milliseconds and tells
+all others. And when somebody waits for too long, the chief calls the roll over it: who
+does not answer within half a second is stopped or cut off, who answers from elsewhere has
+not made the call.
+
+The threads only listen, blocked in ``select``. They decide nothing but who is missing,
+and the first verdict is final.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from distckpt import line
+from distckpt.line import Address, Line, Message
+
+_ROLL_SECONDS = 0.5
+# For the chief's word on a roll call: the roll itself, and some more on a busy machine.
+_WORD_SECONDS = 0.65
+_PROGRESS_SECONDS = 0.25
+_JOIN_SECONDS = 2.0
+_MAX_NAMED = 16
+
+
+class Place(NamedTuple):
+    """Where in the protocol a rank is.
+
+    Attributes:
+        channel: Name of the channel that it waits in; "" if it waits for nobody.
+        round: Which round of that channel, from 1 on.
+        decides: Whether it is the chief, has all votes, and works on the answer.
+        text: For people: the phase, the file.
+    """
+
+    channel: str
+    round: int
+    decides: bool
+    text: str
+
+
+class Verdict(NamedTuple):
+    """What is the matter, once and for all.
+
+    Attributes:
+        died: Whether ranks are gone, rather than silent or elsewhere.
+        ranks: Which.
+        text: One sentence, for the error.
+    """
+
+    died: bool
+    ranks: tuple[int, ...]
+    text: str
+
+
+WAIT, HERE = "wait", "here"
+
+
+class Liveness:
+    """Who is still there, as this rank knows it. The thread ends when this is dropped."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+        finalizer = weakref.finalize(self, loop.stop)
+        finalizer.atexit = False  # the kernel closes the connections then
+        loop.start()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What is the matter; None while nothing is known to be."""
+        return self._loop.verdict
+
+    @property
+    def last_progress(self) -> float:
+        """When any rank last told that it gets on, by ``time.monotonic``."""
+        return self._loop.last_progress
+
+    def note_progress(self) -> None:
+        """Tell the ranks that wait that this one gets on with its work."""
+        self._loop.note_progress()
+
+    def call_roll(self, place: Place, broken: bool = False) -> Verdict | str:
+        """Find out who is missing; returns within a second.
+
+        Args:
+            place: Where this rank waits.
+            broken: Whether a connection broke, rather than the deadline passed.
+
+        Returns:
+            The verdict; or ``WAIT`` if the chief works on the answer, or ``HERE`` if all
+            ranks are in this round, so that what is waited for must be on its way.
+        """
+        return self._loop.call_roll(place, broken)
+
+    def leave(self, reason: str = "") -> None:
+        """Say goodbye and end the thread; with a reason, nobody waits for this rank."""
+        self._loop.leave(reason)
+
+
+def listen(world_size: int, token: str, where: Callable[[], Place]) -> ChiefLiveness:
+    """Make the chief's side; ranks may connect from now on.
+
+    Args:
+        world_size: Number of ranks.
+        token: What those who connect have to know.
+        where: Tells where the chief is; called by the thread.
+    """
+    return ChiefLiveness(_ChiefLoop(world_size, token, where))
+
+
+class ChiefLiveness(Liveness):
+    """The chief's side, which the others connect to."""
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        assert isinstance(self._loop, _ChiefLoop)
+        return self._loop.address
+
+
+def join(address: Address, rank: int, where: Callable[[], Place]) -> Liveness:
+    """Connect a rank to the chief.
+
+    Raises:
+        OSError: The chief cannot be reached; says what was tried.
+    """
+    who = {"rank": rank, "name": f"rank {rank} (pid {os.getpid()} on {_host()})"}
+    return Liveness(_RankLoop(line.connect(address, who), where))
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+class _Loop:
+    """What both sides have in common: the thread, the verdict, progress."""
+
+    def __init__(self, where: Callable[[], Place]) -> None:
+        self.verdict: Verdict | None = None
+        self.last_progress = time.monotonic()
+        self._where = where
+        self._told_progress = 0.0
+        # What the chief says to a roll call that this rank asked for.
+        self._word: str | None = None
+        self._word_is_there = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        line.close_in_children(self._wake_in)
+        line.close_in_children(self._wake_out)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._do_jobs)
+        self._jobs: list[Callable[[], None]] = []
+        self._stopping = False
+        self._thread = threading.Thread(
+            target=self._run, name="distckpt-liveness", daemon=True
+        )
+
+    # Called by other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._submit(lambda: None)
+
+    def leave(self, reason: str) -> None:
+        def say_goodbye() -> None:
+            self._send({"goodbye": reason})
+            self._stopping = True
+
+        self._submit(say_goodbye)
+        self._thread.join(_JOIN_SECONDS)
+
+    def note_progress(self) -> None:
+        self.last_progress = now = time.monotonic()
+        if now - self._told_progress >= _PROGRESS_SECONDS:
+            self._told_progress = now
+            self._send({"progress": True})
+
+    def call_roll(self, place: Place, broken: bool) -> Verdict | str:
+        self._word = None
+        self._word_is_there.clear()
+        self._ask(place, broken)
+        self._word_is_there.wait(_WORD_SECONDS)
+        return self.verdict or self._word or self._no_word()
+
+    # What the sides do differently
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        """Send to whom this side is connected."""
+        raise NotImplementedError
+
+    def _ask(self, place: Place, broken: bool) -> None:
+        raise NotImplementedError
+
+    def _no_word(self) -> Verdict | str:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+    # The thread
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._jobs.append(job)
+        with suppress(OSError):
+            self._wake_out.send(b"!")
+
+    def _do_jobs(self) -> None:
+        with suppress(OSError):
+            self._wake_in.recv(4096)
+        while self._jobs:
+            self._jobs.pop(0)()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                for key, _ in self._selector.select(self._seconds_left()):
+                    key.data()
+                if self._seconds_left() == 0:
+                    self._at_deadline()
+        finally:
+            self._close()
+            self._selector.close()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _seconds_left(self) -> float | None:
+        return None
+
+    def _at_deadline(self) -> None:
+        """Called when no seconds are left."""
+
+    def _take_word(self, word: str | None) -> None:
+        self._word = word
+        self._word_is_there.set()
+
+
+class _RankLoop(_Loop):
+    """A rank's side: one connection, to the chief."""
+
+    def __init__(self, to_chief: Line, where: Callable[[], Place]) -> None:
+        super().__init__(where)
+        self._line = to_chief
+        self._selector.register(to_chief, selectors.EVENT_READ, self._receive)
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        self._line.send(message)
+
+    def _ask(self, place: Place, broken: bool) -> None:
+        self._line.send({"ask": [*place], "broken": broken})
+
+    def _no_word(self) -> Verdict:
+        text = (
+            "rank 0, the chief, does not answer: it is stopped, or one of the two is cut "
+            "off from the network."
+        )
+        return Verdict(False, (0,), text)
+
+    def _receive(self) -> None:
+        messages = self._line.receive()
+        for message in messages or ():
+            self._handle(message)
+        if messages is None:
+            self._lose_chief("rank 0, the chief, died: its connection closed.")
+
+    def _handle(self, message: Message) -> None:
+        if "roll" in message:
+            self._line.send({"here": message["roll"], "place": [*self._where()]})
+        elif "progress" in message:
+            self.last_progress = time.monotonic()
+        elif "word" in message:
+            self._take_word(message["word"])
+        elif "verdict" in message:
+            died, ranks, text = message["verdict"]
+            self.verdict = self.verdict or Verdict(died, tuple(ranks), text)
+            self._take_word(None)
+        elif "goodbye" in message:
+            reason = message["goodbye"]
+            self._lose_chief(f"rank 0, the chief, left: {reason}" if reason else "")
+
+    def _lose_chief(self, text: str) -> None:
+        """End: without the chief there is nothing more to learn."""
+        if text:
+            self.verdict = self.verdict or Verdict(True, (0,), text)
+        self._take_word(None)
+        self._stopping = True
+
+    def _close(self) -> None:
+        self._line.close()
+
+
+@dataclass
+class _Peer:
+    """A rank as the chief sees it; rank 0 until it has said who it is."""
+
+    line: Line
+    rank: int = 0
+    name: str = ""
+
+
+@dataclass
+class _Asker:
+    """Somebody who has waited for too long; the peer is None for the chief itself."""
+
+    peer: _Peer | None
+    place: Place
+    broken: bool
+
+
+@dataclass
+class _Roll:
+    """A roll call under way."""
+
+    number: int
+    deadline: float
+    askers: list[_Asker]
+    places: dict[int, Place] = field(default_factory=dict)
+
+
+class _ChiefLoop(_Loop):
+    """The chief's side: a connection to every other rank."""
+
+    def __init__(self, world_size: int, token: str, where: Callable[[], Place]) -> None:
+        super().__init__(where)
+        self._world_size = world_size
+        self._peers: dict[int, _Peer] = {}
+        self._closed: dict[int, str] = {}
+        self._roll: _Roll | None = None
+        self._num_rolls = 0
+        self._listener = line.listen(backlog=min(world_size, 4096))
+        line.close_in_children(self._listener)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        port = self._listener.getsockname()[1]
+        self.address = Address(line.hosts_of_this_machine(), port, token)
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        for peer in list(self._peers.values()):
+            peer.line.send(message)
+
+    def _ask(self, place: Place, broken: bool) -> None:
+        self._submit(lambda: self._join_roll(_Asker(None, place, broken)))
+
+    def _no_word(self) -> str:
+        return HERE  # this process is too busy to tell; the one who asks asks only once
+
+    # Connections
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            connection, _ = self._listener.accept()
+            peer = _Peer(Line(connection))
+            self._selector.register(
+                peer.line, selectors.EVENT_READ, lambda: self._receive(peer)
+            )
+
+    def _receive(self, peer: _Peer) -> None:
+        messages = peer.line.receive()
+        for message in messages or ():
+            self._handle(peer, message)
+        if messages is None and self._drop(peer):
+            self._lose(peer, f"{peer.name} died: its connection closed.")
+
+    def _drop(self, peer: _Peer) -> bool:
+        """Close a connection; False if it was closed, or none of a rank, already."""
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(peer.line)
+        peer.line.close()
+        return self._peers.pop(peer.rank, None) is not None
+
+    def _handle(self, peer: _Peer, message: Message) -> None:
+        if not peer.rank:
+            self._admit(peer, message)
+        elif "here" in message:
+            if self._roll is not None and message["here"] == self._roll.number:
+                self._roll.places[peer.rank] = Place(*message["place"])
+                self._end_roll_if_complete(self._roll)
+        elif "ask" in message:
+            self._join_roll(_Asker(peer, Place(*message["ask"]), message["broken"]))
+        elif "progress" in message:
+            self.note_progress()  # tells all ranks, not more often than one would
+        elif "goodbye" in message and self._drop(peer):
+            reason = message["goodbye"]
+            if reason:
+                self._lose(peer, f"{peer.name} left: {reason}")
+            else:
+                self._closed[peer.rank] = f"{peer.name} has closed its manager."
+
+    def _admit(self, peer: _Peer, message: Message) -> None:
+        rank, name = message.get("rank"), message.get("name")
+        if (
+            message.get("token") != self.address.token
+            or type(rank) is not int
+            or not 0 < rank < self._world_size
+            or rank in self._peers
+        ):
+            self._drop(peer)
+            return
+        peer.rank, peer.name = rank, str(name)
+        self._peers[rank] = peer
+        peer.line.welcome()
+        if len(self._peers) == self._world_size - 1:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(self._listener)
+        self._listener.close()
+
+    def _close(self) -> None:
+        self._stop_listening()
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, Line):
+                key.fileobj.close()
+
+    # The roll
+
+    def _join_roll(self, asker: _Asker) -> None:
+        if self.verdict is not None:
+            self._announce()
+            return
+        if self._roll is not None:
+            self._roll.askers.append(asker)
+            return
+        self._num_rolls += 1
+        deadline = time.monotonic() + _ROLL_SECONDS
+        self._roll = _Roll(self._num_rolls, deadline, [asker], {0: self._where()})
+        self._send({"roll": self._num_rolls})
+        self._end_roll_if_complete(self._roll)
+
+    def _seconds_left(self) -> float | None:
+        if self._roll is None:
+            return None
+        return max(0.0, self._roll.deadline - time.monotonic())
+
+    def _at_deadline(self) -> None:
+        assert self._roll is not None
+        self._end_roll(self._roll)
+
+    def _end_roll_if_complete(self, roll: _Roll) -> None:
+        if len(roll.places) + len(self._closed) == self._world_size:
+            self._end_roll(roll)
+
+    def _end_roll(self, roll: _Roll) -> None:
+        self._roll = None
+        if self._closed:
+            text = " ".join(_first(self._closed.values()))
+            self._judge(Verdict(True, tuple(sorted(self._closed)), text))
+        silent = sorted({*range(self._world_size)} - {*roll.places})
+        if silent and not self._closed:
+            text = f"no answer from {self._names(silent)}: stopped, or cut off."
+            self._judge(Verdict(False, tuple(silent), text))
+        for asker in roll.askers:
+            self._answer(asker, roll.places)
+
+    def _answer(self, asker: _Asker, places: Mapping[int, Place]) -> None:
+        if self.verdict is not None:
+            return
+        here = asker.place
+        elsewhere = [
+            rank
+            for rank, place in sorted(places.items())
+            if place.channel != here.channel or place.round < here.round
+        ]
+        if elsewhere:
+            where = (f"{self._names([r])} is {places[r].text}" for r in elsewhere)
+            text = f"not all ranks have come: {'; '.join(_first(where))}."
+            self._judge(Verdict(False, tuple(elsewhere), text))
+        elif asker.broken:
+            text = "a connection between two ranks broke, though all ranks are alive."
+            self._judge(Verdict(True, (), text))
+        else:
+            word = WAIT if places[0].decides else HERE
+            if asker.peer is None:
+                self._take_word(word)
+            else:
+                asker.peer.line.send({"word": word})
+
+    def _lose(self, peer: _Peer, text: str) -> None:
+        self._judge(Verdict(True, (peer.rank,), text))
+
+    def _judge(self, verdict: Verdict) -> None:
+        """Settle what is the matter, and tell all; what follows from it changes nothing."""
+        self.verdict = self.verdict or verdict
+        self._announce()
+
+    def _announce(self) -> None:
+        assert self.verdict is not None
+        died, ranks, text = self.verdict
+        self._send({"verdict": [died, [*ranks], text]})
+        self._take_word(None)
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        return ", ".join(_first(self._name(rank) for rank in ranks))
+
+    def _name(self, rank: int) -> str:
+        if rank == 0:
+            return "rank 0, the chief,"
+        peer = self._peers.get(rank)
+        return f"rank {rank}" if peer is None else peer.name
+
+
+def _first(texts: Iterable[str]) -> list[str]:
+    every = list(texts)
+    more = [f"... ({len(every)} in all)"] if len(every) > _MAX_NAMED else []
+    return every[:_MAX_NAMED] + more
