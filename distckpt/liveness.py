@@ -193,8 +193,9 @@ class _Loop:
     def call_roll(self, place: Place, broken: bool) -> Verdict | str:
         self._word = None
         self._word_is_there.clear()
-        self._ask(place, broken)
-        self._word_is_there.wait(_WORD_SECONDS)
+        if self.verdict is None:  # from here on a verdict is a word, too
+            self._ask(place, broken)
+            self._word_is_there.wait(_WORD_SECONDS)
         return self.verdict or self._word or self._no_word()
 
     # What the sides do differently

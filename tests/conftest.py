@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+_figures = pytest.StashKey[list[str]]()
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:
@@ -31,3 +33,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     for path in mounted:
         # Lazily: where a test fails, a lock in there may still be open.
         subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.fixture
+def report_figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print one line of figures at the end of the run, whatever is captured."""
+    lines = request.config.stash.setdefault(_figures, [])
+    return lambda line: lines.append(f"{request.node.name}: {line}")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Show the figures of all tests that ran."""
+    lines = config.stash.get(_figures, [])
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.line(line)
