@@ -139,8 +139,10 @@ def hosts_of_this_machine() -> tuple[str, ...]:
                 hosts.append(probe.getsockname()[0])
     name = socket.gethostname()
     with suppress(OSError):
-        hosts += [info[4][0] for info in socket.getaddrinfo(name, None)]
-    # The loopback device last: on another machine something else may listen there.
+        own = [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+        # A name often stands for the loopback device in its own machine's files.
+        hosts += [host for host in own if not host.startswith(("127.", "::1"))]
+    # That one last: on another machine something else may listen there.
     return tuple(dict.fromkeys([*hosts, name, "127.0.0.1"]))
 
 

@@ -47,11 +47,12 @@ class Worker:
             StorageTimeout: A call into the filesystem hangs, or that of an earlier task
                 still does. The task may go on when the call comes back.
         """
-        task = self._start(body)
+        task = _Task(body)
         try:
+            self._start(task)
             self._wait(task)
         except (KeyboardInterrupt, SystemExit) as error:
-            if self.interrupt is not None:
+            if self.interrupt is not None or not task.has_begun():
                 raise
             self.interrupt = error
             self._wait(task)
@@ -71,22 +72,21 @@ class Worker:
         Raises:
             StorageTimeout: As ``finish``.
         """
-        task = self._start(body)
+        task = _Task(body)
         try:
+            self._start(task)
             self._wait(task, each_time)
         except BaseException:
             task.calls.stopped = True
             raise
         return task.result()
 
-    def _start(self, body: Callable[[], _Result]) -> _Task[_Result]:
+    def _start(self, task: _Task[_Result]) -> None:
         if self._last is not None:
             # It outlived its caller. Two at a time would be in each other's way.
             self._wait(self._last)
-        task = _Task(body)
         self._last = task  # type: ignore[assignment]
         threading.Thread(target=task.run, name="distckpt-storage", daemon=True).start()
-        return task
 
     def _wait(
         self, task: _Task[_Result], each_time: Callable[[bool], None] | None = None
@@ -118,11 +118,13 @@ class _Task(Generic[_Result]):
         self._body: Callable[[], _Result] | None = body
         self._result: _Result | None = None
         self._error: BaseException | None = None
+        self._begun = threading.Event()
         self.calls = storage.Calls()
         self.done = threading.Event()
 
     def run(self) -> None:
         """Run the body; called by the thread."""
+        self._begun.set()
         storage.watch_this_thread(self.calls)
         try:
             assert self._body is not None
@@ -131,6 +133,10 @@ class _Task(Generic[_Result]):
             self._error = error
         self._body = None  # and what it holds: tensors, files
         self.done.set()
+
+    def has_begun(self) -> bool:
+        """Tell whether a thread runs it; Ctrl-C may have come before there was one."""
+        return self._begun.wait(1.0)
 
     def result(self) -> _Result:
         """Return what the body returned, or raise what it raised; once."""

@@ -1,0 +1,161 @@
+"""Storage work on a thread of its own: results, errors, hangs, interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import weakref
+
+import pytest
+
+from distckpt import storage
+from distckpt.errors import StorageError, StorageTimeout
+from distckpt.worker import Worker
+
+
+def _hang(release):
+    """Hang in a call that storage knows of, until released."""
+    with storage._reported("fsync", "/some/file"):
+        release.wait(10)
+    return "late"
+
+
+def test_result_and_error_come_back():
+    worker = Worker(1.0)
+    assert worker.finish(lambda: 7) == 7
+    assert worker.run(lambda: threading.current_thread().name, lambda _: None) == (
+        "distckpt-storage"
+    )
+    with pytest.raises(KeyError, match="x"):
+        worker.finish(lambda: {}["x"])
+
+
+def test_call_that_hangs_is_left_and_named():
+    release = threading.Event()
+    worker = Worker(0.2)
+    started = time.monotonic()
+    with pytest.raises(
+        StorageTimeout, match=r"fsync /some/file: did not come back"
+    ) as info:
+        worker.finish(lambda: _hang(release))
+    assert 0.2 <= time.monotonic() - started < 1.0
+    assert (info.value.operation, info.value.path) == ("fsync", "/some/file")
+    assert worker.current_call.operation == "fsync"
+    # What comes next waits for it first: never two at a time.
+    with pytest.raises(StorageTimeout):
+        worker.finish(lambda: None)
+    release.set()
+    assert worker.finish(lambda: 3) == 3
+
+
+def test_long_work_of_short_calls_is_no_hang(tmp_path):
+    def body():
+        for _ in range(8):
+            storage.exists(str(tmp_path))
+            time.sleep(0.05)
+        return "done"
+
+    assert Worker(0.1).finish(body) == "done"
+
+
+def test_progress_is_told_while_waiting(tmp_path):
+    told = []
+
+    def body():
+        for _ in range(10):
+            storage.exists(str(tmp_path))
+            time.sleep(0.05)
+        time.sleep(0.3)
+
+    Worker(5.0).run(body, told.append)
+    assert True in told and False in told
+
+
+def test_what_nobody_waits_for_ends_with_its_next_call(tmp_path):
+    stopped = threading.Event()
+
+    def body():
+        try:
+            while True:
+                storage.exists(str(tmp_path))
+                time.sleep(0.01)
+        except StorageError as error:
+            assert "nobody waits" in str(error)
+            stopped.set()
+
+    def give_up(_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        Worker(5.0).run(body, give_up)
+    assert stopped.wait(5)
+
+
+def test_first_interrupt_waits_for_what_must_be_finished():
+    worker = Worker(5.0)
+    done = []
+
+    def body():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        done.append(True)
+        return "committed"
+
+    assert worker.finish(body) == "committed"
+    assert done == [True]
+    assert isinstance(worker.interrupt, KeyboardInterrupt)
+
+
+def test_second_interrupt_waits_for_nothing():
+    worker = Worker(5.0)
+    release = threading.Event()
+
+    def body():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(5)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        worker.finish(body)
+    assert time.monotonic() - started < 2
+    release.set()
+
+
+def test_interrupt_ends_what_may_be_given_up(tmp_path):
+    worker = Worker(5.0)
+    ended = threading.Event()
+
+    def body():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            while True:
+                storage.exists(str(tmp_path))
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(body, lambda _: None)
+    assert ended.wait(5)
+
+
+def test_a_result_is_not_kept():
+    """Tensors and files of one task must not live until the next."""
+    worker = Worker(5.0)
+
+    class Big:
+        pass
+
+    refs = []
+
+    def body():
+        big = Big()
+        refs.append(weakref.ref(big))
+        return big
+
+    worker.finish(body)
+    assert refs[0]() is None
