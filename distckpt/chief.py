@@ -71,6 +71,9 @@ class Chief:
         self._lock: DirectoryLock | None = None
         self._probe: Probe | None = None
         self._uncertain = False
+        # Attempts of ours that were neither committed nor removed: a call that hung or
+        # was interrupted has left them.
+        self._unsettled: set[Attempt] = set()
         self._fenced = ""
         self._load(state.read_head(directory))
 
@@ -256,6 +259,7 @@ class Chief:
         """
         self.check_not_fenced()
         assert self._epoch is not None, "begin before claim"
+        self._settle()
         chosen = save_counter + 1 if number is None else number
         prefix = f"{self._checkpoint_name}-{chosen}"
         if number is None and any(e.attempt.prefix == prefix for e in self.candidates):
@@ -269,13 +273,24 @@ class Chief:
         if paths.parse_published(attempt.published) != attempt:
             msg = f"{prefix!r:.200} cannot be the name of a checkpoint."
             raise ConfigError(msg)
-        storage.make_directory(self._path(attempt.pending))
+        self._unsettled.add(attempt)
         try:
+            storage.make_directory(self._path(attempt.pending))
             storage.sync_directory(self._directory)
         except StorageError:
             self.abandon(attempt)
             raise
         return attempt
+
+    def _settle(self) -> None:
+        """Remove what earlier saves of this chief have left behind."""
+        if self._uncertain:
+            return  # one of them may be in a record yet
+        for attempt in [*self._unsettled]:
+            if any(entry.attempt == attempt for entry in self.candidates):
+                self._unsettled.discard(attempt)
+            else:
+                self.abandon(attempt)
 
     def commit(
         self,
@@ -330,6 +345,7 @@ class Chief:
             # OutcomeUnknown, or Ctrl-C: the record may be there.
             self._uncertain = True
             raise
+        self._unsettled.discard(attempt)
         self._after_append()
 
     def _append_commit(self, attempt: Attempt, step: int | None, manifest: str) -> None:
@@ -390,6 +406,7 @@ class Chief:
             if storage.exists(self._path(attempt.published)):
                 remove_published(self._directory, attempt)
             storage.remove_tree(self._path(attempt.pending))
+            self._unsettled.discard(attempt)
         except StorageError as error:
             _logger.warning("could not remove a failed save, left for later: %s", error)
 

@@ -94,9 +94,7 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
     try:
         connect = invite([decisions, commits], whereabouts)
         made = Ran(
-            lambda: _make_job(
-                arguments, decisions, commits, worker, whereabouts, connect()
-            )
+            lambda: _make_job(arguments, decisions, commits, worker, whereabouts, connect())
         )
         return _agree_on_job(arguments, made, decisions)
     except DistckptError:

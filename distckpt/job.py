@@ -161,6 +161,12 @@ class Ran(Generic[_Result]):
         except BaseException as error:
             self.error = error
 
+    def value(self) -> _Result:
+        """Return the result, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self._result
+
     @property
     def result(self) -> _Result:
         """The result; to be asked for only when all ranks have agreed to go on."""

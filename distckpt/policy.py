@@ -130,9 +130,14 @@ class IntervalGate:
         self.interval = interval
         self.last_step: int | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Tell whether a call may save whatever the step is."""
+        return self.interval is None or self.last_step is None
+
     def allows(self, step: int | None, check_interval: bool) -> bool:
         """Tell whether a call at this step may save."""
-        if self.interval is None or self.last_step is None or step is None:
+        if self.is_open or step is None:
             return True
         if step == self.last_step:
             return False

@@ -20,6 +20,7 @@ from distckpt.errors import (
     RestoreFailed,
     SaveFailed,
     StorageError,
+    StorageTimeout,
 )
 from distckpt.job import Job, Ran, agree
 from distckpt.layout import Assignment, Piece
@@ -57,12 +58,19 @@ def save(
     job: Job, number: Any, check_interval: Any, options: CheckpointOptions | None
 ) -> str | None:
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
-    step = job.step()
-    if not job.gate.allows(step, check_interval):
+    step_read = Ran(job.step)
+    # Where all ranks ask at any step, a step counter that raises is a vote like any error.
+    # Elsewhere they may not ask now; this rank's error is its own.
+    if step_read.error is not None and not job.gate.is_open:
+        raise step_read.error
+    if step_read.error is None and not job.gate.allows(step_read.result, check_interval):
         return None
     if job.undefined:
         raise RestoreFailed(job.undefined)
-    attempt = _decide(job, lambda: _request(step, number, check_interval, options))
+    attempt = _decide(
+        job, lambda: _request(step_read.value(), number, check_interval, options)
+    )
+    step = step_read.result
     counter = job.checkpoint.save_counter
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
@@ -197,6 +205,13 @@ def _write_and_commit(
             ),
             patient=True,
         )
+    except StorageTimeout as error:
+        # Of the votes nothing but a SaveFailed comes, so this is the commit itself.
+        msg = (
+            f"{error} Whether {job.path(attempt.prefix)} was committed is unknown; the "
+            "next save or restore will tell."
+        )
+        raise OutcomeUnknown(msg) from error
     except ManagerBroken as error:
         committed = _is_committed(job, attempt)
         if committed is None and job.chief is not None and not commit_began:
@@ -216,9 +231,7 @@ def _is_committed(job: Job, attempt: Attempt) -> bool | None:
     return True if listed else None
 
 
-def _with_outcome(
-    error: ManagerBroken, path: str, committed: bool | None
-) -> ManagerBroken:
+def _with_outcome(error: ManagerBroken, path: str, committed: bool | None) -> ManagerBroken:
     outcome = {
         True: f"{path} was committed before.",
         False: f"{path} was not committed; older checkpoints are safe.",
