@@ -397,15 +397,16 @@ class Chief:
     def abandon(self, attempt: Attempt) -> None:
         """Remove what is left of an attempt that was not committed.
 
-        At once, because a full disk must not stay full. A failure is a warning: the
-        next claim sweeps.
+        At once, because a full disk must not stay full. A failure is a warning: it is
+        tried again before the next save.
         """
         if self._uncertain:
             return
         try:
             if storage.exists(self._path(attempt.published)):
                 remove_published(self._directory, attempt)
-            storage.remove_tree(self._path(attempt.pending))
+            for name in (attempt.pending, attempt.trash):
+                storage.remove_tree(self._path(name))
             self._unsettled.discard(attempt)
         except StorageError as error:
             _logger.warning("could not remove a failed save, left for later: %s", error)

@@ -30,6 +30,7 @@ from distckpt.errors import (
     ManagerBroken,
     PeerTimeout,
     RanksFailed,
+    StorageTimeout,
 )
 from distckpt.line import Address
 from distckpt.liveness import ChiefLiveness, Liveness, Place
@@ -39,6 +40,14 @@ from distckpt.worker import Worker
 
 Answer: TypeAlias = dict[str, Any]
 Decide: TypeAlias = Callable[[Sequence[Vote]], Answer]
+# What a call that hangs while the chief decides is to be taken for.
+Judge: TypeAlias = Callable[[StorageTimeout], DistckptError]
+
+
+def as_it_is(error: StorageTimeout) -> DistckptError:
+    """Take a call that hangs for nothing else."""
+    return error
+
 
 # An answer nearly always fits into one message of fixed size; a longer one follows.
 _FRAME_BYTES = 512
@@ -62,7 +71,14 @@ class Channel(Protocol):
     rank: int
     world_size: int
 
-    def consult(self, vote: Vote, decide: Decide, *, patient: bool = False) -> Answer:
+    def consult(
+        self,
+        vote: Vote,
+        decide: Decide,
+        *,
+        patient: bool = False,
+        hung: Judge = as_it_is,
+    ) -> Answer:
         """Vote, let the chief decide, and return its answer: collective.
 
         Args:
@@ -70,6 +86,7 @@ class Channel(Protocol):
             decide: Called on the chief alone, with one vote a rank; returns the answer,
                 or raises what every rank then raises.
             patient: Wait for as long as any rank makes progress.
+            hung: Makes what all ranks raise if the chief's storage hangs meanwhile.
 
         Raises:
             DistckptError: What ``decide`` raised, on every rank.
@@ -89,9 +106,19 @@ class SoloChannel:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def consult(self, vote: Vote, decide: Decide, *, patient: bool = False) -> Answer:
+    def consult(
+        self,
+        vote: Vote,
+        decide: Decide,
+        *,
+        patient: bool = False,
+        hung: Judge = as_it_is,
+    ) -> Answer:
         """See ``Channel.consult``."""
-        return self._worker.finish(lambda: decide([vote]))
+        try:
+            return self._worker.finish(lambda: decide([vote]))
+        except StorageTimeout as error:
+            raise hung(error) from error
 
     def close(self) -> None:
         """See ``Channel.close``."""
@@ -130,7 +157,14 @@ class GroupChannel:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
-    def consult(self, vote: Vote, decide: Decide, *, patient: bool = False) -> Answer:
+    def consult(
+        self,
+        vote: Vote,
+        decide: Decide,
+        *,
+        patient: bool = False,
+        hung: Judge = as_it_is,
+    ) -> Answer:
         """See ``Channel.consult``."""
         if self._broken:
             raise ManagerBroken(self._broken)
@@ -138,7 +172,7 @@ class GroupChannel:
         waiting = self._begin_waiting(vote.phase, patient)
         try:
             if self.rank == 0:
-                return self._consult_as_chief(waiting, vote, decide)
+                return self._consult_as_chief(waiting, vote, decide, hung)
             return self._consult_as_rank(waiting, vote)
         except (ManagerBroken, KeyboardInterrupt, SystemExit) as error:
             # Interrupted in a collective is as bad as broken: it stays outstanding.
@@ -157,7 +191,9 @@ class GroupChannel:
         who = f"rank {self.rank} of {self.world_size}"
         return Waiting(who, phase, self._timeout_seconds, place, self.liveness, patient)
 
-    def _consult_as_chief(self, waiting: Waiting, vote: Vote, decide: Decide) -> Answer:
+    def _consult_as_chief(
+        self, waiting: Waiting, vote: Vote, decide: Decide, hung: Judge
+    ) -> Answer:
         packed = self._gather(waiting, vote.pack(0))
         assert packed is not None
         details = self._gather_details(waiting, vote, packed)
@@ -171,6 +207,10 @@ class GroupChannel:
             _check_same_phase(votes)
             # Not on this thread: a call that hangs must not hold up the others.
             answer = self._worker.finish(lambda: decide(votes))
+        except StorageTimeout as error:
+            judged = hung(error)
+            self._answer(vote.phase, messages.encode_error(judged))
+            raise judged from error
         except DistckptError as error:
             self._answer(vote.phase, messages.encode_error(error))
             raise

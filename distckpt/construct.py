@@ -34,6 +34,7 @@ from distckpt.worker import Worker
 _logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
+_STORAGE_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         ConfigError, UnsupportedError: A bad argument, on every rank.
         CorruptStateError, StorageError: The directory's state cannot be read.
     """
-    worker = Worker(arguments.wait.total_seconds())
+    # A rank whose filesystem hangs gives up before the others give up waiting for it.
+    worker = Worker(_STORAGE_SHARE * arguments.wait.total_seconds())
     whereabouts = Whereabouts(worker)
     decisions, commits = open_channels(
         process_group, arguments.wait, ("decisions", "commits"), worker, whereabouts

@@ -11,7 +11,7 @@ import torch
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
-from distckpt.comm import Answer, Channel, Decide
+from distckpt.comm import Answer, Channel, Decide, Judge, as_it_is
 from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.layout import Assignment
 from distckpt.liveness import Liveness
@@ -131,8 +131,7 @@ class Job:
     def wait_for_deletions(self) -> bool:
         """Wait until the chief's deletions are through, within the deadline."""
         assert self.chief is not None
-        # The others wait for the chief's answer at the same time.
-        return self.chief.settle(max(0.0, self.timeout_seconds - 1.0))
+        return self.chief.settle(self.timeout_seconds)
 
 
 def _on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
@@ -183,6 +182,7 @@ def agree(
     says: Callable[[_Result], Vote] | None = None,
     status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
     patient: bool = False,
+    hung: Judge = as_it_is,
 ) -> Answer:
     """Vote on what a phase came to, and return the chief's answer: collective.
 
@@ -197,6 +197,7 @@ def agree(
         says: Makes the vote from the result; by default it says that all is well.
         status_of: How this rank's error is to be judged.
         patient: Wait for as long as any rank makes progress.
+        hung: What the chief's storage that hangs meanwhile is to be taken for.
     """
     if isinstance(ran.error, ManagerBroken):
         raise ran.error  # nobody is left to vote with
@@ -207,7 +208,7 @@ def agree(
     else:
         vote = failure(phase, original, status_of(original))
     try:
-        answer = channel.consult(vote, decide, patient=patient)
+        answer = channel.consult(vote, decide, patient=patient, hung=hung)
     except DistckptError as error:
         if original is None or original is error:
             raise

@@ -137,7 +137,7 @@ class IntervalGate:
 
     def allows(self, step: int | None, check_interval: bool) -> bool:
         """Tell whether a call at this step may save."""
-        if self.is_open or step is None:
+        if self.interval is None or self.last_step is None or step is None:
             return True
         if step == self.last_step:
             return False

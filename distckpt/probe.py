@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from distckpt import paths, storage
@@ -27,7 +28,7 @@ class Probe:
 
     def leave(self) -> None:
         """Write the chief's file, for the others to see."""
-        storage.write_new_file(self._path(0), b"")
+        _write_or_remove(self._path(0))
 
     def remove(self) -> None:
         """Remove the chief's file."""
@@ -48,11 +49,21 @@ class Probe:
                 "the same shared directory."
             )
             raise StorageError(msg, operation="probe", path=self.directory)
-        storage.write_new_file(self._path(rank), b"")
+        _write_or_remove(self._path(rank))
         storage.remove_file(self._path(rank))
 
     def _path(self, rank: int) -> str:
         return os.path.join(self.directory, paths.probe_file(self.epoch, self.nonce, rank))
+
+
+def _write_or_remove(path: str) -> None:
+    try:
+        storage.write_new_file(path, b"")
+    except StorageError:
+        # The next claim of this manager has the same epoch, and would not sweep it.
+        with suppress(StorageError):
+            storage.remove_file(path)
+        raise
 
 
 def check_filesystem(directory: str, epoch: int) -> None:
@@ -64,7 +75,7 @@ def check_filesystem(directory: str, epoch: int) -> None:
     records = os.path.join(directory, paths.RECORDS_DIRECTORY)
     one = os.path.join(records, paths.temporary_file(epoch))
     other = os.path.join(records, paths.temporary_file(epoch))
-    storage.write_new_file(one, b"")
+    _write_or_remove(one)
     try:
         storage.link(one, other)
     except StorageError as error:

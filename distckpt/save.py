@@ -154,7 +154,13 @@ def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
         raise ConfigError(msg)
     if not job.claimed:
         return {"attempt": None}
-    attempt = job.chief.begin(request.number, job.checkpoint.save_counter)
+    job.chief.check_not_fenced()
+    try:
+        attempt = job.chief.begin(request.number, job.checkpoint.save_counter)
+    except StorageError as error:
+        text = f"the save could not be begun on the chief: {error}"
+        msg = f"saving into {job.directory}: {text}; no checkpoint was made."
+        raise SaveFailed(msg, {0: text}) from error
     return {"attempt": attempt.published}
 
 
@@ -191,6 +197,12 @@ def _write_and_commit(
         commit_began = True
         return _commit(job, attempt, step, plan, votes)  # S7 (chief)
 
+    def judge_hang(error: StorageTimeout) -> DistckptError:
+        if not commit_began:
+            return error
+        what = f"Whether {job.path(attempt.prefix)} was committed is unknown"
+        return OutcomeUnknown(f"{error} {what}; the next save or restore will tell.")
+
     # S6 (every rank): vote; S8: receive the outcome.
     try:
         return agree(
@@ -204,14 +216,8 @@ def _write_and_commit(
                 digest_a=bytes.fromhex(file.header),
             ),
             patient=True,
+            hung=judge_hang,
         )
-    except StorageTimeout as error:
-        # Of the votes nothing but a SaveFailed comes, so this is the commit itself.
-        msg = (
-            f"{error} Whether {job.path(attempt.prefix)} was committed is unknown; the "
-            "next save or restore will tell."
-        )
-        raise OutcomeUnknown(msg) from error
     except ManagerBroken as error:
         committed = _is_committed(job, attempt)
         if committed is None and job.chief is not None and not commit_began:
