@@ -52,7 +52,8 @@ class CheckpointManager:
         init_fn: Called by ``restore_or_initialize`` where there is nothing to restore.
         process_group: The ranks that checkpoint together; None means all. Any backend:
             the manager makes gloo groups of its own.
-        timeout: How long to wait for another rank.
+        timeout: How long to wait for a rank that shows no sign of progress; a call into
+            the filesystem may take three quarters of it.
         takeover: Fence another live job that holds the directory.
 
     Raises:
@@ -150,9 +151,11 @@ class CheckpointManager:
             UnsupportedError: Something tracked cannot be stored.
             RestoreFailed: A restore failed half-way before, so there is nothing to save.
             CorruptStateError, StorageError: The directory cannot be claimed.
+            StorageTimeout: A call into the filesystem hangs on the chief.
             OutcomeUnknown: The disk will not say whether it was committed.
             FencedError, DirectoryInUseError: The directory belongs to another manager.
-            ManagerBroken: Another rank is gone; restart the job.
+            ManagerBroken: Another rank is gone; its ``ranks`` say which, its
+                ``committed`` what became of a save under way. Restart the job.
         """
         return self._run(
             lambda: save(self._job, checkpoint_number, check_interval, options)
@@ -179,6 +182,7 @@ class CheckpointManager:
             ConfigError, UnsupportedError: Something tracked cannot be restored into.
             CorruptStateError, StorageError, OutcomeUnknown: The directory cannot be
                 claimed.
+            StorageTimeout: A call into the filesystem hangs.
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """

@@ -20,11 +20,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from harness import run_ranks, values_of
 from outcome_helpers import assert_all_whole, committed, make_checkpoint, outcome
 
-from distckpt import CheckpointManager
+from distckpt import Checkpoint, CheckpointManager, PerRank
 from distckpt.comm import GroupChannel
 from distckpt.messages import Phase
 
@@ -151,6 +152,33 @@ def _lose(directory, world_size, how, phase, victim):
     assert max(late) < LATE_SECONDS, (label, late)
     assert_all_whole(directory) if committed(directory) else None
     return max(late)
+
+
+# Slow is not lost
+
+
+def _write_slowly(rank, directory):
+    """Save for three times as long as the deadline, one call at a time."""
+    tensors = {f"t{index}": torch.full((2**19,), float(index)) for index in range(10)}
+    checkpoint = Checkpoint(slow=PerRank(tensors if rank == 1 else {}))
+    manager = _manager(checkpoint, directory, DEADLINE_SECONDS)
+    real = os.pwritev
+
+    def slowly(*arguments):
+        time.sleep(0.3 * DEADLINE_SECONDS)
+        return real(*arguments)
+
+    os.pwritev = slowly
+    started = time.monotonic()
+    return manager.save(), time.monotonic() - started
+
+
+def test_a_slow_writer_is_waited_for_while_it_gets_on(tmp_path):
+    """The deadline of the others counts from its last sign of progress."""
+    directory = str(tmp_path / "run")
+    for path, seconds in values_of(run_ranks(_write_slowly, 4, directory)):
+        assert path == f"{directory}/ckpt-1"
+        assert seconds > 3 * DEADLINE_SECONDS
 
 
 # Dropped packets, between network namespaces of the test's own

@@ -326,25 +326,37 @@ def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, p
         one.result()
 
 
-def _exit_main(rank, rendezvous, directory):
-    """Break a manager by a stopped rank, or by Ctrl-C; then end as any program does."""
+def _exit_main(rank, rendezvous, directory, how, victim):
+    """Break a manager by a lost rank, or by Ctrl-C; then end as any program does."""
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3
     )
-    seconds = 60 if rank == 2 else DEADLINE_SECONDS
-    manager = _manager(Checkpoint(x=torch.zeros(4)), directory, seconds)
+    manager = _manager(Checkpoint(x=torch.zeros(4)), directory, DEADLINE_SECONDS)
     manager.save()
     dist.barrier()
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if rank == 2:
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if rank == victim:
+        if how == "interrupt":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            time.sleep(0.2)
+        else:
+            os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[how])
+    if how == "interrupt" and rank == 2:
+        time.sleep(1)  # somebody has to be waited for
     print(outcome(manager.save).bases[:2], time.monotonic(), flush=True)
 
 
-def test_process_with_a_broken_manager_exits_at_once(tmp_path):
+def _end_of(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err, time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("how", "victim"),
+    [("stop", 1), ("stop", 0), ("kill", 0), ("kill", 2), ("interrupt", 1)],
+)
+def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
     """Neither destructors nor threads hold up the interpreter's normal end."""
-    arguments = [str(tmp_path / "rendezvous"), str(tmp_path / "run")]
+    arguments = [str(tmp_path / "rendezvous"), str(tmp_path / "run"), how, str(victim)]
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), *arguments],
@@ -355,11 +367,14 @@ def test_process_with_a_broken_manager_exits_at_once(tmp_path):
         for rank in range(3)
     ]
     try:
-        for rank in (0, 2):
-            out, err = processes[rank].communicate(timeout=60)
-            ended = time.monotonic()
-            assert processes[rank].returncode == 0, err
-            assert ("KeyboardInterrupt" if rank == 2 else "ManagerBroken") in out, err
+        lost = victim if how != "interrupt" else None
+        waited = {rank: p for rank, p in enumerate(processes) if rank != lost}
+        with ThreadPoolExecutor(len(waited)) as pool:
+            ends = list(pool.map(_end_of, waited.values()))
+        for rank, (code, out, err, ended) in zip(waited, ends, strict=True):
+            assert code == 0, err
+            interrupted = how == "interrupt" and rank == victim
+            assert ("KeyboardInterrupt" if interrupted else "ManagerBroken") in out, err
             assert ended - float(out.split()[-1]) < 3, (rank, out)
     finally:
         for process in processes:
@@ -692,4 +707,4 @@ def test_with_block_left_by_an_error_on_one_rank_ends_the_others_in_time(tmp_pat
 
 
 if __name__ == "__main__":
-    _exit_main(int(sys.argv[1]), *sys.argv[2:])
+    _exit_main(int(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5]))
