@@ -1,0 +1,206 @@
+"""S5 to S8 of a save: write, vote, commit, outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from distckpt import paths, readers, shard_file, tensors
+from distckpt.checkpoint import Captured, per_rank_pieces
+from distckpt.chief import Chief
+from distckpt.comm import Answer
+from distckpt.errors import (
+    DistckptError,
+    ManagerBroken,
+    OutcomeUnknown,
+    SaveFailed,
+    StorageError,
+    StorageTimeout,
+)
+from distckpt.job import Job, Ran, agree
+from distckpt.layout import Assignment, Piece
+from distckpt.leaves import Leaf
+from distckpt.manifest import Shard
+from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.paths import Attempt
+from distckpt.save_plan import SavePlan, or_abandon
+from distckpt.worker import Worker
+
+_LAST_LOOK_SECONDS = 0.2
+
+
+def write_and_commit(
+    job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: SavePlan
+) -> None:
+    """Write this rank's file and commit together; after return the checkpoint is there.
+
+    Called by: every rank. Collectives: one round.
+
+    Raises:
+        SaveFailed: Some ranks failed; no checkpoint was made.
+        OutcomeUnknown: The disk will not say whether it was committed.
+        ManagerBroken: A rank is gone; ``committed`` says what became of the save.
+        FencedError: The directory belongs to another manager.
+    """
+    # S5 (every rank): write my file, durably.
+    written = Ran(
+        lambda: job.on_disk(
+            f"writing {attempt.prefix}", lambda: _write(job, attempt, captured, plan)
+        )
+    )
+    chief = _ChiefsPart(job, attempt, step, plan)
+    try:
+        # S6 (every rank): vote; S7 (chief): commit; S8 (every rank): receive the outcome.
+        answer = agree(
+            job.commits,
+            Phase.WRITE,
+            written,
+            or_abandon(job, attempt, chief.decide),
+            says=_vote_on_file,
+            patient=True,
+            hung=chief.judge_hang,
+        )
+    except ManagerBroken as error:
+        no_vote = written.error is not None
+        never_began = job.chief is not None and not chief.began
+        committed = (
+            False if no_vote or never_began else _look_whether_committed(job, attempt)
+        )
+        raise _with_outcome(error, job.path(attempt.prefix), committed) from error
+    job.take_lists(_updated_lists(job, answer))
+
+
+def _write(
+    job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
+) -> shard_file.Written:
+    return shard_file.write(
+        job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
+        _entries(job.rank, captured, plan.assignment),
+        attempt=attempt.published,
+        rank=job.rank,
+        world_size=job.world_size,
+        per_rank_values=captured.per_rank.values,
+    )
+
+
+def _vote_on_file(file: shard_file.Written) -> Vote:
+    header = bytes.fromhex(file.header)
+    return Vote(Phase.WRITE, size_bytes=file.size_bytes, digest_a=header)
+
+
+class _ChiefsPart:
+    """S7: what the chief makes of the votes.
+
+    Attributes:
+        began: Whether all votes were good, so that the commit was begun.
+    """
+
+    def __init__(
+        self, job: Job, attempt: Attempt, step: int | None, plan: SavePlan
+    ) -> None:
+        self._job = job
+        self._attempt = attempt
+        self._step = step
+        self._plan = plan
+        self.began = False
+
+    def decide(self, votes: Sequence[Vote]) -> Answer:
+        """Commit, or raise what all ranks raise."""
+        assert self._job.chief is not None
+        if not all(vote.ok for vote in votes):
+            # A pending directory that vanished under a rank is another chief's sweep.
+            self._job.chief.check_not_fenced()
+        path = self._job.path(self._attempt.prefix)
+        what = f"saving {path} failed; no checkpoint was made, older ones are safe"
+        raise_failures(votes, what, SaveFailed, keep_kind=False)
+        self.began = True
+        try:
+            self._commit(self._job.chief, votes)
+        except StorageError as error:
+            text = f"the commit failed on the chief: {error}"
+            msg = f"saving {path} failed: {text}; no checkpoint was made."
+            raise SaveFailed(msg, {0: text}) from error
+        return _changes(self._job, self._job.chief, self._attempt.prefix)
+
+    def _commit(self, chief: Chief, votes: Sequence[Vote]) -> None:
+        plan = self._plan
+        assert plan.values is not None
+        shards = [
+            Shard(vote.size_bytes, vote.digest_a.hex(), table)
+            for vote, table in zip(votes, plan.table_of_rank, strict=True)
+        ]
+        chief.commit(
+            self._attempt,
+            step=self._step,
+            shards=shards,
+            layouts=plan.tables,
+            values=plan.values,
+        )
+
+    def judge_hang(self, error: StorageTimeout) -> DistckptError:
+        """Say what a call that hangs here means: a commit may go through later."""
+        if not self.began:
+            return error
+        what = f"Whether {self._job.path(self._attempt.prefix)} was committed is unknown"
+        return OutcomeUnknown(f"{error} {what}; the next save or restore will tell.")
+
+
+def _look_whether_committed(job: Job, attempt: Attempt) -> bool | None:
+    """Look into the newest record; None if the attempt is not there, as yet."""
+    # Not waited for long: the call has had its time already.
+    worker = Worker(_LAST_LOOK_SECONDS)
+    try:
+        record = worker.finish(lambda: readers.read_record(job.directory))
+    except DistckptError:
+        return None
+    listed = record is not None and any(e.attempt == attempt for e in record.committed)
+    return True if listed else None
+
+
+def _with_outcome(error: ManagerBroken, path: str, committed: bool | None) -> ManagerBroken:
+    outcome = {
+        True: f"{path} was committed before.",
+        False: f"{path} was not committed; older checkpoints are safe.",
+        None: f"Whether {path} was committed is unknown; the next restore decides.",
+    }[committed]
+    told = type(error)(f"{error} {outcome}", error.ranks)
+    told.committed = committed
+    return told
+
+
+def _entries(
+    rank: int, captured: Captured, assignment: Assignment
+) -> list[shard_file.Entry]:
+    own = [
+        _entry(piece, captured.shared.tensors[piece.row.name])
+        for piece in assignment.pieces_of_rank(rank)
+    ]
+    per_rank = [
+        _entry(piece, captured.per_rank.tensors[piece.row.name], per_rank=True)
+        for piece in per_rank_pieces(captured, rank)
+    ]
+    return [*own, *per_rank]
+
+
+def _entry(piece: Piece, leaf: Leaf, per_rank: bool = False) -> shard_file.Entry:
+    load = partial(tensors.box_bytes, leaf.tensor, piece.box)
+    return shard_file.Entry(piece, load, per_rank)
+
+
+def _changes(job: Job, chief: Chief, saved: str) -> Answer:
+    """Say how the lists that all ranks hold have changed: the whole would grow for ever."""
+    held, now = job.checkpoints, [a.prefix for a in chief.checkpoints]
+    # What is saved again moves to the end.
+    before, after = {*held} - {saved}, {*now} - {saved}
+    return {
+        "latest": saved,
+        "removed": [prefix for prefix in held if prefix not in after],
+        # Not only the one just saved: a commit of unknown outcome may have turned up.
+        "added": [prefix for prefix in now if prefix not in before],
+    }
+
+
+def _updated_lists(job: Job, changes: Answer) -> Answer:
+    removed = {*changes["removed"]}
+    kept = [prefix for prefix in job.checkpoints if prefix not in removed]
+    return {"latest": changes["latest"], "checkpoints": [*kept, *changes["added"]]}
