@@ -454,7 +454,7 @@ class Frozen(Fault):
 
     def begin(self, directory: str, rank: int) -> None:
         self._disk = os.path.dirname(directory)
-        _control(self._disk, _FREEZE)
+        freeze(self._disk)
 
     def end(self) -> None:
         thaw(self._disk)
@@ -475,12 +475,17 @@ class FrozenHere(_OwnMounts):
 
     def begin(self, directory: str, rank: int) -> None:
         self._bind(self._disk, names_in(directory, rank)["pending"])
-        _control(self._disk, _FREEZE)
+        freeze(self._disk)
 
     def end(self) -> None:
         # The mount itself went when the chief removed what was below it, or goes with
         # the rank.
         thaw(self._disk)
+
+
+def freeze(path: str) -> None:
+    """Let a filesystem not answer those who write to it."""
+    _control(path, _FREEZE)
 
 
 def thaw(path: str) -> None:

@@ -24,6 +24,7 @@ from harness import run_ranks, values_of
 from outcome_helpers import (
     LoggedTexts,
     assert_all_whole,
+    leftovers,
     make_checkpoint,
     outcome,
     state_of,
@@ -31,7 +32,7 @@ from outcome_helpers import (
     tree_of,
 )
 
-from distckpt import CheckpointManager, PerRank, readers
+from distckpt import Checkpoint, CheckpointManager, PerRank, readers, storage
 
 _SMALL_BYTES, _BIG_BYTES = 2**15, 2**22
 _SHORT_SECONDS = 1.5
@@ -876,4 +877,62 @@ def test_disk_that_hangs_on_one_rank_fails_that_rank_on_all(disk, scratch):
         assert seen["first"].seconds < _SHORT_SECONDS + 2, seen
         assert seen["leaked"] == "" and seen["left"] == [] and seen["same lists"], seen
         assert seen["next"].text == f"{directory}/ckpt-3", seen
+    assert_all_whole(directory)
+
+
+def _hang_in_the_commit(rank: int, directory: str, operation: str) -> dict[str, Any]:
+    """Freeze the disk right before one step of the commit; thaw it; save again."""
+    checkpoint = Checkpoint(weights=torch.ones(1000) * 7)
+    manager = CheckpointManager(
+        checkpoint, directory, max_to_keep=None, timeout=timedelta(seconds=_SHORT_SECONDS)
+    )
+    manager.save()
+    manager.sync()
+    dist.barrier()
+    disk = os.path.dirname(directory)
+    if rank == 0:
+        real = getattr(storage, operation)
+
+        def freeze_first(source: str, target: str) -> None:
+            setattr(storage, operation, real)
+            faults.freeze(disk)
+            real(source, target)
+
+        setattr(storage, operation, freeze_first)
+    seen: dict[str, Any] = {"first": outcome(manager.save), "again": outcome(manager.save)}
+    dist.barrier()
+    if rank == 0:
+        faults.thaw(disk)
+    dist.barrier()
+    seen["next"] = outcome(manager.save)
+    seen["lists"] = manager.checkpoints
+    manager.sync()
+    seen["closed"] = outcome(manager.close)
+    with CheckpointManager(checkpoint, directory, max_to_keep=None) as manager:
+        seen["restored"] = manager.restore_or_initialize()
+        manager.sync()
+        seen["left"] = leftovers(directory)
+    return seen
+
+
+@pytest.mark.parametrize("operation", ["rename", "link"])
+def test_commit_that_hangs_is_of_unknown_outcome_and_turns_up(disk, operation):
+    """Nobody calls it failed: when the disk answers again the commit goes through."""
+    directory = os.path.join(disk.path, "run")
+    try:
+        results = run_ranks(_hang_in_the_commit, 2, directory, operation, timeout=30)
+    finally:
+        faults.thaw(disk.path)
+    told = values_of(results)
+    for seen in told:
+        assert seen["first"].kind == "OutcomeUnknown", seen
+        assert seen["first"].text == told[0]["first"].text
+        assert f"{operation} " in seen["first"].text and "unknown" in seen["first"].text
+        assert seen["first"].seconds < _SHORT_SECONDS + 1, seen
+        assert seen["again"].kind == "StorageTimeout", seen
+        # The number of the one that hung is not given to another.
+        assert seen["next"].text == f"{directory}/ckpt-3", seen
+        assert seen["lists"] == [f"{directory}/ckpt-{n}" for n in (1, 2, 3)], seen
+        assert seen["closed"].kind == "ok", seen
+        assert seen["restored"] == f"{directory}/ckpt-3" and seen["left"] == [], seen
     assert_all_whole(directory)
