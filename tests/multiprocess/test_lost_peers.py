@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -179,6 +180,45 @@ def test_a_slow_writer_is_waited_for_while_it_gets_on(tmp_path):
     for path, seconds in values_of(run_ranks(_write_slowly, 4, directory)):
         assert path == f"{directory}/ckpt-1"
         assert seconds > 3 * DEADLINE_SECONDS
+
+
+# A read that hangs
+
+
+def _hang_in_a_read(rank, directory):
+    checkpoint = make_checkpoint()
+    with _manager(checkpoint, directory) as manager:
+        manager.save()
+    manager = _manager(checkpoint, directory, DEADLINE_SECONDS)
+    answers = threading.Event()
+    real = os.preadv
+
+    def hang(descriptor, buffers, offset):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".safetensors") and offset >= 4096:  # a tensor's bytes
+            answers.wait(30)
+        return real(descriptor, buffers, offset)
+
+    if rank == 1:
+        os.preadv = hang
+    first = outcome(manager.restore_or_initialize)
+    refused = outcome(manager.save)
+    os.preadv = real
+    answers.set()
+    return first, refused, outcome(manager.restore_or_initialize), outcome(manager.save)
+
+
+def test_a_read_that_hangs_ends_the_restore_on_all_ranks(tmp_path):
+    """No older checkpoint is tried behind the same call; later all is well again."""
+    directory = str(tmp_path / "run")
+    results = values_of(run_ranks(_hang_in_a_read, 2, directory))
+    for first, refused, second, saved in results:
+        assert first.kind == "StorageTimeout" and first.text == results[0][0].text
+        assert "rank 1: read " in first.text and "rank-0000" in first.text
+        assert first.seconds < DEADLINE_SECONDS + 1
+        assert refused.kind == "RestoreFailed" and "mixture" in refused.text
+        assert second.text == f"{directory}/ckpt-1", second
+        assert saved.kind == "ok", saved
 
 
 # Dropped packets, between network namespaces of the test's own
