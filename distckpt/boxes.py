@@ -96,12 +96,11 @@ def contiguous_runs(
     target_strides = _strides(target.shape)
     source_start = _index(region.offset, source.offset, source_strides)
     target_start = _index(region.offset, target.offset, target_strides)
-    for index in _indices(region.shape[:run_dim]):
-        yield (
-            source_start + sum(i * s for i, s in zip(index, source_strides, strict=False)),
-            target_start + sum(i * s for i, s in zip(index, target_strides, strict=False)),
-            length,
-        )
+    strides = list(zip(source_strides, target_strides, strict=True))
+    for source_index, target_index in _starts(
+        region.shape[:run_dim], strides, source_start, target_start
+    ):
+        yield source_index, target_index, length
 
 
 def split_range(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
@@ -155,10 +154,21 @@ def _index(
     return sum((o - b) * s for o, b, s in zip(offset, origin, strides, strict=True))
 
 
-def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _starts(
+    shape: tuple[int, ...], strides: Sequence[tuple[int, int]], source: int, target: int
+) -> Iterator[tuple[int, int]]:
+    """Walk the elements of a region of two buffers: there may be millions."""
     if not shape:
-        yield ()
+        yield source, target
         return
-    for first in range(shape[0]):
-        for rest in _indices(shape[1:]):
-            yield (first, *rest)
+    (source_stride, target_stride), length = strides[0], shape[0]
+    starts = zip(
+        range(source, source + length * source_stride, source_stride),
+        range(target, target + length * target_stride, target_stride),
+        strict=True,
+    )
+    if len(shape) == 1:
+        yield from starts
+        return
+    for first, second in starts:
+        yield from _starts(shape[1:], strides[1:], first, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from distckpt.errors import ConfigError, MismatchError
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, name_of
 from distckpt.restore_plan import mismatch, unexpected
+from distckpt.tensors import Numbering
 
 _COUNTER = "save_counter"
 
@@ -74,6 +76,7 @@ class Checkpoint:
     def restore(self, path: readers.Path) -> None:
         """Restore this process's objects from a checkpoint: local, no collectives.
 
+        Whatever layout and number of ranks saved it: each tensor is read as it lies here.
         For warm starts, evaluation and notebooks; a job restores with
         ``CheckpointManager.restore_or_initialize``, which falls back together.
 
@@ -124,14 +127,19 @@ def nodes_of(checkpoint: Checkpoint) -> tracked.Nodes:
     return nodes
 
 
-def capture(checkpoint: Checkpoint) -> Captured:
+def capture(checkpoint: Checkpoint, members: Sequence[int] | None = None) -> Captured:
     """Collect what this rank has to save; makes no copies and no collectives.
+
+    Args:
+        checkpoint: The tracked objects.
+        members: torch's global rank of each of the manager's ranks; None where the
+            manager's ranks are those of the default group.
 
     Raises:
         UnsupportedError, ConfigError: Names the path of what cannot be saved.
     """
     nodes = nodes_of(checkpoint)
-    captured = Captured(Leaves(), Leaves())
+    captured = Captured(Leaves(numbering=Numbering(members)), Leaves(per_rank=True))
     for node in nodes.shared:
         node.capture(captured.shared)
     for node in nodes.per_rank:

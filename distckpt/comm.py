@@ -66,10 +66,12 @@ class Channel(Protocol):
     Attributes:
         rank: This rank in the manager's group.
         world_size: Number of ranks.
+        members: What torch's default group calls each of them.
     """
 
     rank: int
     world_size: int
+    members: tuple[int, ...]
 
     def consult(
         self,
@@ -103,8 +105,9 @@ class SoloChannel:
     rank = 0
     world_size = 1
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, member: int = 0) -> None:
         self._worker = worker
+        self.members: tuple[int, ...] = (member,)
 
     def consult(
         self,
@@ -155,7 +158,8 @@ class GroupChannel:
         self._broken = ""
         self.liveness: Liveness | None = None
         self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self.members = tuple(dist.get_process_group_ranks(group))
+        self.world_size = len(self.members)
 
     def consult(
         self,
@@ -330,7 +334,7 @@ def open_channels(
         msg = f"rank {dist.get_rank()} is not a member of the given process_group."
         raise ConfigError(msg)
     if dist.get_world_size(process_group) == 1:
-        return [SoloChannel(worker) for _ in names]
+        return [SoloChannel(worker, dist.get_rank()) for _ in names]
     return [
         GroupChannel(name, _new_group(process_group, timeout), timeout, worker, whereabouts)
         for name in names

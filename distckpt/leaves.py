@@ -7,6 +7,7 @@ part are written ``~0`` and ``~1`` (RFC 6901), an integer key ``7`` of a dict ``
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from distckpt import tensors, values
 from distckpt.errors import UnsupportedError
 from distckpt.layout import SPLIT, WHOLE, Table
+from distckpt.tensors import Numbering
 from distckpt.values import TensorRef
 
 
@@ -36,10 +38,17 @@ def key_text(key: object, path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor to be saved."""
+    """One tensor to be saved.
+
+    Attributes:
+        tensor: The tensor, or a view of it.
+        kind: How a plain one is divided among the ranks.
+        identity: What it shares with the other names of the same tensor; None: nothing.
+    """
 
     tensor: torch.Tensor
     kind: str
+    identity: object = None
 
 
 @dataclass(slots=True)
@@ -49,17 +58,29 @@ class Leaves:
     Attributes:
         tensors: Tensor leaves by name.
         values: Plain values by name, encoded.
+        per_rank: Whether they are this rank's own, rather than the job's.
+        numbering: What the manager calls the ranks of a sharded tensor's mesh.
     """
 
     tensors: dict[str, Leaf] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    per_rank: bool = False
+    numbering: Numbering = field(default_factory=Numbering)
 
-    def add_parameter(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor that is equal on all ranks that have it: they share the work."""
-        self._add(name, tensor, SPLIT)
+    def add_parameter(
+        self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
+    ) -> None:
+        """Add a tensor that is equal on all ranks that have it: they share the work.
+
+        Args:
+            name: Its name.
+            tensor: Itself, or a view of it. A sharded one is stored by its parts.
+            owner: The tensor that it is a view of.
+        """
+        self._add(name, tensor, SPLIT, owner)
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor that the lowest rank that has it writes whole."""
+        """Add a tensor that the lowest rank that has it writes whole, if it is plain."""
         self._add(name, tensor, WHOLE)
 
     def add_value(self, name: str, value: object) -> None:
@@ -67,10 +88,19 @@ class Leaves:
         self._check_new(name)
         self.values[name] = values.encode(self._extract(value, name), name)
 
-    def _add(self, name: str, tensor: torch.Tensor, kind: str) -> None:
+    def _add(
+        self, name: str, tensor: torch.Tensor, kind: str, owner: torch.Tensor | None = None
+    ) -> None:
         self._check_new(name)
         tensors.check_storable(tensor, name)
-        self.tensors[name] = Leaf(tensor, kind)
+        if self.per_rank and tensors.is_sharded(tensor):
+            msg = (
+                f"tensor {name!r} is sharded: it is one tensor of the job, of which each "
+                "rank holds a part. Do not wrap it in PerRank."
+            )
+            raise UnsupportedError(msg)
+        identity = tensors.identity_of(tensor if owner is None else owner)
+        self.tensors[name] = Leaf(tensor, kind, identity)
 
     def _check_new(self, name: str) -> None:
         if name in self.tensors or name in self.values:
@@ -97,11 +127,23 @@ class Leaves:
         first_with: dict[object, str] = {}
         rows = []
         for name, leaf in self.tensors.items():
-            identity = tensors.identity_of(leaf.tensor)
-            first = name if identity is None else first_with.setdefault(identity, name)
+            first = name
+            if leaf.identity is not None:
+                first = first_with.setdefault(leaf.identity, name)
             same_as = "" if first == name else first
-            rows.append(tensors.row_of(name, leaf.tensor, leaf.kind, same_as))
+            row = tensors.row_of(name, leaf.tensor, leaf.kind, same_as, self.numbering)
+            rows.append(row)
         return tuple(rows)
+
+
+def tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Walk the tensors in a plain value, by the names that ``add_value`` gives them."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif _has_tensor(value):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from tensors_in(item, join(name, key))
 
 
 def _has_tensor(value: Any, depth: int = 64) -> bool:

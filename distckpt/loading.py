@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from distckpt import dtypes, tensors
-from distckpt.boxes import contiguous_runs, overlap, whole
+from distckpt import tensors
+from distckpt.boxes import contiguous_runs, overlap
 from distckpt.errors import FormatError, MismatchError
-from distckpt.layout import WHOLE, Row
+from distckpt.layout import WHOLE, Piece, Row
 from distckpt.manifest import Manifest
 from distckpt.readers import open_shard
 from distckpt.restore_plan import RestorePlan, Saved
@@ -62,12 +62,17 @@ class Loading:
                 ]
             self._shared.raise_problems(what)
             self.unexpected = self._shared.saved.left_over()
-            for name in self._shared.reads:
-                for piece in manifest.assignment.pieces_of(name):
+            for name, tensor in self._shared.reads.items():
+                for piece in self._pieces(name, tensor):
                     self._reader(piece.rank)
         except BaseException:
             self._stack.close()
             raise
+
+    def _pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
+        """Return what a tensor is read from: only what has a part of this rank's box."""
+        box = tensors.held(tensor).box
+        return [] if box is None else self._manifest.assignment.pieces_of(name, box)
 
     def _own(self, nodes: Nodes, world_size: int, what: str) -> Saved:
         """Return what this rank has of its own in the checkpoint."""
@@ -118,25 +123,22 @@ class Loading:
             if not e.per_rank
         }
         for name, tensor in self._shared.reads.items():
-            pieces = self._manifest.assignment.pieces_of(name)
+            pieces = self._pieces(name, tensor)
             self._fill(
                 tensor, [(p.rank, located[p.rank, p.row.name, p.box]) for p in pieces]
             )
 
     def _fill(self, tensor: torch.Tensor, sources: list[tuple[int, Stored]]) -> None:
-        target = whole(tuple(tensor.shape))
+        target = tensors.held(tensor).box
+        if target is None or target.size == 0:
+            return
         with tensors.writable_bytes(tensor) as buffer:
             for rank, stored in sources:
-                item = dtypes.item_size_bytes(stored.dtype)
-                region = overlap(stored.box, target) if target.size else None
-                if region is None:
-                    continue
-                with _blamed_on(rank):
-                    for source, start, length in contiguous_runs(
-                        region, stored.box, target
-                    ):
-                        part = buffer[start * item : (start + length) * item]
-                        self._readers[rank].read_into(stored, source * item, part)
+                region = overlap(stored.box, target)
+                if region is not None:
+                    with _blamed_on(rank):
+                        runs = contiguous_runs(region, stored.box, target)
+                        self._readers[rank].read_runs(stored, runs, buffer)
 
     def finish(self) -> None:
         """Set plain values and states; runs user code (``load_state_dict``)."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -88,6 +89,16 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     canonical = CanonicalNames(inner)
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         yield canonical[name], parameter
+
+
+def tensors_by_name(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers by canonical name, tied ones under each."""
+    inner = unwrap(module)
+    canonical = CanonicalNames(inner)
+    found: dict[str, torch.Tensor] = dict(named_parameters(module))
+    for name, buffer in inner.named_buffers(remove_duplicate=False):
+        found[canonical[name]] = buffer
+    return found
 
 
 def _prefixes(module: nn.Module, raw: str, canonical: str) -> Iterator[tuple[str, str]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distckpt import tensors, values
 from distckpt.errors import MismatchError
-from distckpt.layout import WHOLE, Row
+from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
 from distckpt.values import TensorRef
 
 
@@ -98,25 +100,35 @@ class RestorePlan:
     _names: dict[object, str] = field(default_factory=dict)
     _new: dict[object, torch.Tensor] = field(default_factory=dict)
 
-    def read_into(self, name: str, tensor: torch.Tensor) -> None:
-        """Fill a live tensor, if the checkpoint has one that fits."""
+    def read_into(
+        self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
+    ) -> None:
+        """Fill what this rank holds of a live tensor, if the checkpoint's fits.
+
+        It may lie on the ranks otherwise than when it was saved.
+
+        Args:
+            name: Its name.
+            tensor: Itself, or a view of it.
+            owner: The tensor that it is a view of.
+        """
         tensors.check_storable(tensor, name)
         row = self.saved.take_row(name)
-        live = tensors.row_of(name, tensor, WHOLE)
+        dtype, shape = tensors.dtype_name(tensor.dtype), tuple(tensor.shape)
         if row is None:
             kind = "a plain value" if self.saved.has_value(name) else "not there"
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
-        elif (row.dtype, row.shape) != (live.dtype, live.shape):
+        elif (row.dtype, row.shape) != (dtype, shape):
             self.problems.append(
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
-                f"{live.dtype} {list(live.shape)} here"
+                f"{dtype} {list(shape)} here"
             )
-        elif not self._is_read_already(name, row, tensor):
+        elif not self._is_read_already(name, row, tensor if owner is None else owner):
             self.reads[name] = tensor
 
-    def _is_read_already(self, name: str, row: Row, tensor: torch.Tensor) -> bool:
+    def _is_read_already(self, name: str, row: Row, owner: torch.Tensor) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""
-        identity = tensors.identity_of(tensor)
+        identity = tensors.identity_of(owner)
         if identity is None or not self.saved.knows_ties:
             return False
         first = self._names.setdefault(identity, name)
@@ -129,33 +141,95 @@ class RestorePlan:
             )
         return True
 
-    def read_new(self, name: str, device: torch.device | None = None) -> torch.Tensor:
-        """Allocate a tensor for what the checkpoint has under a name, to be filled."""
+    def read_beside(
+        self, name: str, parameter: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """Allocate what an optimizer keeps for a parameter, to be filled.
+
+        Beside a sharded parameter, what has its shape lies where it does. A step count is
+        a plain tensor there, too: stored whole, or without dimensions.
+
+        Args:
+            name: Its name.
+            parameter: The live parameter.
+            device: Where a plain tensor belongs.
+        """
+
+        def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
+            is_plain = row.kind == WHOLE or (row.kind == SPLIT and not row.shape)
+            if is_plain or not tensors.is_sharded(parameter):
+                return torch.empty(row.shape, dtype=dtype, device=device)
+            if row.shape == tuple(parameter.shape):
+                return tensors.empty_like(parameter, dtype)
+            if row.sharding is not None and row.sharding.is_replicated:
+                return tensors.empty_replicated(parameter, row.shape, dtype)
+            return None
+
+        return self._read_new(name, allocate, device)
+
+    def _read_like_live(
+        self, name: str, live: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Allocate a tensor inside a plain value; a sharded one as it lies there now."""
+
+        def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
+            if row.kind == SHARDED:
+                own = live().get(name)
+                if own is None and dist.is_available() and dist.is_initialized():
+                    return None
+                if own is not None and tensors.is_sharded(own):
+                    if row.shape != tuple(own.shape):
+                        return None
+                    return tensors.empty_like(own, dtype)
+            return torch.empty(row.shape, dtype=dtype)
+
+        return self._read_new(name, allocate, None)
+
+    def _read_new(
+        self,
+        name: str,
+        allocate: Callable[[Row, torch.dtype], torch.Tensor | None],
+        where: object,
+    ) -> torch.Tensor:
         row = self.saved.take_row(name)
         if row is None:
             msg = f"{name}: a value refers to this tensor, and it is not there."
             raise MismatchError(msg)
         # What was one tensor when it was saved becomes one again.
-        key = (row.same_as or name, device) if self.saved.knows_ties else name
+        key = (row.same_as or name, where) if self.saved.knows_ties else name
         tensor = self._new.get(key)
         if tensor is None:
-            tensor = self._new[key] = torch.empty(
-                row.shape, dtype=tensors.dtype_of_name(row.dtype), device=device
-            )
-            self.reads[name] = tensor
+            tensor = allocate(row, tensors.dtype_of_name(row.dtype))
+            if tensor is None:
+                self.problems.append(
+                    f"{name}: {row.dtype} {list(row.shape)}, {row.kind} in the checkpoint, "
+                    "nothing here that tells how it should lie on the ranks; have it made "
+                    "before restoring (for an optimizer, by one step)"
+                )
+                return torch.empty(0)
+            self._new[key] = self.reads[name] = tensor
         return tensor
 
-    def take_value(self, name: str) -> Any:
-        """Return a plain value whose tensors will be filled by the time of finishing."""
-        return self._fill(self.saved.take_value(name))
+    def take_value(
+        self, name: str, live: Callable[[], Mapping[str, torch.Tensor]] = dict
+    ) -> Any:
+        """Return a plain value whose tensors will be filled by the time of finishing.
 
-    def _fill(self, value: Any) -> Any:
+        Args:
+            name: Its name.
+            live: Returns the tensors that are in the value's place now, by name. Called
+                only if a tensor in it was saved sharded: it may run user code.
+        """
+        return self._fill(self.saved.take_value(name), cache(live))
+
+    def _fill(self, value: Any, live: Callable[[], Mapping[str, torch.Tensor]]) -> Any:
         if isinstance(value, TensorRef):
-            return self.read_new(value.name)
+            return self._read_like_live(value.name, live)
         if type(value) in (dict, OrderedDict):
-            return type(value)((key, self._fill(item)) for key, item in value.items())
+            items = value.items()
+            return type(value)((key, self._fill(item, live)) for key, item in items)
         if type(value) in (list, tuple):
-            return type(value)(self._fill(item) for item in value)
+            return type(value)(self._fill(item, live) for item in value)
         return value
 
     def missing(self, name: str, what: str) -> None:

@@ -74,7 +74,7 @@ def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
     """
 
     def body() -> _State:
-        captured = capture(job.checkpoint)
+        captured = capture(job.checkpoint, job.decisions.members)
         return _State(captured, captured.shared.table())
 
     ran = Ran(body)

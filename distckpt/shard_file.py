@@ -16,7 +16,7 @@ Bytes come in and go out as buffers: no torch in this module.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
@@ -33,6 +33,9 @@ from distckpt.shard_header import (
     Header,
     Stored,
 )
+
+# Short runs are read together in spans of at most so many bytes.
+_SPAN_BYTES = 4 * 2**20
 
 
 class Entry(NamedTuple):
@@ -204,6 +207,58 @@ class ShardReader:
         )
         if last_whole < end:
             self._read_around(stored, last_whole, buffer[last_whole - offset :])
+
+    def read_runs(
+        self, stored: Stored, runs: Iterable[tuple[int, int, int]], buffer: memoryview
+    ) -> None:
+        """Read runs of one entry to where they belong in a buffer, verifying them.
+
+        Runs that are shorter than a block and close to each other, the rows of a column
+        that was cut otherwise when it was saved, are read together: one by one, each
+        would cost the whole block around it.
+
+        Args:
+            stored: The entry.
+            runs: ``(index in the entry, index in the buffer, length)``, in elements, by
+                ascending index in the entry.
+            buffer: Undefined after an error.
+
+        Raises:
+            ChecksumError, ShardFileError, StorageError: See ``read_into``.
+        """
+        item = dtypes.item_size_bytes(stored.dtype)
+        near: list[tuple[int, int, int]] = []
+        for source, target, length in runs:
+            run = (source * item, target * item, length * item)
+            if near and not self._belongs_to(run, near):
+                self._read_together(stored, near, buffer)
+                near = []
+            near.append(run)
+        if near:
+            self._read_together(stored, near, buffer)
+
+    def _belongs_to(
+        self, run: tuple[int, int, int], near: Sequence[tuple[int, int, int]]
+    ) -> bool:
+        source, _, size = run
+        first, (before, _, size_before) = near[0][0], near[-1]
+        return (
+            max(size, size_before) < self.header.block_bytes
+            and source - (before + size_before) < self.header.block_bytes
+            and source + size - first <= max(_SPAN_BYTES, self.header.block_bytes)
+        )
+
+    def _read_together(
+        self, stored: Stored, near: Sequence[tuple[int, int, int]], buffer: memoryview
+    ) -> None:
+        first, target, size = near[0]
+        if len(near) == 1:
+            self.read_into(stored, first, buffer[target : target + size])
+            return
+        span = memoryview(bytearray(near[-1][0] + near[-1][2] - first))
+        self.read_into(stored, first, span)
+        for source, target, size in near:
+            buffer[target : target + size] = span[source - first : source - first + size]
 
     def _read_around(self, stored: Stored, offset: int, buffer: memoryview) -> None:
         if not buffer:

@@ -1,23 +1,153 @@
-"""Tensors <-> rows and bytes: what can be stored, and where its memory is."""
+"""Tensors <-> rows and bytes: what can be stored, and where its memory is.
+
+A tensor is a plain one, all of it in this process, or sharded: a ``DTensor``, of which
+this rank holds one box.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-from distckpt import dtypes
-from distckpt.boxes import Box
+from distckpt import dtypes, sharding
+from distckpt.boxes import Box, whole
 from distckpt.errors import UnsupportedError
-from distckpt.layout import Row
+from distckpt.layout import SHARDED, Row
+from distckpt.sharding import Mesh, Sharding
+
+# Looked up among what is imported already: importing it takes a second, and where there
+# is a DTensor it has been imported.
+_DTENSOR_MODULE = "torch.distributed.tensor"
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def row_of(name: str, tensor: torch.Tensor, kind: str, same_as: str = "") -> Row:
-    """Describe a tensor for a layout table."""
-    return Row(name, dtype_name(tensor.dtype), tuple(tensor.shape), kind, same_as)
+class Numbering:
+    """What the manager calls torch's global ranks: its own numbers name the shard files.
+
+    Args:
+        members: torch's global rank of each of the manager's ranks; None where the
+            manager's ranks are those of the default group.
+    """
+
+    def __init__(self, members: Sequence[int] | None = None) -> None:
+        self._number_of: dict[int, int] | None = None
+        if members is not None:
+            self._number_of = {rank: number for number, rank in enumerate(members)}
+        # With torch's object, so that its id stays its own.
+        self._meshes: dict[int, tuple[Any, Mesh]] = {}
+
+    def sharding_of(self, tensor: torch.Tensor, name: str) -> Sharding:
+        """Describe how a sharded tensor lies on the manager's ranks.
+
+        Raises:
+            UnsupportedError: It lies on a rank that is none of the manager's.
+        """
+        layout: Any = tensor
+        device_mesh = layout.device_mesh
+        known = self._meshes.get(id(device_mesh))
+        if known is None:
+            known = device_mesh, self._mesh_of(device_mesh, name)
+            self._meshes[id(device_mesh)] = known
+        return Sharding(known[1], _placements_of(tensor))
+
+    def _mesh_of(self, device_mesh: Any, name: str) -> Mesh:
+        ranks = device_mesh.mesh.flatten().tolist()
+        if self._number_of is not None:
+            outside = [rank for rank in ranks if rank not in self._number_of]
+            if outside:
+                msg = (
+                    f"tensor {name!r} lies on ranks that this manager does not have: "
+                    f"{outside[:16]} in the default group. Make the manager over a "
+                    "process group that has all of them."
+                )
+                raise UnsupportedError(msg)
+            ranks = [self._number_of[rank] for rank in ranks]
+        return sharding.mesh_of(tuple(device_mesh.shape), ranks)
+
+
+def row_of(
+    name: str,
+    tensor: torch.Tensor,
+    kind: str,
+    same_as: str = "",
+    numbering: Numbering | None = None,
+) -> Row:
+    """Describe a tensor for a layout table; a sharded one is always of that kind."""
+    placed = None
+    if is_sharded(tensor):
+        kind, placed = SHARDED, (numbering or Numbering()).sharding_of(tensor, name)
+    shape = tuple(tensor.shape)
+    return Row(name, dtype_name(tensor.dtype), shape, kind, same_as, placed)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether it is a ``DTensor``, even if every rank of its mesh has all of it."""
+    kind = getattr(sys.modules.get(_DTENSOR_MODULE), "DTensor", None)
+    return kind is not None and type(tensor) is kind
+
+
+class Held(NamedTuple):
+    """What this rank holds of a tensor.
+
+    Attributes:
+        memory: A plain tensor: the elements of the box.
+        box: Where in the tensor they are; None where the rank is not in its mesh.
+    """
+
+    memory: torch.Tensor
+    box: Box | None
+
+
+def held(tensor: torch.Tensor) -> Held:
+    """Return what this rank holds of a tensor that can be stored: no copy."""
+    if not is_sharded(tensor):
+        return Held(tensor.detach(), whole(tuple(tensor.shape)))
+    return Held(_local_of(tensor), _box_of(tensor))
+
+
+def _local_of(tensor: Any) -> torch.Tensor:
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local()
+    return local.detach()
+
+
+def _box_of(tensor: Any) -> Box | None:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    mesh_shape = tuple(tensor.device_mesh.shape)
+    shape = tuple(tensor.shape)
+    return sharding.box_at(shape, mesh_shape, _placements_of(tensor), tuple(coordinate))
+
+
+def _placements_of(tensor: Any) -> tuple[str, ...]:
+    return tuple(_spell(placement, tensor.dim()) for placement in tensor.placements)
+
+
+def _spell(placement: Any, tensor_dims: int) -> str:
+    """Write a placement as ``sharding`` does; "" for one that it does not know.
+
+    By exact type: a subclass, or whatever a newer torch adds, may mean something else.
+    In some versions of torch a strided shard is a subclass of a plain one, and there it
+    would be stored in the wrong order.
+    """
+    module = sys.modules[_DTENSOR_MODULE]
+    types = sys.modules.get(f"{_DTENSOR_MODULE}.placement_types")
+    if type(placement) is module.Replicate:
+        return sharding.REPLICATE
+    for kind, letter in (
+        (module.Shard, sharding.SHARD),
+        (getattr(types, "_StridedShard", None), sharding.STRIDED),
+    ):
+        if type(placement) is kind:
+            negative = placement.dim < 0
+            return f"{letter}{placement.dim + tensor_dims * negative}"
+    return ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -50,11 +180,12 @@ def check_storable(tensor: torch.Tensor, name: str) -> None:
 def _why_not(tensor: torch.Tensor) -> str:
     if torch.nn.parameter.is_lazy(tensor):
         return "it is lazy and not initialized yet; run a forward pass first."
+    if is_sharded(tensor):
+        return _why_not_sharded(tensor)
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (
             f"it is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor "
-            "subclass with memory of its own kind; sharded tensors (DTensor) are not "
-            "supported yet."
+            "subclass with memory of its own kind."
         )
     if tensor.is_meta:
         return "it is on the meta device and has no content."
@@ -70,6 +201,44 @@ def _why_not(tensor: torch.Tensor) -> str:
             f"{tensor.stride()} puts several elements at one address, and restoring "
             "into it would be undefined. Track the tensor it was expanded from, or a "
             "contiguous() copy."
+        )
+    return ""
+
+
+def _why_not_sharded(tensor: Any) -> str:
+    placed = f"placements {list(tensor.placements)}"
+    if any(placement.is_partial() for placement in tensor.placements):
+        return (
+            f"it is a partial result ({placed}): each rank holds a summand, none the "
+            "value. Call redistribute() or full_tensor() on it first."
+        )
+    placements = _placements_of(tensor)
+    if "" in placements:
+        return f"its {placed} are not all of a kind that distckpt knows."
+    mesh_shape = tuple(tensor.device_mesh.shape)
+    reason = sharding.why_not(placements, len(mesh_shape), tensor.dim())
+    if reason:
+        return f"it has {placed}: {reason}"
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if placements[mesh_dim].startswith(sharding.STRIDED):
+            expected = sharding.split_factor(placements, mesh_shape, mesh_dim)
+            if placement.split_factor != expected:
+                return (
+                    f"it has {placed} on a mesh of shape {mesh_shape}; only the order of "
+                    f"FSDP2 over tensor parallelism is supported, with the split factor "
+                    f"{expected}."
+                )
+    box = _box_of(tensor)
+    if box is None:
+        return ""
+    local = _local_of(tensor)
+    reason = _why_not(local)
+    if reason:
+        return f"of the part that this rank holds: {reason}"
+    if tuple(local.shape) != box.shape:
+        return (
+            f"this rank holds {list(local.shape)} of its {list(tensor.shape)}, where "
+            f"{placed} on a mesh of shape {mesh_shape} make it {list(box.shape)}."
         )
     return ""
 
@@ -90,8 +259,12 @@ def shares_elements(tensor: torch.Tensor) -> bool:
 def identity_of(tensor: torch.Tensor) -> object:
     """Return what two tensors share when they are the same memory; None if empty.
 
-    Empty tensors all start at the same null pointer and are never the same.
+    Empty tensors all start at the same null pointer and are never the same. Sharded ones
+    are the same only if they are one object: a rank's part may be empty, and all ranks
+    must see the same ties.
     """
+    if is_sharded(tensor):
+        return id(tensor)
     if tensor.numel() == 0:
         return None
     return (
@@ -109,23 +282,28 @@ def identity_of(tensor: torch.Tensor) -> object:
 def box_bytes(tensor: torch.Tensor, box: Box) -> memoryview:
     """Return the bytes of a region, row-major: the tensor's own memory where it can.
 
-    Otherwise (another device, strided) a contiguous copy of that region alone.
+    Otherwise (another device, strided) a contiguous copy of that region alone. This rank
+    must hold all of it.
     """
-    region = tensor.detach()
-    for dim, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
-        region = region.narrow(dim, start, length)
+    if box.size == 0:
+        return memoryview(b"")  # of no rank's part, if the tensor is sharded
+    region, own = held(tensor)
+    assert own is not None, "this rank is not in the tensor's mesh"
+    spans = zip(box.offset, box.shape, own.offset, strict=True)
+    for dim, (start, length, origin) in enumerate(spans):
+        region = region.narrow(dim, start - origin, length)
     region = _as_integers(region.resolve_conj().resolve_neg()).cpu().contiguous()
     return _bytes_of(region)
 
 
 @contextmanager
 def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Lend a tensor's memory, row-major, to be filled.
+    """Lend the memory of what this rank holds of a tensor, row-major, to be filled.
 
     Where the tensor is elsewhere or strided, a copy is lent and copied over at the end,
     unless the body raised.
     """
-    target = tensor.detach()
+    target = held(tensor).memory
     if (
         target.device.type == "cpu"
         and target.is_contiguous()
@@ -140,6 +318,31 @@ def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     yield _bytes_of(copy)
     with torch.no_grad():
         target.copy_(copy)
+
+
+def empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Allocate a tensor of another dtype that lies where this one does."""
+    with torch.no_grad():
+        return torch.empty_like(tensor.detach(), dtype=dtype)
+
+
+def empty_replicated(
+    tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Allocate a tensor that is replicated on the mesh of a sharded one."""
+    module = sys.modules[_DTENSOR_MODULE]
+    like: Any = tensor
+    placements = [module.Replicate() for _ in like.placements]
+    local = torch.empty(shape, dtype=dtype, device=like.device)
+    result: torch.Tensor = module.DTensor.from_local(
+        local,
+        like.device_mesh,
+        placements,
+        run_check=False,
+        shape=local.shape,
+        stride=local.stride(),
+    )
+    return result
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:

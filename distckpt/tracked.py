@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.leaves import Leaves, join, key_text
+from distckpt.leaves import Leaves, join, key_text, tensors_in
 from distckpt.per_rank import PerRank
 from distckpt.restore_plan import RestorePlan
 
@@ -98,9 +98,11 @@ class _Walker:
         nodes = self.per_rank if per_rank else self.shared
         if isinstance(value, nn.Module):
             modules.check_supported(value, path)
+            # First, as it takes the state dict: only that puts back the parameters that
+            # the optimizer has, where FSDP2 has gathered them for a forward pass.
+            nodes.append(ModuleNode(path, value))
             for name, parameter in modules.named_parameters(value):
                 self._owners.setdefault(id(parameter), Owner(join(path, name), per_rank))
-            nodes.append(ModuleNode(path, value))
         elif isinstance(value, Optimizer):
             modules.check_supported(value, path)
             nodes.append(OptimizerNode(path, value, self._owners, per_rank))
@@ -140,55 +142,80 @@ def _holds_tracked(value: Any, depth: int = 0) -> bool:
     return any(_holds_tracked(item, depth + 1) for item in value)
 
 
+class _Entry(NamedTuple):
+    """One entry of a module's state dict.
+
+    Attributes:
+        key: In the state dict.
+        name: Full name.
+        value: A tensor, or extra state.
+        owner: The module's own tensor of that name, if the value is sharded: state dicts
+            hold detached views, and of an empty part no memory tells what it is.
+    """
+
+    key: str
+    name: str
+    value: Any
+    owner: torch.Tensor | None
+
+
 class ModuleNode:
-    """An ``nn.Module``: parameters, buffers and extra state, by canonical name."""
+    """An ``nn.Module``: parameters, buffers and extra state, by canonical name.
+
+    The state dict is taken when the node is made.
+    """
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path = path
         self._module = modules.unwrap(module)
+        self._entries = self._list_entries()
 
-    def _entries(self) -> list[tuple[str, str, Any]]:
-        """List ``(raw key, full name, value)`` of the state dict, all of it storable."""
+    def _list_entries(self) -> list[_Entry]:
+        """List the state dict, all of it storable."""
+        state = self._module.state_dict()
         canonical = modules.CanonicalNames(self._module)
+        owners = modules.tensors_by_name(self._module)
         entries = []
-        for key, value in self._module.state_dict().items():
+        for key, value in state.items():
             name = join(self.path, canonical[key])
+            owner = None
             if isinstance(value, torch.Tensor):
                 tensors.check_storable(value, name)
-            entries.append((key, name, value))
+                if tensors.is_sharded(value):
+                    owner = owners.get(canonical[key])
+            entries.append(_Entry(key, name, value, owner))
         return entries
 
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
-        entries = self._entries()
         parameters = {tensors.identity_of(p) for p in self._module.parameters()}
-        for _, name, value in entries:
+        for _, name, value, owner in self._entries:
             # A state dict holds detached views; what they are shows in their memory.
             if not isinstance(value, torch.Tensor):
                 leaves.add_value(name, value)
-            elif tensors.identity_of(value) in parameters:
-                leaves.add_parameter(name, value)
+            elif owner is not None or tensors.identity_of(value) in parameters:
+                leaves.add_parameter(name, value, owner)
             else:
                 leaves.add_tensor(name, value)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what is not live goes through load_state_dict."""
-        entries = self._entries()
         own = {_storage(t) for t in self._module.parameters()}
         own |= {_storage(t) for t in self._module.buffers()}
         loaded: dict[str, Any] = {}
-        for key, name, value in entries:
-            if isinstance(value, torch.Tensor):
-                live = value
-                if value.numel() and _storage(value) not in own:
-                    # Made by a hook or an overridden state_dict(): filling it would
-                    # not reach the module.
-                    live = loaded[key] = torch.empty_like(value.detach())
-                plan.read_into(name, live)
-            elif plan.saved.has_value(name):
-                loaded[key] = plan.take_value(name)
+        for key, name, value, owner in self._entries:
+            if not isinstance(value, torch.Tensor):
+                if plan.saved.has_value(name):
+                    loaded[key] = plan.take_value(name, partial(_tensors_in, value, name))
+                else:
+                    plan.missing(name, "extra state")
+            elif tensors.held(value).memory.numel() and _storage(value) not in own:
+                # Made by a hook or an overridden state_dict(): filling it would not
+                # reach the module.
+                loaded[key] = tensors.empty_like(value, value.dtype)
+                plan.read_into(name, loaded[key])
             else:
-                plan.missing(name, "extra state")
+                plan.read_into(name, value, owner)
         if loaded:
             plan.finishers.append(
                 lambda: _ignore(self._module.load_state_dict(loaded, strict=False))
@@ -196,7 +223,11 @@ class ModuleNode:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensors.held(tensor).memory.untyped_storage().data_ptr()
+
+
+def _tensors_in(value: Any, name: str) -> dict[str, torch.Tensor]:
+    return dict(tensors_in(value, name))
 
 
 def _ignore(_: object) -> None:
@@ -267,10 +298,14 @@ class OptimizerNode:
                 state = self._optimizer.state.get(parameter, {})
                 for key, value in state.items():
                     full = join(f"{self.path}/state/{name}", key)
-                    if isinstance(value, torch.Tensor):
-                        leaves.add_parameter(full, value)
-                    else:
+                    if not isinstance(value, torch.Tensor):
                         leaves.add_value(full, value)
+                    elif tensors.is_sharded(parameter) and not tensors.is_sharded(value):
+                        # A step count. Split, such few bytes would lie in all files, and
+                        # every rank would open all of them to read its own part.
+                        leaves.add_tensor(full, value)
+                    else:
+                        leaves.add_parameter(full, value)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into state that is there, allocate what is not, drop what is not saved."""
@@ -317,12 +352,14 @@ class OptimizerNode:
         for full in plan.saved.names_below(prefix):
             key = live_keys.get(full, _key_of(full))
             if full not in plan.saved.rows:
-                state[key] = plan.take_value(full)
+                own = partial(_tensors_in, live.get(key), full)
+                state[key] = plan.take_value(full, own)
             elif isinstance(live.get(key), torch.Tensor):
                 state[key] = live[key]
                 plan.read_into(full, live[key])
             else:
-                state[key] = plan.read_new(full, _device_of(key, group, parameter))
+                device = _device_of(key, group, parameter)
+                state[key] = plan.read_beside(full, parameter, device)
         plan.finishers.append(partial(self._set_state, parameter, state))
 
     def _set_state(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
@@ -385,18 +422,23 @@ class StatefulNode:
 
     def capture(self, leaves: Leaves) -> None:
         """Add its state dict as one value, the tensors in it beside."""
-        state = self._stateful.state_dict()
-        if type(state) not in (dict, OrderedDict):
-            state = dict(state)
-        leaves.add_value(self.path, state)
+        leaves.add_value(self.path, self._state())
 
     def plan(self, plan: RestorePlan) -> None:
         """Rebuild the state dict; load it when all ranks have read everything."""
         if not plan.saved.has_value(self.path):
             plan.missing(self.path, type(self._stateful).__name__)
             return
-        state = plan.take_value(self.path)
+        state = plan.take_value(self.path, self._live_tensors)
         plan.finishers.append(lambda: _ignore(self._stateful.load_state_dict(state)))
+
+    def _state(self) -> dict[Any, Any]:
+        state = self._stateful.state_dict()
+        return state if type(state) in (dict, OrderedDict) else dict(state)
+
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of its present state, to take the layout of."""
+        return _tensors_in(self._state(), self.path)
 
 
 class ValueNode:

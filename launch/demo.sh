@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up (once), then runs the main job: trains a small GPT on 2 processes, kills
 # a worker in the middle of training and one in the middle of a save, and shows that the
-# result is the very same, bit for bit, as that of a run without faults.
+# result is the very same, bit for bit, as that of a run without faults. Once with replicated
+# parameters (DDP), once with sharded ones (FSDP2).
 # Arguments go to launch/train.py, for example: launch/demo.sh --text my-texts/ --steps 400
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -21,17 +22,26 @@ free_port() {
     "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
+# What one strategy does to a run that loses two workers, and to one that does not.
+demonstrate() {
+    local strategy=$1 faults=$runs/$1-faults clean=$runs/$1-clean
+    shift
+    say "Training on 2 processes ($strategy); one worker will be killed in training, one in a save"
+    train --strategy "$strategy" --directory "$faults" \
+        --kill-in-training 70 --kill-in-save 115 "$@"
+
+    say "What is on disk, and whether every byte of it is right"
+    "$venv/bin/distckpt" list "$faults"
+    "$venv/bin/distckpt" verify "$faults"
+
+    say "The same training without faults"
+    train --strategy "$strategy" --directory "$clean" "$@"
+
+    say "Are the results the same?"
+    "$python" launch/compare.py "$faults" "$clean"
+}
+
 started=$SECONDS
-say "Training on 2 processes; one worker will be killed in training, one in a save"
-train --directory "$runs/faults" --kill-in-training 70 --kill-in-save 115 "$@"
-
-say "What is on disk, and whether every byte of it is right"
-"$venv/bin/distckpt" list "$runs/faults"
-"$venv/bin/distckpt" verify "$runs/faults"
-
-say "The same training without faults"
-train --directory "$runs/clean" "$@"
-
-say "Are the results the same?"
-"$python" launch/compare.py "$runs/faults" "$runs/clean"
+demonstrate ddp "$@"
+demonstrate fsdp "$@"
 printf '\nThe demo took %s s.\n' "$((SECONDS - started))"

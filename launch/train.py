@@ -5,7 +5,8 @@ Run it under torchrun, on any number of processes:
     torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --directory runs/gpt
 
 Started again, or restarted by torchrun after a worker was lost, it goes on from the last
-commit. ``--kill-*`` make a worker kill itself, to see that for yourself.
+commit. ``--kill-*`` make a worker kill itself, to see that for yourself. With
+``--strategy fsdp`` each rank holds a part of every parameter, and saves just that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,6 +144,18 @@ class ShuffledText:
         self._order = self._shuffled()
 
 
+def distribute(model: GPT, strategy: str, device: torch.device) -> nn.Module:
+    """Put a model that is equal on all ranks onto them: replicated, or sharded."""
+    model = model.to(device)
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
 def text_files(paths: list[str]) -> list[Path]:
     """List the files to train on: those given, and all .py and .txt below directories."""
     files: list[Path] = []
@@ -188,6 +203,13 @@ def parse_arguments() -> argparse.Namespace:
         default=[sysconfig.get_paths()["stdlib"]],
         help="files or directories; default: this Python's own standard library",
     )
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="results are only sure to be bit-identical on the CPU",
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--interval", type=int, default=20, help="steps between saves")
     parser.add_argument("--max-to-keep", type=int, default=3)
@@ -221,7 +243,12 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     timeout = timedelta(seconds=arguments.timeout_seconds)
-    distckpt.init_process_group("gloo", timeout=timeout)
+    device = torch.device("cpu")
+    if arguments.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    distckpt.init_process_group(backend, timeout=timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     is_last_rank = rank == world_size - 1
@@ -231,15 +258,14 @@ def main() -> None:
             print(text, flush=True)
 
     torch.manual_seed(arguments.seed)  # the same weights on every rank
-    model = DistributedDataParallel(
-        GPT(
-            arguments.context,
-            arguments.width,
-            arguments.layers,
-            arguments.heads,
-            arguments.dropout,
-        )
+    gpt = GPT(
+        arguments.context,
+        arguments.width,
+        arguments.layers,
+        arguments.heads,
+        arguments.dropout,
     )
+    model = distribute(gpt, arguments.strategy, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
     warm_up = max(1, arguments.steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -279,7 +305,7 @@ def main() -> None:
 
         last = time.perf_counter()
         while step < arguments.steps:
-            loss = model(loader.next_batch(rank, world_size))
+            loss = model(loader.next_batch(rank, world_size).to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -26,6 +26,8 @@ _PRELOAD = [
     "torch.optim",
     "torch._dynamo",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
     "distckpt.manager",
     "distckpt.rendezvous",
     "pytest",

@@ -27,6 +27,8 @@ from outcome_helpers import (
     train,
     tree_of,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from distckpt import Checkpoint, CheckpointManager, PerRank, SaveFailed
 
@@ -537,7 +539,10 @@ def test_job_whose_directory_was_taken_over_is_fenced_on_all_ranks(tmp_path, sam
 
 def _in_subgroup(rank, directory):
     group = dist.new_group([1, 3])
-    checkpoint = make_checkpoint(own=PerRank(rank))
+    mesh = DeviceMesh("cpu", [1, 3])
+    whole = torch.arange(7.0)
+    sharded = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    checkpoint = make_checkpoint(own=PerRank(rank), sharded=sharded)
     if rank not in (1, 3):
         return outcome(_manager, checkpoint, directory, process_group=group)
     with _manager(checkpoint, directory, process_group=group) as manager:
@@ -546,8 +551,10 @@ def _in_subgroup(rank, directory):
         expected = state_of(checkpoint)
         train(checkpoint)
         checkpoint.own = PerRank(None)
+        sharded.to_local().zero_()
         manager.restore_or_initialize()
         assert state_of(checkpoint) == expected
+        assert torch.equal(sharded.full_tensor(), whole)
         assert checkpoint.own.value == rank
         manager.sync()
     return sorted(n for n in os.listdir(_attempt_in(directory)))

@@ -28,9 +28,10 @@ LAYERS = {
     7: {"checkpoint"},
     8: {"job"},
     9: {"claim", "construct", "save_plan"},
-    10: {"save", "restore"},
-    11: {"manager"},
-    12: {"cli"},
+    10: {"commit", "restore"},
+    11: {"save"},
+    12: {"manager"},
+    13: {"cli"},
 }
 
 # What the command and the crash tests need answers at once: importing torch takes seconds.

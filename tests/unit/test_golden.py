@@ -14,11 +14,12 @@ import pytest
 
 from distckpt import shard_file, values
 from distckpt.boxes import Box, whole
-from distckpt.layout import SPLIT, WHOLE, Piece, Row
+from distckpt.layout import SHARDED, SPLIT, WHOLE, Piece, Row
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.record import COMMIT, Entry, Record
 from distckpt.shard_file import ShardReader
+from distckpt.sharding import Sharding, mesh_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,6 +73,37 @@ MANIFEST = Manifest(
 )
 
 
+GRID = Sharding(mesh_of((2, 2), [0, 1, 2, 3]), ("T0", "S0"))
+SHUFFLED = Sharding(mesh_of((3,), [3, 0, 2]), ("S1",))
+
+SHARDED_MANIFEST = Manifest(
+    attempt=ATTEMPT,
+    chain="0123456789abcdef",
+    step=1000,
+    created=1700000000.0,
+    shards=tuple(Shard(4096 + rank, "ab" * 16, 0) for rank in range(4)),
+    layouts=(
+        (
+            Row("model/weight", "float32", (7, 4), SHARDED, "", GRID),
+            Row("model/tied", "float32", (7, 4), SHARDED, "model/weight", GRID),
+            Row("model/norm", "bfloat16", (5, 3), SHARDED, "", SHUFFLED),
+            Row("step", "int64", (), WHOLE),
+        ),
+    ),
+)
+# What follows from it: rank, tensor, offset and shape, in the order of the files.
+SHARDED_PIECES = [
+    (0, "step", (), ()),
+    (0, "model/weight", (0, 0), (2, 4)),
+    (0, "model/norm", (0, 1), (5, 1)),
+    (1, "model/weight", (4, 0), (2, 4)),
+    (2, "model/weight", (2, 0), (2, 4)),
+    (2, "model/norm", (0, 2), (5, 1)),
+    (3, "model/weight", (6, 0), (1, 4)),
+    (3, "model/norm", (0, 0), (5, 1)),
+]
+
+
 def write_shard(path):
     """Write the golden shard file: a part, a dtype of our own, an empty tensor."""
 
@@ -115,6 +147,27 @@ def test_manifest_encodes_to_the_golden_bytes():
 def test_golden_manifest_decodes_to_the_manifest():
     """This version reads what older ones wrote."""
     assert Manifest.decode(read("manifest.json")) == MANIFEST
+
+
+def test_sharded_manifest_encodes_to_the_golden_bytes():
+    """Meshes and placements have one spelling."""
+    assert SHARDED_MANIFEST.encode() == read("manifest-sharded.json")
+
+
+def test_golden_sharded_manifest_decodes_to_the_manifest():
+    """This version reads what older ones wrote."""
+    assert Manifest.decode(read("manifest-sharded.json")) == SHARDED_MANIFEST
+
+
+def test_pieces_of_the_golden_sharded_manifest_are_where_they_were():
+    """The arithmetic is part of the format, too."""
+    assignment = Manifest.decode(read("manifest-sharded.json")).assignment
+    found = [
+        (rank, piece.row.name, piece.box.offset, piece.box.shape)
+        for rank in range(4)
+        for piece in assignment.pieces_of_rank(rank)
+    ]
+    assert found == SHARDED_PIECES
 
 
 def test_shard_file_is_written_with_the_golden_bytes(tmp_path):
@@ -172,5 +225,6 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / "record.json").write_bytes(RECORD.encode())
     (GOLDEN / "manifest.json").write_bytes(MANIFEST.encode())
+    (GOLDEN / "manifest-sharded.json").write_bytes(SHARDED_MANIFEST.encode())
     (GOLDEN / "shard.safetensors").unlink(missing_ok=True)
     write_shard(GOLDEN / "shard.safetensors")

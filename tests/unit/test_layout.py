@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt import layout
-from distckpt.boxes import Box
+from distckpt import layout, sharding
+from distckpt.boxes import Box, overlap, whole
 from distckpt.errors import ManifestError
-from distckpt.layout import SPLIT, WHOLE, Assignment, Row, check_table
+from distckpt.layout import SHARDED, SPLIT, WHOLE, Assignment, Row, check_table
+from distckpt.sharding import Sharding, mesh_of
 
 MAX_EXAMPLES = 60
 
@@ -344,3 +345,316 @@ def test_size_of_a_row_counts_bytes():
 def test_grain_is_what_the_format_says():
     """The cut is part of the format: changing it needs a new version."""
     assert layout._GRAIN_BYTES == 64 * 1024
+
+
+# Sharded rows
+
+
+def sharded(name, shape, mesh, placements, dtype="float32", same_as=""):
+    return Row(name, dtype, shape, SHARDED, same_as, Sharding(mesh, tuple(placements)))
+
+
+@st.composite
+def _sharded_jobs(draw):
+    """Random rows of all kinds; sharded ones on all ranks, some, or in separate halves."""
+    world_size = draw(st.sampled_from([1, 2, 4, 6, 8]))
+    half = max(1, world_size // 2)
+    groups = [range(world_size)]
+    if world_size > 1:
+        groups = [range(half), range(half, 2 * half)]
+    tables = [[] for _ in groups]
+    for index in range(draw(st.integers(1, 6))):
+        name, shape, dtype = f"t{index}", draw(_shapes), draw(_dtypes)
+        kind = draw(st.sampled_from(["replicated", "all", "some", "separate", "separate"]))
+        if kind == "replicated":
+            for table in tables:
+                table.append(Row(name, dtype, shape, SPLIT))
+            continue
+        ranks = range(world_size)
+        if kind == "some":
+            ranks = sorted(draw(st.sets(st.sampled_from(list(ranks)), min_size=1)))
+        members = groups if kind == "separate" else [ranks] * len(groups)
+        size = len(members[0])
+        mesh_shape = draw(
+            st.sampled_from([(size,)] + [(n, size // n) for n in (2, 3) if size % n == 0])
+        )
+        known = ["R", *(f"{kind}{dim}" for kind in "SST" for dim in range(len(shape)))]
+        placements = [draw(st.sampled_from(known)) for _ in mesh_shape]
+        if sharding.why_not(placements, len(mesh_shape), len(shape)):
+            placements = ["R"] * len(mesh_shape)
+        for table, own in zip(tables, members, strict=True):
+            mesh = mesh_of(mesh_shape, list(own))
+            table.append(sharded(name, shape, mesh, placements, dtype))
+    table_of_rank = [
+        next((i for i, group in enumerate(groups) if rank in group), 0)
+        for rank in range(world_size)
+    ]
+    return [tuple(rows) for rows in tables], table_of_rank
+
+
+def _held(tables, table_of_rank, rank, name):
+    """Return the box that a rank holds of a tensor; None for none."""
+    for row in tables[table_of_rank[rank]]:
+        if row.name == name and row.sharding is not None:
+            coordinate = row.sharding.coordinate_of(rank)
+            return coordinate and row.sharding.box_at(row.shape, coordinate)
+        if row.name == name:
+            return whole(row.shape)
+    return None
+
+
+@settings(max_examples=2 * MAX_EXAMPLES)
+@given(job=_sharded_jobs())
+def test_every_element_of_sharded_tensors_is_written_once_by_a_rank_that_holds_it(job):
+    """Whatever the meshes: no hole, no overlap, nothing that a rank does not have."""
+    tables, table_of_rank = job
+    assignment = Assignment(tables, table_of_rank)
+    pieces = [p for r in range(len(table_of_rank)) for p in assignment.pieces_of_rank(r)]
+    for name, row in assignment.rows.items():
+        count = np.zeros(row.shape, np.uint8)
+        own = [piece for piece in pieces if piece.row.name == name]
+        for piece in own:
+            count[region(piece.box)] += 1
+            held = _held(tables, table_of_rank, piece.rank, name)
+            assert held is not None
+            assert row.size_bytes == 0 or overlap(held, piece.box) == piece.box
+        assert (count == 1).all(), name
+        assert own, name
+        assert len(own) == 1 or all(piece.box.size for piece in own)
+        found = assignment.pieces_of(name)
+        assert sorted(found, key=repr) == sorted(own, key=repr)
+
+
+@settings(max_examples=MAX_EXAMPLES)
+@given(job=_sharded_jobs(), data=st.data())
+def test_pieces_in_a_box_are_those_that_overlap_it(job, data):
+    """What a restore opens is what it needs, found without looking at all boxes."""
+    tables, table_of_rank = job
+    everything = Assignment(tables, table_of_rank)
+    assignment = Assignment(tables, table_of_rank)
+    for name, row in assignment.rows.items():
+        offset = tuple(data.draw(st.integers(0, length)) for length in row.shape)
+        box = Box(
+            offset,
+            tuple(
+                data.draw(st.integers(0, length - start))
+                for start, length in zip(offset, row.shape, strict=True)
+            ),
+        )
+        expected = [p for p in everything.pieces_of(name) if overlap(p.box, box)]
+        assert assignment.pieces_of(name, box) == expected
+
+
+@settings(max_examples=MAX_EXAMPLES)
+@given(job=_sharded_jobs())
+def test_plan_does_not_depend_on_who_is_asked_for_first(job):
+    """Ranks work out their own part alone, and must come to the same whole."""
+    tables, table_of_rank = job
+    ranks = range(len(table_of_rank))
+    upwards, downwards = (Assignment(tables, table_of_rank) for _ in range(2))
+    first = {rank: upwards.pieces_of_rank(rank) for rank in ranks}
+    assert first == {rank: downwards.pieces_of_rank(rank) for rank in reversed(ranks)}
+
+
+def test_fully_sharded_rank_writes_its_own_box():
+    """FSDP2: what a rank holds is in its file, uneven lengths included."""
+    row = sharded("w", (5, 3), mesh_of((4,), range(4)), ["S0"])
+    assignment = Assignment([(row,)], [0] * 4)
+    found = [[p.box for p in assignment.pieces_of_rank(rank)] for rank in range(4)]
+    boxes = [Box((0, 0), (2, 3)), Box((2, 0), (2, 3)), Box((4, 0), (1, 3))]
+    assert found == [[boxes[0]], [boxes[1]], [boxes[2]], []]
+
+
+def test_hybrid_replicas_share_the_boxes_that_they_both_hold():
+    """HSDP: of each box, and of all boxes of one set of ranks together, a half each."""
+    mesh = mesh_of((2, 2), range(4))
+    table = tuple(sharded(f"w{i}", (2**20,), mesh, ["R", "S0"], "uint8") for i in range(2))
+    assignment = Assignment([table], [0] * 4)
+    found = {
+        rank: [(p.row.name, p.box) for p in assignment.pieces_of_rank(rank)]
+        for rank in range(4)
+    }
+    low, high = Box((0,), (2**19,)), Box((2**19,), (2**19,))
+    assert found == {
+        0: [("w0", low)],
+        2: [("w1", low)],
+        1: [("w0", high)],
+        3: [("w1", high)],
+    }
+
+
+def test_replicated_on_a_mesh_is_shared_with_what_is_split():
+    """Tensors that all ranks hold are one pile, sharded by name or not."""
+    mesh = mesh_of((2,), range(2))
+    table = (
+        Row("plain", "uint8", (2**20,), SPLIT),
+        sharded("distributed", (2**20,), mesh, ["R"], "uint8"),
+    )
+    assignment = Assignment([table], [0, 0])
+    names = [[p.row.name for p in assignment.pieces_of_rank(rank)] for rank in (0, 1)]
+    assert names == [["plain"], ["distributed"]]
+
+
+def test_separate_meshes_of_one_tensor_hold_copies_and_share_the_work():
+    """Tensor parallelism in each of two data-parallel halves: both write half."""
+    meshes = [mesh_of((2,), [0, 1]), mesh_of((2,), [2, 3])]
+    tables = [(sharded("w", (4, 2**18), mesh, ["S0"], "uint8"),) for mesh in meshes]
+    assignment = Assignment(tables, [0, 0, 1, 1])
+    starts = [[p.box.offset for p in assignment.pieces_of_rank(rank)] for rank in range(4)]
+    assert starts == [[(0, 0)], [(2, 0)], [(1, 0)], [(3, 0)]]
+
+
+def test_rank_outside_the_mesh_that_has_the_tensor_writes_nothing_of_it():
+    """Every rank may track a model of which only some hold parts."""
+    row = sharded("w", (4,), mesh_of((2,), [1, 3]), ["S0"])
+    assignment = Assignment([(row,)], [0] * 4)
+    assert [len(assignment.pieces_of_rank(rank)) for rank in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("placement", ["R", "S0", "S1"])
+def test_sharded_tensor_without_elements_is_written_by_its_lowest_rank(placement):
+    """It has no bytes, but it must be there."""
+    row = sharded("w", (0, 3), mesh_of((2,), [2, 1]), [placement])
+    assignment = Assignment([(row,)], [0] * 3)
+    assert [piece.rank for piece in assignment.pieces_of("w")] == [1]
+    assert [len(assignment.pieces_of_rank(rank)) for rank in range(3)] == [0, 1, 0]
+
+
+def test_tied_sharded_tensor_is_stored_once():
+    """Also where a rank's part is empty."""
+    mesh = mesh_of((2,), range(2))
+    table = (
+        sharded("embedding", (1, 4), mesh, ["S0"]),
+        sharded("head", (1, 4), mesh, ["S0"], same_as="embedding"),
+    )
+    check_table(table)
+    assignment = Assignment([table], [0, 0])
+    assert assignment.pieces_of("head") == assignment.pieces_of("embedding")
+    assert [len(assignment.pieces_of_rank(rank)) for rank in (0, 1)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("tables", "table_of_rank", "text"),
+    [
+        (
+            [(sharded("w", (4,), mesh_of((2,), [0, 2]), ["S0"]),)],
+            [0, 0],
+            "lies on rank 2, and there are 2 ranks",
+        ),
+        (
+            [(sharded("w", (4,), mesh_of((2,), [0, 1]), ["S0"]),), ()],
+            [0, 1],
+            "sharded over rank 1, among others, which does not have it",
+        ),
+        (
+            [
+                (sharded("w", (4,), mesh_of((2,), [0, 1]), ["S0"]),),
+                (sharded("w", (4,), mesh_of((2,), [1, 2]), ["S0"]),),
+            ],
+            [0, 0, 1],
+            "sharded over rank 1, among others, which .* on another mesh",
+        ),
+        (
+            [
+                (sharded("w", (4,), mesh_of((2,), [0, 1]), ["S0"]),),
+                (sharded("w", (4,), mesh_of((1,), [2]), ["S0"]),),
+            ],
+            [0, 0, 1],
+            r"'w' differs between ranks: float32 \[4\] \(sharded .* on ranks 0, 1",
+        ),
+        (
+            [
+                (sharded("w", (4, 4), mesh_of((1,), [0]), ["S0"]),),
+                (sharded("w", (4, 4), mesh_of((1,), [1]), ["S1"]),),
+            ],
+            [0, 1],
+            "'w' differs between ranks",
+        ),
+        (
+            [
+                (sharded("w", (4,), mesh_of((1,), [0]), ["S0"]),),
+                (Row("w", "float32", (4,), SPLIT),),
+            ],
+            [0, 1],
+            r"'w' differs between ranks: .*\(split\) on ranks 1",
+        ),
+    ],
+    ids=["no such rank", "not there", "overlap", "mesh shape", "placement", "kind"],
+)
+def test_meshes_that_contradict_the_tables_are_refused(tables, table_of_rank, text):
+    """A part that nobody writes, or that two ranks take for theirs, is never saved."""
+    with pytest.raises(ManifestError, match=text):
+        Assignment(tables, table_of_rank)
+
+
+def test_asking_for_one_rank_works_out_no_other():
+    """At ten thousand ranks nobody can afford all boxes of all tensors."""
+    world_size = 10_000
+    mesh = mesh_of((world_size,), range(world_size))
+    table = tuple(sharded(f"w{i}", (world_size, 8), mesh, ["S0"]) for i in range(1000))
+    assignment = Assignment([table], [0] * world_size)
+    assert len(assignment.pieces_of_rank(4711)) == 1000
+    box = Box((4710, 0), (3, 8))
+    assert [p.rank for p in assignment.pieces_of("w7", box)] == [4710, 4711, 4712]
+    assert {rank for _, rank in assignment._shared_of} == {4710, 4711, 4712}
+
+
+def test_files_of_replicas_are_worked_out_once_for_all_of_them():
+    """Every rank of a replicated job reads all files, and asks what is in each."""
+    table = tuple(Row(f"w{i}", "float32", (64, 64), SPLIT) for i in range(100))
+    assignment = Assignment([table], [0] * 1000)
+    assert sum(len(assignment.pieces_of_rank(rank)) for rank in range(1000)) == 100
+    assert len(assignment._shared_of) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("w", "float32", (4,), SHARDED),
+        ("w", "float32", (4,), SPLIT, "", Sharding(mesh_of((1,), [0]), ("R",))),
+        ("w", "float32", (4,), SHARDED, "", Sharding(mesh_of((1,), [0]), ("S1",))),
+        ("w", "float32", (4,), SHARDED, "", Sharding(mesh_of((1,), [0]), ("R", "R"))),
+        ("w", "float32", (4,), SHARDED, "", Sharding(mesh_of((1,), [0]), ("X",))),
+    ],
+    ids=["none", "of a split row", "dimension", "count", "unknown"],
+)
+def test_sharded_row_that_cannot_be_is_refused(fields):
+    """Nothing of an impossible sharding reaches arithmetic."""
+    with pytest.raises(ManifestError):
+        Row(*fields)
+
+
+_MESH = {"shape": [2], "first": 0, "strides": [1]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["w", "uint8", [4], SHARDED],
+        ["w", "uint8", [4], SHARDED, "v"],
+        ["w", "uint8", [4], SHARDED, "v", {"mesh": _MESH, "placements": ["R"]}],
+        ["w", "uint8", [4], SHARDED, {"mesh": _MESH, "placements": ["R"]}, "v", ""],
+        ["w", "uint8", [4], SPLIT, {"mesh": _MESH, "placements": ["R"]}],
+        ["w", "uint8", [4], SHARDED, {"mesh": _MESH, "placements": ["S1"]}],
+    ],
+    ids=repr,
+)
+def test_json_that_is_no_sharded_row_is_refused(fields):
+    """A manifest's table is checked field by field."""
+    with pytest.raises(ManifestError):
+        Row.from_json(fields)
+
+
+@pytest.mark.parametrize("same_as", ["", "v"])
+def test_sharded_row_through_json_comes_back_the_same(same_as):
+    """What a manifest says of a tensor is what was meant."""
+    row = sharded("w", (3, 4), mesh_of((2, 2), [0, 1, 3, 2]), ["R", "S1"], same_as=same_as)
+    assert Row.from_json(row.to_json()) == row
+
+
+def test_tie_between_tensors_that_lie_otherwise_is_refused():
+    """One memory lies on the ranks in one way."""
+    mesh = mesh_of((2,), range(2))
+    first = sharded("v", (4, 4), mesh, ["S0"])
+    with pytest.raises(ManifestError, match="'w' is not the same as 'v'"):
+        check_table((first, sharded("w", (4, 4), mesh, ["S1"], same_as="v")))

@@ -12,9 +12,10 @@ from unit_helpers import CHAIN, DIGEST, TABLE, make_attempt
 
 from distckpt import values
 from distckpt.errors import FormatError, ManifestError
-from distckpt.layout import SPLIT, WHOLE, Row
+from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
+from distckpt.sharding import Sharding, mesh_of
 
 MAX_EXAMPLES = 80
 
@@ -47,6 +48,17 @@ _rows = st.builds(
     dtype=st.sampled_from(["float32", "bits16", "bool"]),
     shape=st.lists(st.integers(0, 100), max_size=3).map(tuple),
     kind=st.sampled_from([SPLIT, WHOLE]),
+)
+_shardings = st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True).map(
+    lambda ranks: Sharding(mesh_of((len(ranks),), ranks), ("S0",))
+)
+_rows |= st.builds(
+    Row,
+    name=st.text(min_size=1, max_size=5),
+    dtype=st.just("float32"),
+    shape=st.just((8, 3)),
+    kind=st.just(SHARDED),
+    sharding=_shardings,
 )
 _tables = st.lists(_rows, max_size=4, unique_by=lambda row: row.name).map(tuple)
 _plain = st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
@@ -269,3 +281,23 @@ def test_manifest_with_any_byte_changed_is_refused():
         changed[index] ^= 1
         with pytest.raises(ManifestError):
             Manifest.decode(bytes(changed))
+
+
+def test_mesh_with_a_rank_that_has_no_file_is_found_before_anything_is_read():
+    """How many ranks there are stands beside the tables."""
+    placed = Sharding(mesh_of((2,), [1, 2]), ("S0",))
+    table = (Row("w", "float32", (4,), SHARDED, "", placed),)
+    manifest = make_manifest(layouts=(table, table))
+    assert Manifest.decode(manifest.encode()) == manifest
+    with pytest.raises(ManifestError, match="'w' lies on rank 2, and there are 2 ranks"):
+        _ = manifest.assignment
+
+
+def test_rows_of_one_mesh_hold_it_once():
+    """Ten thousand ranks in no regular order would else be a list in each row."""
+    ranks = [*range(1, 10_000), 0]
+    row = Row(
+        "w", "float32", (8,), SHARDED, "", Sharding(mesh_of((10_000,), ranks), ("R",))
+    )
+    rows = [Row.from_json(row.to_json()) for _ in range(20)]
+    assert len({id(row.sharding.mesh) for row in rows}) == 1

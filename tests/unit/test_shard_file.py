@@ -54,6 +54,56 @@ def write_sample(path):
     return write(path, [entry_of("weight", weight), entry_of("bias", ARRAYS["model/bias"])])
 
 
+@settings(max_examples=MAX_EXAMPLES)
+@given(data=st.data())
+def test_runs_are_put_where_they_belong_however_long_and_far_apart(data, tmp_path):
+    """Read together or one by one, what arrives is the same."""
+    array = np.arange(600_000, dtype=np.uint16)
+    path = tmp_path / "runs.safetensors"
+    if not path.exists():
+        write(path, [entry_of("w", array)])
+    lengths = st.sampled_from([1, 2, 50, 3000, 70_000])
+    runs, position, target = [], data.draw(lengths) - 1, 0
+    while position < len(array) and len(runs) < 30:
+        length = min(data.draw(lengths), len(array) - position)
+        runs.append((position, target, length))
+        position += length + data.draw(lengths) - 1
+        target += length
+    buffer = memoryview(bytearray(2 * target))
+    with ShardReader(str(path)) as reader:
+        reader.read_runs(reader.header.entries["w"], iter(runs), buffer)
+    expected = [array[start : start + length] for start, _, length in runs]
+    assert buffer == np.concatenate(expected or [array[:0]]).tobytes()
+
+
+def test_column_that_was_cut_otherwise_is_read_once(tmp_path):
+    """One row after the other, each would cost a whole block for a few bytes."""
+    array = np.arange(2000 * 256, dtype=np.float32).reshape(2000, 256)
+    path = tmp_path / "column.safetensors"
+    write(path, [entry_of("w", array)])
+    runs = [(256 * row + 64, 64 * row, 64) for row in range(2000)]
+    buffer = memoryview(bytearray(4 * 64 * 2000))
+    with ShardReader(str(path)) as reader:
+        stored = reader.header.entries["w"]
+        reader.read_runs(stored, runs, buffer)
+        assert buffer == array[:, 64:128].tobytes()
+        num_blocks = -(-stored.size_bytes // reader.header.block_bytes)
+        assert reader.num_block_reads <= num_blocks + 1
+
+
+def test_wrong_byte_among_runs_is_found(tmp_path):
+    """What is read together is verified like everything else."""
+    path = tmp_path / "runs.safetensors"
+    write(path, [entry_of("w", np.arange(100_000, dtype=np.float32))])
+    flip_bit(path, path.stat().st_size - 1)
+    buffer = memoryview(bytearray(80))
+    with ShardReader(str(path)) as reader:
+        stored = reader.header.entries["w"]
+        reader.read_runs(stored, [(0, 0, 10), (20, 10, 10)], buffer)
+        with pytest.raises(ChecksumError):
+            reader.read_runs(stored, [(99_000, 0, 10), (99_100, 10, 10)], buffer)
+
+
 def split_file(data):
     """Take a file apart into header tree and data."""
     (length,) = struct.unpack("<Q", data[:8])

@@ -11,6 +11,8 @@ from torch import nn
 from torch_helpers import assert_same, raw, restore, round_trip, rows_of, save, stored
 
 from distckpt import MismatchError, UnsupportedError, dtypes, paths, readers, tensors
+from distckpt.boxes import Box, whole
+from distckpt.layout import SHARDED, WHOLE
 
 ALL_DTYPES = sorted(
     {value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str
@@ -275,6 +277,104 @@ def test_meta_and_lazy_modules_are_refused_by_name(run_dir):
         restore(run_dir, model=meta)
     with pytest.raises(UnsupportedError, match=r"'model/weight'.*lazy"):
         restore(run_dir, model=lazy)
+
+
+@pytest.fixture
+def on_a_mesh(tmp_path):
+    """Return a function that makes a sharded tensor of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = tmp_path / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+
+    def make(local, placements=None, **more):
+        placed = [Shard(0)] if placements is None else placements
+        return DTensor.from_local(local, mesh, placed, run_check=False, **more)
+
+    yield make
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("local", "more", "text"),
+    [
+        (torch.empty(3, device="meta"), {}, "of the part .* meta device"),
+        (torch.ones(3).to_sparse(), {}, "of the part .* layout is torch.sparse"),
+        (torch.ones(1).expand(3), {}, "of the part .* expanded"),
+        (torch.ones(3), {"shape": (4,), "stride": (1,)}, r"holds \[3\] of its \[4\]"),
+    ],
+    ids=["meta", "sparse", "expanded", "shape"],
+)
+def test_sharded_tensor_of_an_unusual_part_is_refused(on_a_mesh, local, more, text):
+    """What a rank holds must be a plain tensor of the shape that follows."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = on_a_mesh(torch.ones(3), **more)
+    tensor = DTensor(local, tensor._spec, requires_grad=False)
+    with pytest.raises(UnsupportedError, match=f"'w' cannot be stored: .*{text}"):
+        tensors.check_storable(tensor, "w")
+
+
+def test_sharded_tensor_with_an_unknown_placement_is_refused(on_a_mesh):
+    """A subclass of a known one may mean something else, and in some versions does."""
+    from torch.distributed.tensor import Partial, Shard
+
+    class Mine(Shard):
+        pass
+
+    with pytest.raises(UnsupportedError, match="not all of a kind"):
+        tensors.check_storable(on_a_mesh(torch.ones(3), [Mine(0)]), "w")
+    with pytest.raises(UnsupportedError, match=r"partial result .*redistribute\(\)"):
+        tensors.check_storable(on_a_mesh(torch.ones(3), [Partial()]), "w")
+
+
+def test_subclass_of_a_sharded_tensor_is_refused(on_a_mesh):
+    """What else it is, nobody knows."""
+    from torch.distributed.tensor import DTensor
+
+    class Mine(DTensor):
+        pass
+
+    sharded = on_a_mesh(torch.ones(3))
+    tensor = Mine(sharded.to_local(), sharded._spec, requires_grad=False)
+    with pytest.raises(UnsupportedError, match="Mine, a tensor subclass"):
+        tensors.check_storable(tensor, "w")
+
+
+def test_sharded_tensor_is_described_and_read_by_its_part(on_a_mesh):
+    """Ranks are the manager's, memory is this process's own."""
+    local = torch.arange(12.0).view(3, 4).t()
+    tensor = on_a_mesh(local)
+    row = tensors.row_of("w", tensor, WHOLE, numbering=tensors.Numbering([5, 0]))
+    assert (row.kind, row.shape) == (SHARDED, (4, 3))
+    assert row.sharding.mesh.ranks == [1]
+    with pytest.raises(UnsupportedError, match=r"'w' lies on ranks .* \[0\]"):
+        tensors.row_of("w", tensor, WHOLE, numbering=tensors.Numbering([5]))
+    with pytest.raises(UnsupportedError, match="over some of the job's ranks"):
+        tensors.row_of("w", tensor, WHOLE, numbering=tensors.Numbering([]))
+    memory, box = tensors.held(tensor)
+    assert memory.data_ptr() == local.data_ptr()
+    assert box == whole((4, 3))
+    part = tensors.box_bytes(tensor, Box((1, 1), (2, 2)))
+    assert part == local[1:3, 1:].contiguous().numpy().tobytes()
+    assert tensors.box_bytes(tensor, Box((0, 0), (0, 9))) == b""
+    with tensors.writable_bytes(tensor) as buffer:
+        buffer[:] = bytes(48)
+    assert local.abs().sum() == 0
+
+
+def test_tensor_is_allocated_where_a_sharded_one_lies(on_a_mesh):
+    """Optimizer state without a step: of the same layout, or replicated."""
+    tensor = on_a_mesh(torch.ones(4, 3))
+    alike = tensors.empty_like(tensor, torch.bfloat16)
+    assert (alike.placements, alike.dtype) == (tensor.placements, torch.bfloat16)
+    assert not alike.requires_grad
+    copies = tensors.empty_replicated(tensor, (2, 5), torch.float64)
+    assert copies.placements[0].is_replicate()
+    assert (tuple(copies.shape), copies.dtype) == ((2, 5), torch.float64)
 
 
 def test_subclasses_with_ordinary_memory_are_stored(run_dir):
