@@ -33,6 +33,7 @@ NAMES = [
     "SaveFailed",
     "ShardFileError",
     "StorageError",
+    "StorageTimeout",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",
