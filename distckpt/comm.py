@@ -121,7 +121,10 @@ class SoloChannel:
         try:
             return self._worker.finish(lambda: decide([vote]))
         except StorageTimeout as error:
-            raise hung(error) from error
+            judged = hung(error)
+            if judged is error:
+                raise
+            raise judged from error
 
     def close(self) -> None:
         """See ``Channel.close``."""
@@ -214,6 +217,8 @@ class GroupChannel:
         except StorageTimeout as error:
             judged = hung(error)
             self._answer(vote.phase, messages.encode_error(judged))
+            if judged is error:
+                raise
             raise judged from error
         except DistckptError as error:
             self._answer(vote.phase, messages.encode_error(error))
