@@ -75,7 +75,7 @@ def _write(
 ) -> shard_file.Written:
     return shard_file.write(
         job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
-        _entries(job.rank, captured, plan.assignment),
+        _entries(job.rank, captured, plan.layouts.assignment),
         attempt=attempt.published,
         rank=job.rank,
         world_size=job.world_size,
@@ -123,18 +123,17 @@ class _ChiefsPart:
         return _changes(self._job, self._job.chief, self._attempt.prefix)
 
     def _commit(self, chief: Chief, votes: Sequence[Vote]) -> None:
-        plan = self._plan
-        assert plan.values is not None
+        layouts, values = self._plan
         shards = [
             Shard(vote.size_bytes, vote.digest_a.hex(), table)
-            for vote, table in zip(votes, plan.table_of_rank, strict=True)
+            for vote, table in zip(votes, layouts.table_of_rank, strict=True)
         ]
         chief.commit(
             self._attempt,
             step=self._step,
             shards=shards,
-            layouts=plan.tables,
-            values=plan.values,
+            layouts=layouts.tables,
+            values=values,
         )
 
     def judge_hang(self, error: StorageTimeout) -> DistckptError:

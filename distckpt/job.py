@@ -13,7 +13,7 @@ from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, Channel, Decide, Judge, as_it_is
 from distckpt.errors import DistckptError, ManagerBroken
-from distckpt.layout import Assignment
+from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.policy import IntervalGate
@@ -44,7 +44,7 @@ class Job:
         latest: Prefix of the newest checkpoint.
         checkpoints: Prefixes of the managed ones, oldest first.
         undefined: Why tensors hold a mixture, if a restore failed half-way.
-        assignment: Who writes what, by the digest of all ranks' tables.
+        layouts: All ranks' tables at the last save, and who writes what.
     """
 
     checkpoint: Checkpoint
@@ -63,7 +63,7 @@ class Job:
     latest: str | None = None
     checkpoints: list[str] = field(default_factory=list)
     undefined: str = ""
-    assignment: tuple[bytes, Assignment] | None = None
+    layouts: Layouts | None = None
 
     @property
     def rank(self) -> int:

@@ -347,6 +347,28 @@ class Assignment:
         return result
 
 
+class Layouts:
+    """The tables of all ranks of one save.
+
+    Attributes:
+        key: Equal for equal tables.
+        tables: The distinct ones.
+        table_of_rank: Which of them each rank has.
+        assignment: Who writes what.
+
+    Raises:
+        ManifestError: The tables contradict each other.
+    """
+
+    def __init__(
+        self, key: bytes, tables: Sequence[Table], table_of_rank: Sequence[int]
+    ) -> None:
+        self.key = key
+        self.tables = tables
+        self.table_of_rank = table_of_rank
+        self.assignment = Assignment(tables, table_of_rank)
+
+
 class _Shared:
     """The boxes that one set of ranks holds, and who of them writes what.
 

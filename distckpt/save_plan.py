@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distckpt import strict_json
@@ -18,27 +17,22 @@ from distckpt.errors import (
     SaveFailed,
 )
 from distckpt.job import Job, Ran, agree
-from distckpt.layout import Assignment, Row, Table
+from distckpt.layout import Layouts, Row, Table
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 
 
-@dataclass(frozen=True, slots=True)
-class SavePlan:
+class SavePlan(NamedTuple):
     """What all ranks agreed to write.
 
     Attributes:
-        assignment: Which rank writes which piece.
-        tables: The distinct layout tables; on the chief, for the manifest.
-        table_of_rank: Which of them each rank has; likewise.
-        values: The job's plain values; likewise, None elsewhere.
+        layouts: Which rank writes which piece.
+        values: The job's plain values; on the chief, for the manifest.
     """
 
-    assignment: Assignment
-    tables: Sequence[Table] = ()
-    table_of_rank: Sequence[int] = ()
-    values: dict[str, Any] | None = None
+    layouts: Layouts
+    values: dict[str, Any]
 
 
 class _State(NamedTuple):
@@ -62,8 +56,8 @@ class _State(NamedTuple):
 def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
     """S3: collect this rank's state and agree with all ranks on who writes what.
 
-    Equal digests, the usual case, settle everything; otherwise tables and values are
-    exchanged once.
+    Equal digests, the usual case, settle everything, and so do tables that differ as they
+    did at the last save; else what differs is exchanged once.
 
     Called by: every rank. Collectives: one round, or two.
 
@@ -77,76 +71,124 @@ def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
         captured = capture(job.checkpoint, job.decisions.members)
         return _State(captured, captured.shared.table())
 
-    ran = Ran(body)
-    decide = or_abandon(job, attempt, _judge_capture)
-    answer = agree(job.decisions, Phase.CAPTURE, ran, decide, says=_State.vote)
-    state = ran.result
-    if answer["differ"]:
-        return state.captured, _exchange(job, attempt, state)
-    key = bytes.fromhex(answer["key"])
-    if job.assignment is None or job.assignment[0] != key:
-        job.assignment = (key, Assignment([state.table], [0] * job.world_size))
-    everyone = [0] * job.world_size
-    return state.captured, SavePlan(
-        job.assignment[1], [state.table], everyone, state.values
-    )
-
-
-def _judge_capture(votes: Sequence[Vote]) -> Answer:
-    raise_failures(votes, "the state could not be captured", SaveFailed)
-    alike = len({(vote.digest_a, vote.digest_b) for vote in votes}) == 1
-    return {"differ": not alike, "key": votes[0].digest_a.hex()}
-
-
-def _exchange(job: Job, attempt: Attempt, state: _State) -> SavePlan:
-    """Make the plan from tables that differ between ranks: one more round."""
-    plans: list[SavePlan] = []  # the chief's
+    digests: list[Vote] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
-        plan = _merge(votes)
-        plans.append(plan)
+        raise_failures(votes, "the state could not be captured", SaveFailed)
+        digests.extend(votes)
+        return _judge_capture(job, votes)
+
+    ran = Ran(body)
+    answer = agree(
+        job.decisions,
+        Phase.CAPTURE,
+        ran,
+        or_abandon(job, attempt, decide),
+        says=_State.vote,
+    )
+    state = ran.result
+    key = bytes.fromhex(answer["key"])
+    values = state.values
+    if answer["table_senders"] or answer["value_senders"]:
+        values = _exchange(job, attempt, state, answer, digests)
+    elif job.layouts is None or job.layouts.key != key:
+        job.layouts = Layouts(key, [state.table], [0] * job.world_size)
+    assert job.layouts is not None and job.layouts.key == key
+    return state.captured, SavePlan(job.layouts, values)
+
+
+def _judge_capture(job: Job, votes: Sequence[Vote]) -> Answer:
+    tables = _lowest_of_each(vote.digest_a for vote in votes)
+    values = _lowest_of_each(vote.digest_b for vote in votes)
+    key = votes[0].digest_a
+    if len(tables) > 1:
+        key = bytes.fromhex(digest(b"".join(vote.digest_a for vote in votes)))
+    is_known = job.layouts is not None and job.layouts.key == key
+    return {
+        "key": key.hex(),
+        # Tables that are all equal need no exchange, unless the values do.
+        "table_senders": [] if len(tables) == 1 or is_known else tables,
+        "value_senders": [] if len(values) == 1 else values,
+    }
+
+
+def _lowest_of_each(digests: Iterable[bytes]) -> list[int]:
+    """Return the lowest rank of those that have each digest."""
+    lowest: dict[bytes, int] = {}
+    for rank, one in enumerate(digests):
+        lowest.setdefault(one, rank)
+    return list(lowest.values())
+
+
+def _exchange(
+    job: Job, attempt: Attempt, state: _State, asked: Answer, digests: Sequence[Vote]
+) -> dict[str, Any]:
+    """Let the chief see what differs, and all ranks the tables: one more round.
+
+    Returns:
+        The job's plain values; those of this rank where it is not the chief.
+    """
+    key = bytes.fromhex(asked["key"])
+    detail: dict[str, Any] = {}
+    if job.rank in asked["table_senders"]:
+        detail["table"] = [row.to_json() for row in state.table]
+    if job.rank in asked["value_senders"]:
+        detail["values"] = state.values
+    vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode() if detail else b"")
+    united: list[tuple[Layouts | None, dict[str, Any]]] = []  # the chief's
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        details = {v.rank: strict_json.loads(v.detail) for v in votes if v.detail}
+        layouts = None
+        if asked["table_senders"]:
+            layouts = _unite_tables(key, details, digests)
+        values = _unite_values(details, digests) if asked["value_senders"] else state.values
+        united.append((layouts, values))
+        if layouts is None:
+            return {}
         return {
-            "tables": [[row.to_json() for row in table] for table in plan.tables],
-            "table_of_rank": list(plan.table_of_rank),
+            "tables": [[row.to_json() for row in table] for table in layouts.tables],
+            "table_of_rank": list(layouts.table_of_rank),
         }
 
-    detail = {"table": [row.to_json() for row in state.table], "values": state.values}
-    vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode())
     answer = job.decisions.consult(vote, or_abandon(job, attempt, decide))
-    if plans:
-        return plans[0]
-    tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
-    return SavePlan(Assignment(tables, answer["table_of_rank"]))
+    layouts, values = united[0] if united else (None, state.values)
+    if layouts is not None:
+        job.layouts = layouts
+    elif "tables" in answer:
+        tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
+        job.layouts = Layouts(key, tables, answer["table_of_rank"])
+    elif job.layouts is None or job.layouts.key != key:
+        job.layouts = Layouts(key, [state.table], [0] * job.world_size)
+    return values
 
 
-def _merge(votes: Sequence[Vote]) -> SavePlan:
-    details = [strict_json.loads(vote.detail) for vote in votes]
+def _unite_tables(
+    key: bytes, details: Mapping[int, Any], digests: Sequence[Vote]
+) -> Layouts:
     tables: list[Table] = []
-    index_of: dict[str, int] = {}
-    table_of_rank = []
-    for detail in details:
-        key = strict_json.dumps(detail["table"])
-        if key not in index_of:
-            index_of[key] = len(tables)
-            tables.append(tuple(map(Row.from_json, detail["table"])))
-        table_of_rank.append(index_of[key])
+    index_of: dict[bytes, int] = {}
+    for vote in digests:
+        if vote.digest_a not in index_of:
+            index_of[vote.digest_a] = len(tables)
+            tables.append(tuple(map(Row.from_json, details[vote.rank]["table"])))
     try:
-        assignment = Assignment(tables, table_of_rank)
+        return Layouts(key, tables, [index_of[vote.digest_a] for vote in digests])
     except ManifestError as error:
         raise ConfigError(str(error)) from error
-    merged = _merge_values([detail["values"] for detail in details])
-    return SavePlan(assignment, tables, table_of_rank, merged)
 
 
-def _merge_values(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[str, Any]:
     """Unite the ranks' plain values; those of one name must be equal."""
-    merged: dict[str, Any] = {}
+    sender_of: dict[bytes, int] = {}
+    united: dict[str, Any] = {}
     spelled: dict[str, dict[str, list[int]]] = {}
-    for rank, own in enumerate(per_rank):
-        for name, value in own.items():
-            merged.setdefault(name, value)
+    for vote in digests:
+        sender = sender_of.setdefault(vote.digest_b, vote.rank)
+        for name, value in details[sender]["values"].items():
+            united.setdefault(name, value)
             text = strict_json.dumps(value)
-            spelled.setdefault(name, {}).setdefault(text, []).append(rank)
+            spelled.setdefault(name, {}).setdefault(text, []).append(vote.rank)
     differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
     if differing:
         lines = [
@@ -159,7 +201,7 @@ def _merge_values(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "has of its own in PerRank. " + "; ".join(lines)
         )
         raise ConfigError(msg)
-    return merged
+    return united
 
 
 def or_abandon(

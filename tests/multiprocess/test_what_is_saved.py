@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import run_ranks, values_of
 from outcome_helpers import (
+    assert_all_whole,
     attempt_directory,
     make_checkpoint,
     make_model,
@@ -20,7 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, CheckpointManager, PerRank, paths, readers, tensors
+from distckpt.comm import GroupChannel
 from distckpt.layout import SPLIT, WHOLE, Assignment
+from distckpt.messages import Phase
 
 
 class Gpt(nn.Module):
@@ -384,3 +387,46 @@ def test_model_of_the_harness_is_the_same_for_the_same_seed():
     """Equal seeds give equal weights: what the comparisons above rest on."""
     one, other = make_model(3).state_dict(), make_model(3).state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# Ranks that track different things
+
+
+def _save_different_things(rank, directory):
+    """Save tables that differ between ranks, several times; count the exchanges."""
+    exchanged = []
+    consult = GroupChannel.consult
+
+    def counted(self, vote, decide, **more):
+        if vote.phase is Phase.TABLES:
+            exchanged.append(len(vote.detail))
+        return consult(self, vote, decide, **more)
+
+    GroupChannel.consult = counted
+    # Two stages of a pipeline with two replicas each, and something that all have.
+    stage = {f"stage{rank // 2}": torch.full((5,), float(rank // 2))}
+    checkpoint = Checkpoint(stage=stage, common=torch.ones(3), epoch=0)
+    seen = []
+    with CheckpointManager(checkpoint, directory, max_to_keep=None) as manager:
+        for epoch in range(3):
+            checkpoint.epoch = epoch
+            manager.save()
+            seen.append(len(exchanged))
+        checkpoint.more = torch.zeros(2)
+        manager.save()
+        seen.append(len(exchanged))
+        for tensor in stage.values():
+            tensor.fill_(-1.0)
+        manager.restore_or_initialize()
+    return seen, exchanged, {name: value.tolist() for name, value in stage.items()}
+
+
+def test_tables_that_differ_between_ranks_are_exchanged_once(tmp_path):
+    """At the next saves they are known; each distinct one is sent by one rank alone."""
+    directory = str(tmp_path / "run")
+    results = values_of(run_ranks(_save_different_things, 4, directory))
+    for rank, (seen, sent, stage) in enumerate(results):
+        assert seen == [1, 1, 1, 2]
+        assert [bool(size) for size in sent] == [rank in (0, 2)] * 2
+        assert stage == {f"stage{rank // 2}": [rank // 2] * 5}
+    assert_all_whole(directory)
