@@ -11,41 +11,37 @@ interleave with them, and they need no device.
 from __future__ import annotations
 
 import ctypes
-import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-from distckpt import liveness, messages, paths
+from distckpt import messages
 from distckpt.errors import (
-    ConfigError,
     Desync,
     DistckptError,
     ManagerBroken,
-    PeerTimeout,
     RanksFailed,
     StorageTimeout,
 )
-from distckpt.line import Address
-from distckpt.liveness import ChiefLiveness, Liveness, Place
+from distckpt.liveness import Liveness, Place
 from distckpt.messages import Phase, Vote
 from distckpt.waiting import Waiting, Whereabouts
 from distckpt.worker import Worker
 
 Answer: TypeAlias = dict[str, Any]
 Decide: TypeAlias = Callable[[Sequence[Vote]], Answer]
-# What a call that hangs while the chief decides is to be taken for.
-Judge: TypeAlias = Callable[[StorageTimeout], DistckptError]
+# What it means for all ranks that the chief has left its work before it was done, because a
+# call hangs or somebody is in a hurry.
+Judge: TypeAlias = Callable[[DistckptError], DistckptError]
 
 
-def as_it_is(error: StorageTimeout) -> DistckptError:
-    """Take a call that hangs for nothing else."""
+def as_it_is(error: DistckptError) -> DistckptError:
+    """Take it for nothing else."""
     return error
 
 
@@ -88,15 +84,19 @@ class Channel(Protocol):
             decide: Called on the chief alone, with one vote a rank; returns the answer,
                 or raises what every rank then raises.
             patient: Wait for as long as any rank makes progress.
-            hung: Makes what all ranks raise if the chief's storage hangs meanwhile.
+            hung: Makes what all ranks raise if the chief leaves its work undone.
 
         Raises:
             DistckptError: What ``decide`` raised, on every rank.
             ManagerBroken: A peer was lost, or is elsewhere; the channel is dead.
         """
 
-    def close(self) -> None:
-        """Give the group back; all ranks must be done with it."""
+    def close(self, reason: str = "") -> None:
+        """Give the group back.
+
+        Args:
+            reason: Why, if other ranks may not be done with it.
+        """
 
 
 class SoloChannel:
@@ -126,7 +126,7 @@ class SoloChannel:
                 raise
             raise judged from error
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         """See ``Channel.close``."""
 
 
@@ -135,7 +135,9 @@ class GroupChannel:
 
     Args:
         name: Tells the channels of one manager apart.
-        group: Used by nobody else.
+        group: A gloo backend, used by nobody else.
+        rank: This rank in it.
+        members: What torch's default group calls its ranks.
         timeout: How long to wait for another rank.
         worker: Does the chief's work.
         whereabouts: Kept up to date.
@@ -147,22 +149,23 @@ class GroupChannel:
     def __init__(
         self,
         name: str,
-        group: dist.ProcessGroup,
+        group: Any,
+        rank: int,
+        members: Sequence[int],
         timeout: timedelta,
         worker: Worker,
         whereabouts: Whereabouts,
     ) -> None:
         self._name = name
-        self._group: dist.ProcessGroup | None = group
+        self._group = group
         self._timeout_seconds = timeout.total_seconds()
         self._worker = worker
         self._whereabouts = whereabouts
-        self._num_rounds = 0
         self._broken = ""
         self.liveness: Liveness | None = None
-        self.rank = dist.get_rank(group)
-        self.members = tuple(dist.get_process_group_ranks(group))
-        self.world_size = len(self.members)
+        self.rank = rank
+        self.members = tuple(members)
+        self.world_size = len(members)
 
     def consult(
         self,
@@ -175,26 +178,27 @@ class GroupChannel:
         """See ``Channel.consult``."""
         if self._broken:
             raise ManagerBroken(self._broken)
-        self._num_rounds += 1
-        waiting = self._begin_waiting(vote.phase, patient)
+        text = f"waiting in phase {vote.phase.name}"
+        place = self._whereabouts.come_to(self._name, text)
+        waiting = self._waiting(vote.phase, place, patient)
         try:
             if self.rank == 0:
                 return self._consult_as_chief(waiting, vote, decide, hung)
             return self._consult_as_rank(waiting, vote)
-        except (ManagerBroken, KeyboardInterrupt, SystemExit) as error:
-            # Interrupted in a collective is as bad as broken: it stays outstanding.
-            if not self._broken:
-                self._broken = f"{type(error).__name__}: {error}"
-                assert self._group is not None
-                _keep_for_ever(self._group)
+        except BaseException as error:
+            # All but an answer of the chief: a collective may be left outstanding.
+            if not isinstance(error, DistckptError) or isinstance(error, ManagerBroken):
+                self._break(messages.describe(error))
             raise
         finally:
             self._whereabouts.be_at(f"past phase {vote.phase.name}")
 
-    def _begin_waiting(self, phase: Phase, patient: bool) -> Waiting:
-        text = f"waiting in phase {phase.name}"
-        place = Place(self._name, self._num_rounds, False, text)
-        self._whereabouts.place = place
+    def _break(self, reason: str) -> None:
+        if not self._broken:
+            self._broken = reason
+            _keep_for_ever(self._group)
+
+    def _waiting(self, phase: Phase, place: Place, patient: bool = False) -> Waiting:
         who = f"rank {self.rank} of {self.world_size}"
         return Waiting(who, phase, self._timeout_seconds, place, self.liveness, patient)
 
@@ -208,25 +212,23 @@ class GroupChannel:
             messages.unpack_vote(data, detail)
             for data, detail in zip(packed, details, strict=True)
         ]
-        text = f"deciding in phase {vote.phase.name}"
-        self._whereabouts.place = Place(self._name, self._num_rounds, True, text)
+        self._whereabouts.decide(f"deciding in phase {vote.phase.name}")
         try:
             _check_same_phase(votes)
             # Not on this thread: a call that hangs must not hold up the others.
             answer = self._worker.finish(lambda: decide(votes))
-        except StorageTimeout as error:
-            judged = hung(error)
+        except DistckptError as error:
+            judged = hung(error) if isinstance(error, StorageTimeout) else error
             self._answer(vote.phase, messages.encode_error(judged))
             if judged is error:
                 raise
             raise judged from error
-        except DistckptError as error:
-            self._answer(vote.phase, messages.encode_error(error))
-            raise
         except BaseException as error:
             # The others must not wait for an answer that never comes.
-            text = f"on the chief: {type(error).__name__}: {error}"
-            failed = RanksFailed(text, {0: text})
+            text = f"on the chief: {messages.describe(error)}"
+            failed: DistckptError = RanksFailed(text, {0: text})
+            if not isinstance(error, Exception):
+                failed = hung(failed)  # Ctrl-C again: what was begun goes on alone
             self._answer(vote.phase, messages.encode_error(failed))
             if isinstance(error, Exception):
                 raise failed from error
@@ -235,7 +237,7 @@ class GroupChannel:
         return answer
 
     def _answer(self, phase: Phase, data: bytes) -> None:
-        waiting = self._begin_waiting(phase, patient=False)
+        waiting = self._waiting(phase, self._whereabouts.place)
         room = _FRAME_BYTES - _FRAME.size
         fits = len(data) <= room
         self._broadcast_frame(waiting, _ANSWER, len(data), data if fits else b"")
@@ -277,7 +279,6 @@ class GroupChannel:
 
     def _gather(self, waiting: Waiting, data: bytes) -> list[bytes] | None:
         group, tensor = self._group, _tensor(data)
-        assert group is not None
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         options = dist.GatherOptions()
         options.rootRank = 0
@@ -288,7 +289,6 @@ class GroupChannel:
 
     def _broadcast(self, waiting: Waiting, data: bytes) -> bytes:
         group, tensor = self._group, _tensor(data)
-        assert group is not None
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
@@ -296,118 +296,15 @@ class GroupChannel:
         _wait(waiting, lambda: group.broadcast([tensor], options))
         return tensor.numpy().tobytes()
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         """See ``Channel.close``."""
         if self.liveness is not None:
-            self.liveness.leave()
+            self.liveness.leave(reason)
         if not self._broken:
             self._broken = "this manager is closed."
-            # The user may have destroyed all groups already.
-            with suppress(Exception):
-                dist.destroy_process_group(self._group)
             # Its threads and connections end with the last reference; an exception's
             # traceback may keep this object for long.
             self._group = None
-
-
-def open_channels(
-    process_group: dist.ProcessGroup | None,
-    timeout: timedelta,
-    names: Sequence[str],
-    worker: Worker,
-    whereabouts: Whereabouts,
-) -> list[Channel]:
-    """Make channels over all ranks of a process group: collective.
-
-    Args:
-        process_group: Its members are the manager's ranks; None means the default
-            group, or this process alone where none is initialized. Any backend.
-        timeout: How long any wait may take.
-        names: One for each channel.
-        worker: Does the chief's work.
-        whereabouts: Kept up to date.
-
-    Raises:
-        PeerTimeout: Not every rank came.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        if process_group is not None:
-            msg = "process_group was given, but torch.distributed is not initialized."
-            raise ConfigError(msg)
-        return [SoloChannel(worker) for _ in names]
-    if dist.get_rank(process_group) < 0:
-        msg = f"rank {dist.get_rank()} is not a member of the given process_group."
-        raise ConfigError(msg)
-    if dist.get_world_size(process_group) == 1:
-        return [SoloChannel(worker, dist.get_rank()) for _ in names]
-    return [
-        GroupChannel(name, _new_group(process_group, timeout), timeout, worker, whereabouts)
-        for name in names
-    ]
-
-
-def _new_group(
-    process_group: dist.ProcessGroup | None, timeout: timedelta
-) -> dist.ProcessGroup:
-    members = None
-    if process_group is not None:
-        members = dist.get_process_group_ranks(process_group)
-        if len(members) == dist.get_world_size():
-            members = None
-    try:
-        group: dist.ProcessGroup = dist.new_group(
-            members,
-            timeout=timeout,
-            backend="gloo",
-            # Ranks outside process_group do not take part.
-            use_local_synchronization=members is not None,
-        )
-    except RuntimeError as error:
-        msg = f"not every rank came to make a manager: {error}"
-        raise PeerTimeout(msg) from error
-    return group
-
-
-def invite(
-    channels: Sequence[Channel], whereabouts: Whereabouts
-) -> Callable[[], Liveness | None]:
-    """Tell all ranks where the chief listens: collective.
-
-    Returns:
-        Connects this rank, so that it notices when another one is gone; what it returns
-        is None with one rank. It raises ``ConfigError`` if the chief cannot be reached.
-    """
-    groups = [channel for channel in channels if isinstance(channel, GroupChannel)]
-    if not groups:
-        return lambda: None
-    of_chief: list[ChiefLiveness] = []
-
-    def listen(votes: Sequence[Vote]) -> Answer:
-        token = paths.random_hex(16)
-        of_chief.append(liveness.listen(len(votes), token, whereabouts))
-        return of_chief[0].address._asdict()
-
-    answer = groups[0].consult(Vote(Phase.CONNECT), listen)
-    address = Address(tuple(answer["hosts"]), answer["port"], answer["token"])
-
-    def connect() -> Liveness:
-        found = of_chief[0] if of_chief else _join(address, groups[0].rank, whereabouts)
-        for channel in groups:
-            channel.liveness = found
-        return found
-
-    return connect
-
-
-def _join(address: Address, rank: int, whereabouts: Whereabouts) -> Liveness:
-    try:
-        return liveness.join(address, rank, whereabouts)
-    except OSError as error:
-        msg = (
-            f"the chief cannot be reached from {socket.gethostname()}: {error}. "
-            "Set MASTER_ADDR to an address of its machine that all ranks can reach."
-        )
-        raise ConfigError(msg) from error
 
 
 def _wait(waiting: Waiting, start: Callable[[], Any]) -> None:
@@ -416,15 +313,21 @@ def _wait(waiting: Waiting, start: Callable[[], Any]) -> None:
     try:
         work = start()
         while not work.is_completed():
-            waiting.go_on()
+            try:
+                waiting.go_on()
+            except ManagerBroken:
+                if work.is_completed():  # it came while the roll was called
+                    break
+                raise
             time.sleep(pause)
             pause = min(2 * pause, _LAST_POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
         raise waiting.connection_broke(error) from error
+    waiting.got_something()
 
 
-def _keep_for_ever(group: dist.ProcessGroup) -> None:
+def _keep_for_ever(group: object) -> None:
     """Keep a broken group from being destroyed, so that the process can exit at once.
 
     gloo's destructor waits for operations that will never end. A reference in a global

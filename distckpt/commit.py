@@ -15,7 +15,6 @@ from distckpt.errors import (
     OutcomeUnknown,
     SaveFailed,
     StorageError,
-    StorageTimeout,
 )
 from distckpt.job import Job, Ran, agree
 from distckpt.layout import Assignment, Piece
@@ -58,7 +57,7 @@ def write_and_commit(
             or_abandon(job, attempt, chief.decide),
             says=_vote_on_file,
             patient=True,
-            hung=chief.judge_hang,
+            hung=chief.judge_undone,
         )
     except ManagerBroken as error:
         no_vote = written.error is not None
@@ -136,8 +135,8 @@ class _ChiefsPart:
             values=values,
         )
 
-    def judge_hang(self, error: StorageTimeout) -> DistckptError:
-        """Say what a call that hangs here means: a commit may go through later."""
+    def judge_undone(self, error: DistckptError) -> DistckptError:
+        """Say what it means that the chief has left off: a commit may go through later."""
         if not self.began:
             return error
         what = f"Whether {self._job.path(self._attempt.prefix)} was committed is unknown"

@@ -17,16 +17,18 @@ import torch.distributed as dist
 from distckpt import identity, paths, policy, readers, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
-from distckpt.comm import Answer, Channel, invite, open_channels
+from distckpt.comm import Answer, Channel
 from distckpt.errors import (
     ConfigError,
     DistckptError,
+    ManagerBroken,
     RestoreFailed,
     UnsupportedError,
 )
+from distckpt.groups import invite, open_channels
 from distckpt.job import Job, Ran, agree
 from distckpt.liveness import Liveness
-from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.messages import Phase, Vote, describe, raise_failures
 from distckpt.record import digest
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
@@ -98,11 +100,16 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         made = Ran(
             lambda: _make_job(arguments, decisions, commits, worker, whereabouts, connect())
         )
-        return _agree_on_job(arguments, made, decisions)
-    except DistckptError:
-        # On every rank, so nobody is left waiting.
-        decisions.close()
-        commits.close()
+        job = _agree_on_job(arguments, made, decisions)
+        worker.raise_interrupt()
+        return job
+    except BaseException as error:
+        # An answer of the chief ends it on every rank; else somebody may be waiting.
+        is_answer = isinstance(error, DistckptError) and not isinstance(
+            error, ManagerBroken
+        )
+        for channel in (decisions, commits):
+            channel.close("" if is_answer else describe(error))
         raise
 
 

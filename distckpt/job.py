@@ -89,12 +89,15 @@ class Job:
             who = f"rank {self.rank} of {self.world_size}"
             raise broken_by(self.liveness.verdict, who)
 
-    def on_disk(self, what: str, body: Callable[[], _Result]) -> _Result:
+    def on_disk(
+        self, what: str, body: Callable[[], _Result], fills_tensors: bool = False
+    ) -> _Result:
         """Do this rank's own storage work; the others are told that it gets on.
 
         Args:
             what: For errors on other ranks: what this one is doing.
             body: Runs on another thread.
+            fills_tensors: Whether it writes into live tensors.
 
         Raises:
             StorageTimeout: A call into the filesystem hangs. The body ends with it, if
@@ -102,7 +105,8 @@ class Job:
             ManagerBroken: Another rank is gone meanwhile; the body ends likewise.
         """
         self.whereabouts.be_at(what)
-        return self.worker.run(_on_the_same_device(body), self._while_waiting)
+        body = _on_the_same_device(body)
+        return self.worker.run(body, self._while_waiting, fills_tensors)
 
     def _while_waiting(self, has_progressed: bool) -> None:
         if has_progressed and self.liveness is not None:
@@ -110,7 +114,7 @@ class Job:
         self.check_alive()
 
     def close_channels(self) -> None:
-        """Give the groups back; all ranks must be done with them."""
+        """Give the groups back, when all ranks are done with them."""
         self.decisions.close()
         self.commits.close()
 

@@ -17,6 +17,8 @@ Message = dict[str, Any]
 _MAX_MESSAGE_BYTES = 64 * 1024
 _CONNECT_SECONDS = 5.0
 _WELCOME = b"\n"
+# Seconds of silence, seconds between probes, number of probes.
+_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 9))
 
 
 class Address(NamedTuple):
@@ -40,8 +42,12 @@ class Line:
         self._socket = connection
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that lost its power closes nothing.
+        # A machine that lost its power closes nothing, and firewalls forget connections
+        # that are idle between two saves.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._lock = threading.Lock()
         self._received = b""
         close_in_children(connection)

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,12 +43,14 @@ class Place(NamedTuple):
         round: Which round of that channel, from 1 on.
         decides: Whether it is the chief, has all votes, and works on the answer.
         text: For people: the phase, the file.
+        reached: The last round that it has come to, of each channel.
     """
 
     channel: str
     round: int
     decides: bool
     text: str
+    reached: dict[str, int]
 
 
 class Verdict(NamedTuple):
@@ -342,6 +344,8 @@ class _ChiefLoop(_Loop):
         self._closed: dict[int, str] = {}
         self._roll: _Roll | None = None
         self._num_rolls = 0
+        # Until all have joined, a connection that closes may be tried again.
+        self._is_listening = True
         self._listener = line.listen(backlog=min(world_size, 4096))
         line.close_in_children(self._listener)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -372,15 +376,18 @@ class _ChiefLoop(_Loop):
         messages = peer.line.receive()
         for message in messages or ():
             self._handle(peer, message)
-        if messages is None and self._drop(peer):
+        if messages is None and self._drop(peer) and not self._is_listening:
             self._lose(peer, f"{peer.name} died: its connection closed.")
 
     def _drop(self, peer: _Peer) -> bool:
-        """Close a connection; False if it was closed, or none of a rank, already."""
+        """Close a connection; False if it is none of a rank, or no longer."""
         with suppress(KeyError, ValueError):
             self._selector.unregister(peer.line)
         peer.line.close()
-        return self._peers.pop(peer.rank, None) is not None
+        if self._peers.get(peer.rank) is not peer:
+            return False
+        del self._peers[peer.rank]
+        return True
 
     def _handle(self, peer: _Peer, message: Message) -> None:
         if not peer.rank:
@@ -406,17 +413,23 @@ class _ChiefLoop(_Loop):
             message.get("token") != self.address.token
             or type(rank) is not int
             or not 0 < rank < self._world_size
-            or rank in self._peers
         ):
             self._drop(peer)
             return
+        # One that was welcomed too late has tried again.
+        earlier = self._peers.get(rank)
+        if earlier is not None:
+            self._drop(earlier)
         peer.rank, peer.name = rank, str(name)
         self._peers[rank] = peer
         peer.line.welcome()
+        if self.verdict is not None:
+            self._announce()
         if len(self._peers) == self._world_size - 1:
             self._stop_listening()
 
     def _stop_listening(self) -> None:
+        self._is_listening = False
         with suppress(KeyError, ValueError):
             self._selector.unregister(self._listener)
         self._listener.close()
@@ -457,29 +470,34 @@ class _ChiefLoop(_Loop):
 
     def _end_roll(self, roll: _Roll) -> None:
         self._roll = None
-        if self._closed:
-            text = " ".join(_first(self._closed.values()))
-            self._judge(Verdict(True, tuple(sorted(self._closed)), text))
-        silent = sorted({*range(self._world_size)} - {*roll.places})
-        if silent and not self._closed:
+        missing = {*range(self._world_size)} - {*roll.places}
+        silent = sorted(missing - {*self._closed})
+        if silent:
             text = f"no answer from {self._names(silent)}: stopped, or cut off."
             self._judge(Verdict(False, tuple(silent), text))
+        elif missing:
+            text = " ".join(_first(self._closed.values()))
+            self._judge(Verdict(True, tuple(sorted(missing)), text))
+        # Many ask at the same time, all for the same round.
+        behind: dict[tuple[str, int], list[int]] = {}
         for asker in roll.askers:
-            self._answer(asker, roll.places)
+            key = (asker.place.channel, asker.place.round)
+            if key not in behind:
+                behind[key] = _ranks_behind(*key, roll.places)
+            self._answer(asker, behind[key], roll.places)
 
-    def _answer(self, asker: _Asker, places: Mapping[int, Place]) -> None:
+    def _answer(
+        self, asker: _Asker, behind: Sequence[int], places: Mapping[int, Place]
+    ) -> None:
         if self.verdict is not None:
             return
-        here = asker.place
-        elsewhere = [
-            rank
-            for rank, place in sorted(places.items())
-            if place.channel != here.channel or place.round < here.round
-        ]
-        if elsewhere:
-            where = (f"{self._names([r])} is {places[r].text}" for r in elsewhere)
+        if behind:
+            where = (
+                f"{self._names([rank])} is {places[rank].text}"
+                for rank in behind[: _MAX_NAMED + 1]
+            )
             text = f"not all ranks have come: {'; '.join(_first(where))}."
-            self._judge(Verdict(False, tuple(elsewhere), text))
+            self._judge(Verdict(False, tuple(behind), text))
         elif asker.broken:
             text = "a connection between two ranks broke, though all ranks are alive."
             self._judge(Verdict(True, (), text))
@@ -512,6 +530,15 @@ class _ChiefLoop(_Loop):
             return "rank 0, the chief,"
         peer = self._peers.get(rank)
         return f"rank {rank}" if peer is None else peer.name
+
+
+def _ranks_behind(channel: str, round_: int, places: Mapping[int, Place]) -> list[int]:
+    """List who has not come to a round yet; being through it is having come."""
+    return [
+        rank
+        for rank, place in sorted(places.items())
+        if place.reached.get(channel, 0) < round_
+    ]
 
 
 def _first(texts: Iterable[str]) -> list[str]:

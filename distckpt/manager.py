@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,12 +19,16 @@ from distckpt.errors import (
     FencedError,
     ManagerBroken,
     StorageError,
+    StorageTimeout,
 )
-from distckpt.messages import Phase, Vote
+from distckpt.messages import Phase, Vote, describe
 from distckpt.restore import restore_or_initialize
 from distckpt.save import CheckpointOptions, save
+from distckpt.worker import Worker
 
 _Result = TypeVar("_Result")
+
+_UNLOCK_SECONDS = 1.0
 
 
 class CheckpointManager:
@@ -250,7 +255,7 @@ class CheckpointManager:
         else:
             # The other ranks may be anywhere: no collective, or the error that matters
             # would show only at the deadline. Those that wait for this one are told.
-            reason = f"its program raised {type(error).__name__}: {error}"
+            reason = f"its program raised {describe(error)}"
             self._let_go(ManagerBroken("this manager was left by an error."), reason)
 
     def _let_go(self, unusable: DistckptError, reason: str = "") -> None:
@@ -259,7 +264,9 @@ class CheckpointManager:
         if self._job.liveness is not None:
             self._job.liveness.leave(reason[:500])
         if self._job.chief is not None:
-            self._job.chief.close()
+            # The lock's file may be on a filesystem that hangs.
+            with suppress(StorageTimeout):
+                Worker(_UNLOCK_SECONDS).finish(self._job.chief.close)
 
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
@@ -271,7 +278,7 @@ class CheckpointManager:
             self._let_go(error)
             raise
         except ManagerBroken as error:
-            self._let_go(error, f"{type(error).__name__}: {error}")
+            self._let_go(error, describe(error))
             raise
         except (KeyboardInterrupt, SystemExit) as error:
             if self._job.world_size > 1:
@@ -281,7 +288,5 @@ class CheckpointManager:
         finally:
             self._job.whereabouts.be_at("in no call of this manager")
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
-            interrupt, worker.interrupt = worker.interrupt, None
-            if interrupt is not None:
-                raise interrupt
+            worker.raise_interrupt()
         return result

@@ -118,18 +118,21 @@ def detail_length(data: bytes) -> int:
 def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) -> Vote:
     """Make the vote of a rank on which a phase raised."""
     is_ours = isinstance(error, DistckptError)
-    name = type(error).__name__
-    try:
-        text = str(error) if is_ours else f"{name}: {error}"
-    except Exception:  # an error that cannot even say what it is must be a vote, too
-        text = name
     fields = {
-        "kind": name if is_ours else "",
-        "text": _clip(text),
+        "kind": type(error).__name__ if is_ours else "",
+        "text": _clip(str(error) if is_ours else describe(error)),
         "errno": _int_of(error, "errno"),
         "shard_rank": _int_of(error, "shard_rank"),
     }
     return Vote(phase, status, detail=strict_json.dumps(fields).encode())
+
+
+def describe(error: BaseException) -> str:
+    """Name an error and what it says."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # one that cannot even say what it is must be told, too
+        return type(error).__name__
 
 
 def failure_of(vote: Vote) -> tuple[str, int | None]:

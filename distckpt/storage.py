@@ -32,6 +32,7 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOL
 # What one vectored call may carry: buffers (IOV_MAX) and bytes.
 _MAX_BUFFERS = 1024
 _MAX_CALL_BYTES = 16 * 2**20
+_SYNC_BYTES = 2**30
 
 
 class Call(NamedTuple):
@@ -48,14 +49,12 @@ class Calls:
     Attributes:
         current: The call that the thread is in, if any.
         num_finished: How many came back.
-        changed: When a call last began or ended, by ``time.monotonic``.
         stopped: Set by another thread: the next call fails instead of being made.
     """
 
     def __init__(self) -> None:
         self.current: Call | None = None
         self.num_finished = 0
-        self.changed = time.monotonic()
         self.stopped = False
 
     def begin(self, operation: str, path: str) -> None:
@@ -63,14 +62,12 @@ class Calls:
         if self.stopped:
             msg = f"{operation} {path}: not done, nobody waits for it any more."
             raise StorageError(msg, operation=operation, path=path)
-        self.changed = time.monotonic()
-        self.current = Call(operation, path, self.changed)
+        self.current = Call(operation, path, time.monotonic())
 
     def end(self) -> None:
         """Note that it came back, well or not."""
         self.current = None
         self.num_finished += 1
-        self.changed = time.monotonic()
 
 
 _thread = threading.local()
@@ -133,6 +130,7 @@ class NewFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._unsynced_bytes = 0
         with _reported("open", path):
             self._descriptor = os.open(path, _CREATE_FLAGS, 0o666)
 
@@ -145,6 +143,19 @@ class NewFile:
                 if written < size:
                     self._write_rest(batch, written, offset)
             offset += size
+            self._sync_now_and_then(size)
+
+    def _sync_now_and_then(self, size_bytes: int) -> None:
+        """Keep the last fsync short.
+
+        One call for all of a large file would take minutes, and could not be told from
+        one that hangs.
+        """
+        self._unsynced_bytes += size_bytes
+        if self._unsynced_bytes >= _SYNC_BYTES:
+            self._unsynced_bytes = 0
+            with _reported("fsync", self.path):
+                os.fdatasync(self._descriptor)
 
     def _write_rest(
         self, batch: Sequence[memoryview | bytes], written: int, offset: int
@@ -309,10 +320,29 @@ def remove_file(path: str) -> None:
 
 def remove_tree(path: str) -> None:
     """Remove a directory and all in it, never following a link out of it."""
+    # File by file, so that many large ones are not taken for one call that hangs.
+    with suppress(StorageError):
+        _remove_files(path)
     with _reported("remove", path), suppress(FileNotFoundError):
         if not shutil.rmtree.avoids_symlink_attacks:
             raise OSError(errno.ENOTSUP, "no race-free way to delete a directory here")
         shutil.rmtree(path)
+
+
+def _remove_files(directory: str) -> None:
+    """Remove what can be removed directly in a directory, relative to it."""
+    with _reported("open", directory):
+        descriptor = os.open(
+            directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+    try:
+        with _reported("list", directory):
+            names = os.listdir(descriptor)
+        for name in names:
+            with _reported("unlink", f"{directory}/{name}"), suppress(OSError):
+                os.unlink(name, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(path: str) -> int:
@@ -340,20 +370,28 @@ def _batches(
 
 
 @contextmanager
-def _reported(operation: str, path: str) -> Iterator[None]:
-    """Let a call be seen while it runs, and say which one it was if it fails."""
+def watched(operation: str, path: str) -> Iterator[None]:
+    """Let a call be seen from other threads while it runs."""
     calls: Calls | None = getattr(_thread, "calls", None)
     if calls is not None:
         calls.begin(operation, path)
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        _fail(operation, path, error)
     finally:
         if calls is not None:
             calls.end()
+
+
+@contextmanager
+def _reported(operation: str, path: str) -> Iterator[None]:
+    """Let a call be seen while it runs, and say which one it was if it fails."""
+    with watched(operation, path):
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            _fail(operation, path, error)
 
 
 def _fail(operation: str, path: str, error: OSError) -> NoReturn:

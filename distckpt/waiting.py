@@ -32,21 +32,33 @@ class Whereabouts:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.place = Place("", 0, False, "")
-        self.be_at("in no call of this manager")
+        self._reached: dict[str, int] = {}
+        self.place = Place("", 0, False, "in no call of this manager", self._reached)
 
     def be_at(self, text: str) -> None:
         """Note what this rank does while it waits for nobody."""
-        self.place = Place("", 0, False, text)
+        self.place = Place("", 0, False, text, self._reached)
+
+    def come_to(self, channel: str, text: str) -> Place:
+        """Note that this rank has come to the next round of a channel."""
+        reached = self._reached.get(channel, 0) + 1
+        # A new one: the other thread may be telling the last.
+        self._reached = {**self._reached, channel: reached}
+        self.place = Place(channel, reached, False, text, self._reached)
+        return self.place
+
+    def decide(self, text: str) -> None:
+        """Note that this rank, the chief, works on the answer of the round it is in."""
+        self.place = self.place._replace(decides=True, text=text)
 
     def __call__(self) -> Place:
         """Tell where this rank is, with what its storage work is in."""
-        call = self._worker.current_call
+        place, call = self.place, self._worker.current_call
         if call is None:
-            return self.place
+            return place
         seconds = time.monotonic() - call.since
-        text = f"{self.place.text}, since {seconds:.1f} s in {call.operation} {call.path}"
-        return self.place._replace(text=text)
+        text = f"{place.text}, since {seconds:.1f} s in {call.operation} {call.path}"
+        return place._replace(text=text)
 
 
 class Waiting:
@@ -113,14 +125,18 @@ class Waiting:
         found = self._liveness.call_roll(self._place)
         if isinstance(found, Verdict):
             raise self._error(found)
-        if self._graced_until is not None:
-            late = "all ranks are here, but what they send does not arrive."
-            raise self._error(Verdict(False, (), late))
-        if found == HERE:
+        if found != HERE:
+            # The chief is at work. How long that may take is limited there.
+            self._since, self._graced_until = time.monotonic(), None
+        elif self._graced_until is None:
             self._graced_until = time.monotonic() + _LAST_GRACE_SECONDS
         else:
-            # The chief is at work. How long that may take is limited there.
-            self._since = time.monotonic()
+            late = "all ranks are here, but what they send does not arrive."
+            raise self._error(Verdict(False, (), late))
+
+    def got_something(self) -> None:
+        """Count the time anew: the round has gone on."""
+        self._since, self._graced_until = time.monotonic(), None
 
     def connection_broke(self, error: Exception) -> ManagerBroken:
         """Make the error for a collective that failed, as gloo says."""

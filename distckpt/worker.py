@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from distckpt import storage
 from distckpt.errors import StorageTimeout
@@ -20,6 +21,8 @@ from distckpt.errors import StorageTimeout
 _Result = TypeVar("_Result")
 
 _POLL_SECONDS = 0.05
+# Of all managers: a task stays here for as long as its thread has it.
+_filling: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Worker:
@@ -41,7 +44,8 @@ class Worker:
     def finish(self, body: Callable[[], _Result]) -> _Result:
         """Run what must not be left half-done: a commit, a claim.
 
-        The first Ctrl-C waits until it is through; the second one does not.
+        The first Ctrl-C waits until it is through; the second one does not, and leaves
+        it to go on alone.
 
         Raises:
             StorageTimeout: A call into the filesystem hangs, or that of an earlier task
@@ -51,20 +55,34 @@ class Worker:
         try:
             self._start(task)
             self._wait(task)
-        except (KeyboardInterrupt, SystemExit) as error:
+        except StorageTimeout:
+            raise
+        except BaseException as error:
+            # Ctrl-C, or what a signal's handler raises: the task cannot raise in here.
             if self.interrupt is not None or not task.has_begun():
                 raise
             self.interrupt = error
             self._wait(task)
         return task.result()
 
+    def raise_interrupt(self) -> None:
+        """Raise what has interrupted a task meanwhile, if anything has; once."""
+        interrupt, self.interrupt = self.interrupt, None
+        if interrupt is not None:
+            raise interrupt
+
     def run(
-        self, body: Callable[[], _Result], each_time: Callable[[bool], None]
+        self,
+        body: Callable[[], _Result],
+        each_time: Callable[[bool], None],
+        fills_tensors: bool = False,
     ) -> _Result:
         """Run what may be given up: writing or reading this rank's tensors.
 
         Args:
             body: The work.
+            fills_tensors: Whether it writes into live tensors. What is left behind of
+                such work could do so when another manager has filled them: it waits.
             each_time: Called some twenty times a second while waiting, and told whether
                 the work has made progress; what it raises ends the waiting, and the
                 work with its next call into the filesystem.
@@ -74,19 +92,34 @@ class Worker:
         """
         task = _Task(body)
         try:
-            self._start(task)
+            for other in list(_filling) if fills_tensors else ():
+                self._wait(other)
+            self._start(task, fills_tensors)
             self._wait(task, each_time)
         except BaseException:
             task.calls.stopped = True
             raise
         return task.result()
 
-    def _start(self, task: _Task[_Result]) -> None:
+    def _start(self, task: _Task[_Result], fills_tensors: bool = False) -> None:
         if self._last is not None:
             # It outlived its caller. Two at a time would be in each other's way.
             self._wait(self._last)
+        thread = threading.Thread(target=task.run, name="distckpt-storage", daemon=True)
         self._last = task  # type: ignore[assignment]
-        threading.Thread(target=task.run, name="distckpt-storage", daemon=True).start()
+        if fills_tensors:
+            _filling.add(task)
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread to be had, or the interpreter is on its way out: better done
+            # without a way to leave it than not at all.
+            task.run()
+        except BaseException:
+            if not task.has_begun():
+                self._last = None
+                _filling.discard(task)
+            raise
 
     def _wait(
         self, task: _Task[_Result], each_time: Callable[[bool], None] | None = None

@@ -62,7 +62,8 @@ def _count_collectives():
         setattr(dist, name, counted(name, getattr(dist, name)))
     # The manager's own go to its groups directly.
     for name in ("gather", "broadcast", "allreduce", "barrier", "send", "recv"):
-        setattr(dist.ProcessGroup, name, counted(name, getattr(dist.ProcessGroup, name)))
+        for kind in (dist.ProcessGroup, dist.ProcessGroupGloo):
+            setattr(kind, name, counted(name, getattr(kind, name)))
     return counts
 
 

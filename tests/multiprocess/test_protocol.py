@@ -259,7 +259,7 @@ def _lose_peer(rank, directory, phase, victim, how):
             _on_shard_open(strike, {"write": "write", "restore": "read"}[phase])
     first = outcome(call)
     # All survivors are out of their calls by then.
-    time.sleep(max(0.0, started + DEADLINE_SECONDS + 1 - time.monotonic()))
+    time.sleep(max(0.0, started + DEADLINE_SECONDS + 2 - time.monotonic()))
     before = tree_of(directory)
     calls = (manager.save, manager.restore_or_initialize, manager.sync, manager.close)
     later = [outcome(call) for call in calls]
@@ -291,7 +291,8 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     assert results[victim].exit_code == -signal.SIGKILL, label
     for first, later, unchanged in values_of(survivors):
         assert "ManagerBroken" in first.bases, (label, first)
-        assert first.seconds < DEADLINE_SECONDS + 1, (label, first)
+        # How late exactly: test_lost_peers.py.
+        assert first.seconds < DEADLINE_SECONDS + 2, (label, first)
         for one in later[:3]:
             assert "ManagerBroken" in one.bases, (label, one)
             assert one.seconds < 0.2, (label, one)
@@ -377,7 +378,9 @@ def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
             assert code == 0, err
             interrupted = how == "interrupt" and rank == victim
             assert ("KeyboardInterrupt" if interrupted else "ManagerBroken") in out, err
-            assert ended - float(out.split()[-1]) < 3, (rank, out)
+            # Ending torch takes a second of processor time, and others may want it, too.
+            queued = max(0.0, os.getloadavg()[0] - os.cpu_count())
+            assert ended - float(out.split()[-1]) < 3 + queued, (rank, out, queued)
     finally:
         for process in processes:
             process.kill()

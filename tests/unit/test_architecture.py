@@ -17,14 +17,13 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous"},
-    1: {"values", "record", "sharding", "storage", "messages", "modules", "lock"}
-    | {"line"},
-    2: {"layout"},
+    1: {"values", "record", "sharding", "storage", "messages", "modules", "line"},
+    2: {"layout", "lock"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker"},
     4: {"shard_file", "janitor", "leaves", "restore_plan", "waiting"},
     5: {"readers", "chief", "tracked", "comm"},
-    6: {"verify", "loading"},
+    6: {"verify", "loading", "groups"},
     7: {"checkpoint"},
     8: {"job"},
     9: {"claim", "construct", "save_plan"},

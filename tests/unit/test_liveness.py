@@ -18,7 +18,7 @@ from distckpt import line, liveness
 from distckpt.line import Address
 from distckpt.liveness import HERE, WAIT, Place
 
-HERE_IN_ROUND_3 = Place("decisions", 3, False, "waiting in phase WRITE")
+HERE_IN_ROUND_3 = Place("decisions", 3, False, "waiting in phase WRITE", {"decisions": 3})
 
 
 class Rank:
@@ -92,15 +92,24 @@ def test_who_does_not_answer_is_named_to_all(job, asker):
 
 def test_who_is_elsewhere_is_named_with_what_it_does(job):
     ranks = job(3)
-    ranks[1].place = Place("", 0, False, "in none of this manager's calls")
+    at = {"decisions": 2, "commits": 9}
+    ranks[1].place = Place("", 0, False, "in none of this manager's calls", at)
     verdict = ranks[2].liveness.call_roll(HERE_IN_ROUND_3)
     assert (verdict.died, verdict.ranks) == (False, (1,))
     assert "in none of this manager's calls" in verdict.text
 
 
-def test_who_is_further_on_is_not_missing(job):
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place("decisions", 4, False, "further on", {"decisions": 4}),
+        Place("", 0, False, "through", {"decisions": 3}),
+        Place("commits", 2, False, "in the other channel", {"decisions": 3, "commits": 2}),
+    ],
+)
+def test_who_is_through_is_not_missing(job, place):
     ranks = job(3)
-    ranks[1].place = HERE_IN_ROUND_3._replace(round=4)
+    ranks[1].place = place
     assert ranks[2].liveness.call_roll(HERE_IN_ROUND_3) == HERE
 
 
@@ -136,6 +145,40 @@ def test_closing_is_no_loss_but_whoever_waits_is_told(job):
     assert ranks[0].liveness.verdict is None
     verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3)
     assert verdict.ranks == (2,) and "closed its manager" in verdict.text
+
+
+def test_who_is_silent_goes_before_who_has_closed(job):
+    ranks = job(4)
+    ranks[2].liveness.leave()
+    ranks[3].asleep.set()
+    verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3)
+    assert (verdict.died, verdict.ranks) == (False, (3,))
+
+
+def test_a_rank_that_joins_late_is_told(job):
+    here, late = Rank(), Rank()
+    here.liveness = chief = liveness.listen(4, "secret", here.where)
+    gone = liveness.join(chief.address, 1, Rank().where)
+    gone.leave("KeyboardInterrupt")
+    _wait_for_verdict(here)
+    late.liveness = liveness.join(chief.address, 2, late.where)
+    assert _wait_for_verdict(late).ranks == (1,)
+    late.liveness.leave()
+    chief.leave()
+
+
+def test_a_rank_may_try_again_until_all_have_joined(job):
+    """It was welcomed too late the first time; that is no death."""
+    here, again = Rank(), Rank()
+    here.liveness = chief = liveness.listen(3, "secret", here.where)
+    first = liveness.join(chief.address, 1, Rank().where)
+    again.liveness = liveness.join(chief.address, 1, again.where)
+    first.leave()
+    other = Rank()
+    other.liveness = liveness.join(chief.address, 2, other.where)
+    assert again.liveness.call_roll(HERE_IN_ROUND_3) == HERE
+    for rank in (again, other, here):
+        rank.liveness.leave()
 
 
 def test_dropping_it_ends_thread_and_connection(job):
@@ -177,7 +220,7 @@ import os, sys, time
 from distckpt import liveness
 from distckpt.line import Address
 port = int(sys.argv[1])
-here = liveness.Place("decisions", 3, False, "there")
+here = liveness.Place("decisions", 3, False, "there", {"decisions": 3})
 held = liveness.join(Address(("127.0.0.1",), port, "secret"), 1, lambda: here)
 if os.fork() == 0:
     time.sleep(30)  # as a data loader's worker would

@@ -125,6 +125,54 @@ def test_second_interrupt_waits_for_nothing():
     release.set()
 
 
+def test_whatever_a_signal_raises_waits_too():
+    """A handler's own exception must not leave a commit behind, either."""
+    worker = Worker(5.0)
+    done = []
+
+    def raise_it(*_):
+        raise TimeoutError("enough")
+
+    def body():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.3)
+        done.append(True)
+
+    before = signal.signal(signal.SIGUSR2, raise_it)
+    try:
+        worker.finish(body)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert done == [True]
+    with pytest.raises(TimeoutError, match="enough"):
+        worker.raise_interrupt()
+    worker.raise_interrupt()  # only once
+
+
+def test_without_a_thread_to_be_had_the_work_is_done_all_the_same(monkeypatch):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    worker = Worker(1.0)
+    assert worker.finish(lambda: 5) == 5
+    with pytest.raises(KeyError):
+        worker.finish(lambda: {}["x"])
+    assert worker.finish(lambda: 6) == 6
+
+
+def test_filling_tensors_waits_for_what_another_manager_has_left_behind():
+    release = threading.Event()
+    with pytest.raises(StorageTimeout):
+        Worker(0.2).run(lambda: _hang(release), lambda _: None, fills_tensors=True)
+    other = Worker(0.2)
+    with pytest.raises(StorageTimeout, match="/some/file"):
+        other.run(lambda: None, lambda _: None, fills_tensors=True)
+    assert other.run(lambda: 1, lambda _: None) == 1  # other work need not wait
+    release.set()
+    assert other.run(lambda: 2, lambda _: None, fills_tensors=True) == 2
+
+
 def test_interrupt_ends_what_may_be_given_up(tmp_path):
     worker = Worker(5.0)
     ended = threading.Event()

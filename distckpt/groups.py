@@ -1,0 +1,138 @@
+"""The ranks of a manager find each other: private gloo groups, and the chief's address."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # public, not exported
+    PrefixStore,
+    ProcessGroupGloo,
+)
+from torch.distributed.distributed_c10d import _get_default_store
+
+from distckpt import liveness, paths
+from distckpt.comm import Answer, Channel, GroupChannel, SoloChannel
+from distckpt.errors import ConfigError, PeerTimeout
+from distckpt.line import Address
+from distckpt.liveness import ChiefLiveness, Liveness
+from distckpt.messages import Phase, Vote
+from distckpt.record import digest
+from distckpt.waiting import Whereabouts
+from distckpt.worker import Worker
+
+# How many groups this process has made over the same ranks: the next one's keys in the
+# store must be new, and the same on all of them.
+_num_made: Counter[tuple[int, ...]] = Counter()
+
+
+def open_channels(
+    process_group: dist.ProcessGroup | None,
+    timeout: timedelta,
+    names: Sequence[str],
+    worker: Worker,
+    whereabouts: Whereabouts,
+) -> list[Channel]:
+    """Make channels over all ranks of a process group: collective.
+
+    Args:
+        process_group: Its members are the manager's ranks; None means the default
+            group, or this process alone where none is initialized. Any backend.
+        timeout: How long any wait may take.
+        names: One for each channel.
+        worker: Does the chief's work.
+        whereabouts: Kept up to date.
+
+    Raises:
+        PeerTimeout: Not every rank came.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            msg = "process_group was given, but torch.distributed is not initialized."
+            raise ConfigError(msg)
+        return [SoloChannel(worker) for _ in names]
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        msg = f"rank {dist.get_rank()} is not a member of the given process_group."
+        raise ConfigError(msg)
+    members = tuple(dist.get_process_group_ranks(process_group))
+    if len(members) == 1:
+        return [SoloChannel(worker, members[0]) for _ in names]
+    return [
+        GroupChannel(
+            name,
+            _new_group(members, rank, timeout),
+            rank,
+            members,
+            timeout,
+            worker,
+            whereabouts,
+        )
+        for name in names
+    ]
+
+
+def _new_group(members: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
+    """Connect some ranks by gloo, with nobody else taking part.
+
+    Not by ``dist.new_group``: it names a group of some ranks by how many groups each of
+    them knows, which need not be the same number, and uses a name again when a group
+    was destroyed.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    who = digest(",".join(map(str, members)).encode())
+    key = f"distckpt/groups/{restart}/{who}/{_num_made[members]}"
+    _num_made[members] += 1
+    try:
+        store = PrefixStore(key, _get_default_store())
+        return ProcessGroupGloo(store, rank, len(members), timeout=timeout)
+    except RuntimeError as error:
+        msg = f"not every rank came to make a manager: {error}"
+        raise PeerTimeout(msg) from error
+
+
+def invite(
+    channels: Sequence[Channel], whereabouts: Whereabouts
+) -> Callable[[], Liveness | None]:
+    """Tell all ranks where the chief listens: collective.
+
+    Returns:
+        Connects this rank, so that it notices when another one is gone; what it returns
+        is None with one rank. It raises ``ConfigError`` if the chief cannot be reached.
+    """
+    groups = [channel for channel in channels if isinstance(channel, GroupChannel)]
+    if not groups:
+        return lambda: None
+    of_chief: list[ChiefLiveness] = []
+
+    def listen(votes: Sequence[Vote]) -> Answer:
+        token = paths.random_hex(16)
+        of_chief.append(liveness.listen(len(votes), token, whereabouts))
+        return of_chief[0].address._asdict()
+
+    answer = groups[0].consult(Vote(Phase.CONNECT), listen)
+    address = Address(tuple(answer["hosts"]), answer["port"], answer["token"])
+
+    def connect() -> Liveness:
+        found = of_chief[0] if of_chief else _join(address, groups[0].rank, whereabouts)
+        for channel in groups:
+            channel.liveness = found
+        return found
+
+    return connect
+
+
+def _join(address: Address, rank: int, whereabouts: Whereabouts) -> Liveness:
+    try:
+        return liveness.join(address, rank, whereabouts)
+    except OSError as error:
+        msg = (
+            f"the chief cannot be reached from {socket.gethostname()}: {error}. "
+            "Set MASTER_ADDR to an address of its machine that all ranks can reach."
+        )
+        raise ConfigError(msg) from error
