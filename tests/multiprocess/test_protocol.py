@@ -563,6 +563,27 @@ def _in_subgroup(rank, directory):
     return sorted(n for n in os.listdir(_attempt_in(directory)))
 
 
+def _in_overlapping_subgroups(rank, directory):
+    """Rank 1 knows a group more than rank 2; managers come and go over the two of them."""
+    group = dist.new_group([1, 2])
+    dist.new_group([0, 1])
+    if rank == 0:
+        return None
+    saved = []
+    for _ in range(3):
+        with _manager(make_checkpoint(), directory, 10, process_group=group) as manager:
+            manager.restore_or_initialize()
+            saved.append(manager.save())
+    return saved
+
+
+def test_managers_over_ranks_that_know_different_groups_come_and_go(tmp_path):
+    """Nothing depends on how many groups a rank has seen, or on names used before."""
+    directory = str(tmp_path / "run")
+    _, *saved = values_of(run_ranks(_in_overlapping_subgroups, 3, directory))
+    assert saved == [[f"{directory}/ckpt-{number}" for number in (1, 2, 3)]] * 2
+
+
 def _attempt_in(directory):
     (name,) = [n for n in os.listdir(directory) if n.startswith("ckpt-1.")]
     return os.path.join(directory, name)
