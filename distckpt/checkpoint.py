@@ -106,7 +106,10 @@ class Checkpoint:
                 "there. Restore with as many ranks, or without tracking these."
             )
             raise MismatchError(msg)
-        with Loading(nodes, located.directory, manifest, rank, world_size) as loading:
+        with Loading(located.directory, manifest, rank, world_size) as loading:
+            loading.open_own(nodes)
+            loading.plan(nodes)
+            loading.open_files()
             if loading.unexpected:
                 what = name_of(located.directory, manifest)
                 raise mismatch(what, unexpected(loading.unexpected))

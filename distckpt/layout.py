@@ -268,7 +268,7 @@ class Assignment:
             for holders in self._holder_sets_of(row, box or whole(row.shape)):
                 self._shared_with(holders[0])
                 pieces += self._shared_by[id(holders)].pieces_of_name[row.name]
-        if box is None:
+        if box is None or (box.size > 0 and box == whole(row.shape)):
             return pieces
         return [piece for piece in pieces if overlap(piece.box, box) is not None]
 

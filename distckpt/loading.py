@@ -25,31 +25,52 @@ from distckpt.tracked import Nodes
 class Loading:
     """Reads one attempt into live objects.
 
-    Making one opens and checks every file that will be read and lists all that does not
-    fit; no live object is changed before ``read``.
+    In this order: ``open_own``, ``plan``, ``open_files``, ``read``, ``finish``; no live
+    object is changed before ``read``. Those that open and read files may run on another
+    thread. ``plan`` and ``finish`` run user code: on the thread that trains, as nothing
+    else is promised to it. The files are closed by ``close``, or by an error before
+    ``read``.
 
     Attributes:
         unexpected: Names in the checkpoint that nothing here has asked for. A mismatch
-            only if no other rank does either.
-
-    Raises:
-        MismatchError: Lists every difference.
-        FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
-        StorageError: A file cannot be opened.
+            only if no other rank does either. Known once planned.
     """
 
     def __init__(
-        self, nodes: Nodes, directory: str, manifest: Manifest, rank: int, world_size: int
+        self, directory: str, manifest: Manifest, rank: int, world_size: int
     ) -> None:
         self._directory = directory
         self._manifest = manifest
         self._rank = rank
+        self._world_size = world_size
+        self._what = name_of(directory, manifest)
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
-        try:
-            what = name_of(directory, manifest)
-            self._shared = RestorePlan(Saved(manifest.assignment.rows, manifest.values))
-            self._per_rank = RestorePlan(self._own(nodes, world_size, what))
+        self._shared = RestorePlan(Saved(manifest.assignment.rows, manifest.values))
+        self._per_rank = RestorePlan(Saved({}, {}))
+        self._pieces: dict[str, list[Piece]] = {}
+        self.unexpected: list[str] = []
+
+    def open_own(self, nodes: Nodes) -> None:
+        """Open this rank's own file, if it tracks anything that only its header tells of.
+
+        Raises:
+            MismatchError: Another number of ranks has saved it.
+            FormatError: The file is not what the manifest says; ``shard_rank`` says whose.
+            StorageError: It cannot be opened.
+        """
+        with self._closed_on_error():
+            if nodes.per_rank:
+                self._per_rank = RestorePlan(self._own(nodes))
+
+    def plan(self, nodes: Nodes) -> None:
+        """List what will be read, and all that does not fit; runs user code.
+
+        Raises:
+            MismatchError: Lists every difference.
+            UnsupportedError: Something tracked cannot be restored into.
+        """
+        with self._closed_on_error():
             for node in nodes.shared:
                 node.plan(self._shared)
             for node in nodes.per_rank:
@@ -60,31 +81,44 @@ class Loading:
                     f"{name}: this rank's own in the checkpoint, nothing here"
                     for name in self._per_rank.saved.left_over()
                 ]
-            self._shared.raise_problems(what)
+            self._shared.raise_problems(self._what)
             self.unexpected = self._shared.saved.left_over()
+
+    def open_files(self) -> None:
+        """Open and check every file that will be read.
+
+        Raises:
+            FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
+            StorageError: A file cannot be opened.
+        """
+        with self._closed_on_error():
             for name, tensor in self._shared.reads.items():
-                for piece in self._pieces(name, tensor):
+                self._pieces[name] = self._pieces_of(name, tensor)
+                for piece in self._pieces[name]:
                     self._reader(piece.rank)
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
-    def _pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
+    def _pieces_of(self, name: str, tensor: torch.Tensor) -> list[Piece]:
         """Return what a tensor is read from: only what has a part of this rank's box."""
         box = tensors.held(tensor).box
         return [] if box is None else self._manifest.assignment.pieces_of(name, box)
 
-    def _own(self, nodes: Nodes, world_size: int, what: str) -> Saved:
+    def _own(self, nodes: Nodes) -> Saved:
         """Return what this rank has of its own in the checkpoint."""
-        if not nodes.per_rank:
-            return Saved({}, {})
-        if world_size != self._manifest.world_size:
+        if self._world_size != self._manifest.world_size:
             paths = ", ".join(node.path for node in nodes.per_rank[:5])
             msg = (
-                f"{what} was saved by {self._manifest.world_size} ranks, this job has "
-                f"{world_size}: what each rank has of its own (PerRank: {paths}) cannot "
-                "be given to other ranks. Restore with the same number of ranks, or "
-                "without tracking these."
+                f"{self._what} was saved by {self._manifest.world_size} ranks, this job "
+                f"has {self._world_size}: what each rank has of its own (PerRank: "
+                f"{paths}) cannot be given to other ranks. Restore with the same number "
+                "of ranks, or without tracking these."
             )
             raise MismatchError(msg)
         reader = self._reader(self._rank)
@@ -123,7 +157,7 @@ class Loading:
             if not e.per_rank
         }
         for name, tensor in self._shared.reads.items():
-            pieces = self._pieces(name, tensor)
+            pieces = self._pieces[name]
             self._fill(
                 tensor, [(p.rank, located[p.rank, p.row.name, p.box]) for p in pieces]
             )

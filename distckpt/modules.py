@@ -47,6 +47,15 @@ _REFUSED = (
 )
 
 
+# How torch lets DDP train what tensor parallelism has cut.
+_LOCALIZING = "torch.distributed.tensor.parallel.ddp"
+_LOCALIZED = (
+    "tensor parallelism under DDP is not supported: torch hides the layout of the "
+    "parameters from all but the forward pass, and each rank's part looks like the whole. "
+    "Use fully_shard (FSDP2, or HSDP on a mesh of two dimensions) over tensor parallelism."
+)
+
+
 def check_supported(value: object, path: str) -> None:
     """Raise ``UnsupportedError`` for modules and optimizers that would be saved wrong."""
     members = value.modules() if isinstance(value, nn.Module) else (value,)
@@ -55,6 +64,34 @@ def check_supported(value: object, path: str) -> None:
             if _is_a(member, module_name, class_name):
                 msg = f"{path}: {reason}"
                 raise UnsupportedError(msg)
+    if isinstance(value, nn.Module) and _is_localized(value):
+        msg = f"{path}: {_LOCALIZED}"
+        raise UnsupportedError(msg)
+
+
+def _is_localized(module: nn.Module) -> bool:
+    """Tell whether DDP has replaced sharded parameters by local ones, anywhere inside.
+
+    DDP puts its hooks into every module that it is given with a part of a mesh. Only what
+    they have found there to replace tells whether there is tensor parallelism, too.
+    """
+    if _LOCALIZING not in sys.modules:
+        return False
+    if any(hasattr(parameter, "_st_info") for parameter in module.parameters()):
+        return True
+    # A forward pass leaves sharded tensors that are no parameters any more.
+    return any(
+        _is_a(tensor, "torch.distributed.tensor", "DTensor")
+        for member in module.modules()
+        if _has_localizing_hook(member)
+        for inner in member.modules()
+        for tensor in vars(inner).values()
+    )
+
+
+def _has_localizing_hook(module: nn.Module) -> bool:
+    hook = getattr(sys.modules[_LOCALIZING], "_reconstruct_dtensor", None)
+    return hook is not None and hook in module._forward_pre_hooks.values()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

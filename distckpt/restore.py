@@ -207,13 +207,19 @@ def _status_of(error: BaseException) -> Status:
 def _plan(job: Job, trial: _Try) -> Loading:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
     directory = job.path(trial.attempt.published)
+    what = f"opening {trial.attempt.prefix}"
     nodes = nodes_of(job.checkpoint)  # runs user code, so on this thread
 
-    def plan() -> Loading:
+    def begin() -> Loading:
         manifest = read_manifest(directory, trial.manifest_digest)
-        return Loading(nodes, directory, manifest, job.rank, job.world_size)
+        loading = Loading(directory, manifest, job.rank, job.world_size)
+        loading.open_own(nodes)
+        return loading
 
-    return job.on_disk(f"opening {trial.attempt.prefix}", plan)
+    loading = job.on_disk(what, begin)
+    loading.plan(nodes)  # runs user code, too
+    job.on_disk(what, loading.open_files)
+    return loading
 
 
 def _vote_on_plan(loading: Loading) -> Vote:
@@ -228,7 +234,7 @@ def _read(job: Job, trial: _Try, loading: Loading) -> None:
         f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
-    job.on_disk(f"reading {trial.attempt.prefix}", loading.read)
+    job.on_disk(f"reading {trial.attempt.prefix}", loading.read, fills_tensors=True)
 
 
 def _apply(job: Job, trial: _Try, loading: Loading) -> None:

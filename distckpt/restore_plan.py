@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -142,23 +143,28 @@ class RestorePlan:
         return True
 
     def read_beside(
-        self, name: str, parameter: torch.Tensor, device: torch.device
+        self,
+        name: str,
+        parameter: torch.Tensor,
+        device: torch.device,
+        *,
+        is_count: bool = False,
     ) -> torch.Tensor:
         """Allocate what an optimizer keeps for a parameter, to be filled.
 
         Beside a sharded parameter, what has its shape lies where it does. A step count is
-        a plain tensor there, too: stored whole, or without dimensions.
+        a plain tensor there, too.
 
         Args:
             name: Its name.
             parameter: The live parameter.
             device: Where a plain tensor belongs.
+            is_count: Whether optimizers keep it as a plain tensor beside any parameter.
         """
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
-            is_plain = row.kind == WHOLE or (row.kind == SPLIT and not row.shape)
-            if is_plain or not tensors.is_sharded(parameter):
-                return torch.empty(row.shape, dtype=dtype, device=device)
+            if not tensors.is_sharded(parameter) or _is_plain(row, parameter, is_count):
+                return tensors.empty_plain(row.shape, dtype, device)
             if row.shape == tuple(parameter.shape):
                 return tensors.empty_like(parameter, dtype)
             if row.sharding is not None and row.sharding.is_replicated:
@@ -170,18 +176,25 @@ class RestorePlan:
     def _read_like_live(
         self, name: str, live: Callable[[], Mapping[str, torch.Tensor]]
     ) -> torch.Tensor:
-        """Allocate a tensor inside a plain value; a sharded one as it lies there now."""
+        """Allocate a tensor inside a plain value; sharded, if one lies there so now.
+
+        However it was saved: the averages that one process keeps of a plain model become
+        those of a sharded one.
+        """
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
-            if row.kind == SHARDED:
+            own = None
+            if row.kind == SHARDED or tensors.any_sharded():
                 own = live().get(name)
-                if own is None and dist.is_available() and dist.is_initialized():
-                    return None
-                if own is not None and tensors.is_sharded(own):
-                    if row.shape != tuple(own.shape):
-                        return None
+            if own is not None and tensors.is_sharded(own):
+                is_known = False
+                if row.shape == tuple(own.shape):
                     return tensors.empty_like(own, dtype)
-            return torch.empty(row.shape, dtype=dtype)
+            else:
+                is_known = own is not None or not _in_a_job()
+            if row.kind == SHARDED and not is_known:
+                return None
+            return tensors.empty_plain(row.shape, dtype)
 
         return self._read_new(name, allocate, None)
 
@@ -206,7 +219,7 @@ class RestorePlan:
                     "nothing here that tells how it should lie on the ranks; have it made "
                     "before restoring (for an optimizer, by one step)"
                 )
-                return torch.empty(0)
+                return tensors.empty_plain((0,), torch.uint8)
             self._new[key] = self.reads[name] = tensor
         return tensor
 
@@ -217,8 +230,9 @@ class RestorePlan:
 
         Args:
             name: Its name.
-            live: Returns the tensors that are in the value's place now, by name. Called
-                only if a tensor in it was saved sharded: it may run user code.
+            live: Returns the tensors that are in the value's place now, by name. It may
+                run user code; called only if there are tensors in the value, and one of
+                them was saved sharded or may be sharded here.
         """
         return self._fill(self.saved.take_value(name), cache(live))
 
@@ -244,6 +258,22 @@ class RestorePlan:
         """
         if self.problems:
             raise mismatch(what, [*self.problems, *unexpected(self.saved.left_over())])
+
+
+def _in_a_job() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_plain(row: Row, parameter: torch.Tensor, is_count: bool) -> bool:
+    """Tell whether what was saved is a plain tensor beside a sharded parameter, too."""
+    if row.kind == WHOLE:
+        # Saved beside a sharded one. With more elements it cannot be kept beside one that
+        # is cut: there, each rank's would be another part.
+        return prod(row.shape) <= 1 or not tensors.is_cut(parameter)
+    if row.kind == SPLIT and not row.shape:
+        # Saved beside a plain one. Where all has no dimensions, only the key tells.
+        return parameter.dim() > 0 or is_count
+    return False
 
 
 def unexpected(names: Iterable[str]) -> list[str]:

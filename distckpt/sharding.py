@@ -71,6 +71,9 @@ class Mesh:
             size *= length
             if size > _MAX_RANKS:
                 _refuse(f"mesh of shape {self.shape!r:.200}")
+        if max(self.first, max(self.listed, default=-1)) >= _MAX_RANKS:
+            # Without the rank itself: one that is too long to be spelled can be built.
+            _refuse(f"mesh of shape {self.shape} with a rank of {_MAX_RANKS} or more")
         if self.listed:
             if len(self.listed) != size or len({*self.listed}) != size:
                 _refuse(f"mesh of shape {self.shape} with ranks {self.listed!r:.200}")

@@ -91,6 +91,20 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return kind is not None and type(tensor) is kind
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Tell whether it is sharded so that no rank holds all of it."""
+    if not is_sharded(tensor):
+        return False
+    layout: Any = tensor
+    spans = zip(layout.placements, layout.device_mesh.shape, strict=True)
+    return any(length > 1 and not placed.is_replicate() for placed, length in spans)
+
+
+def any_sharded() -> bool:
+    """Tell whether there can be sharded tensors in this process."""
+    return _DTENSOR_MODULE in sys.modules
+
+
 class Held(NamedTuple):
     """What this rank holds of a tensor.
 
@@ -314,15 +328,27 @@ def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         return
     if not target.is_conj() and not target.is_neg():
         target = _as_integers(target)
-    copy = torch.empty(target.shape, dtype=target.dtype)
+    copy = empty_plain(target.shape, target.dtype)
     yield _bytes_of(copy)
     with torch.no_grad():
         target.copy_(copy)
 
 
+# What is allocated outlives the restore, so the caller's modes must not decide: a default
+# device, or inference mode, whose tensors cannot be trained on.
+
+
+def empty_plain(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Allocate a plain tensor."""
+    with torch.inference_mode(False):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Allocate a tensor of another dtype that lies where this one does."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         return torch.empty_like(tensor.detach(), dtype=dtype)
 
 
@@ -333,15 +359,16 @@ def empty_replicated(
     module = sys.modules[_DTENSOR_MODULE]
     like: Any = tensor
     placements = [module.Replicate() for _ in like.placements]
-    local = torch.empty(shape, dtype=dtype, device=like.device)
-    result: torch.Tensor = module.DTensor.from_local(
-        local,
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=local.shape,
-        stride=local.stride(),
-    )
+    local = empty_plain(shape, dtype, like.device)
+    with torch.inference_mode(False):
+        result: torch.Tensor = module.DTensor.from_local(
+            local,
+            like.device_mesh,
+            placements,
+            run_check=False,
+            shape=local.shape,
+            stride=local.stride(),
+        )
     return result
 
 

@@ -298,6 +298,7 @@ class OptimizerNode:
                 state = self._optimizer.state.get(parameter, {})
                 for key, value in state.items():
                     full = join(f"{self.path}/state/{name}", key)
+                    _refuse_local_parts(full, value, parameter)
                     if not isinstance(value, torch.Tensor):
                         leaves.add_value(full, value)
                     elif tensors.is_sharded(parameter) and not tensors.is_sharded(value):
@@ -349,6 +350,8 @@ class OptimizerNode:
         prefix = f"{self.path}/state/{name}"
         live_keys = {join(prefix, key): key for key in live}
         state: dict[str, Any] = {}
+        for full, key in live_keys.items():
+            _refuse_local_parts(full, live[key], parameter)
         for full in plan.saved.names_below(prefix):
             key = live_keys.get(full, _key_of(full))
             if full not in plan.saved.rows:
@@ -359,7 +362,9 @@ class OptimizerNode:
                 plan.read_into(full, live[key])
             else:
                 device = _device_of(key, group, parameter)
-                state[key] = plan.read_beside(full, parameter, device)
+                state[key] = plan.read_beside(
+                    full, parameter, device, is_count=key in _COUNTS
+                )
         plan.finishers.append(partial(self._set_state, parameter, state))
 
     def _set_state(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
@@ -367,6 +372,27 @@ class OptimizerNode:
             self._optimizer.state[parameter] = state
         else:
             self._optimizer.state.pop(parameter, None)
+
+
+# What torch's optimizers keep as plain tensors without dimensions, whatever the parameter
+# is; all else they keep like the parameter.
+_COUNTS = ("step", "eta", "mu", "mu_product")
+
+
+def _refuse_local_parts(full_name: str, value: Any, parameter: torch.Tensor) -> None:
+    """Refuse plain state of a parameter of which each rank has another part.
+
+    One rank's would be written, and given to all others. A single element is a count.
+    """
+    for name, tensor in tensors_in(value, full_name):
+        is_local = not tensors.is_sharded(tensor) and tensor.numel() > 1
+        if is_local and tensors.is_cut(parameter):
+            msg = (
+                f"{name}: a plain tensor of shape {list(tensor.shape)} beside a sharded "
+                "parameter: each rank holds its own part of it, and nothing tells which. "
+                "Keep it as a DTensor, like torch.zeros_like(parameter)."
+            )
+            raise UnsupportedError(msg)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -437,8 +463,12 @@ class StatefulNode:
         return state if type(state) in (dict, OrderedDict) else dict(state)
 
     def _live_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of its present state, to take the layout of."""
-        return _tensors_in(self._state(), self.path)
+        """Return the tensors of its present state, to take the layout of.
+
+        It may not have one yet, nor anything else than None to return for it.
+        """
+        state = self._stateful.state_dict()
+        return _tensors_in(dict(state), self.path) if isinstance(state, Mapping) else {}
 
 
 class ValueNode:

@@ -190,19 +190,31 @@ def _fsdp_over_nccl(rank, world_size, rendezvous, directory):
     torch.manual_seed(2 + rank)
     _train(model, optimizer, 2)
     path = _save(directory, model=model, optimizer=optimizer, rng=PerRank(RngState()))
+    saved = _in_full(model, optimizer)
     losses = _train(model, optimizer, 2)
     live, live_optimizer = _sharded(1, world_size)
     _restore(directory, path, model=live, optimizer=live_optimizer, rng=PerRank(RngState()))
     assert _train(live, live_optimizer, 2) == losses
     _assert_alike(live, live_optimizer, model, optimizer)
     dist.destroy_process_group()
-    return path
+    return path, saved
+
+
+def _in_full(model, optimizer):
+    """Return all that is trained, each tensor in full, as plain numbers by name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in {"": parameter, **optimizer.state[parameter]}.items():
+            # Torch puts together right what one dimension of a mesh cuts.
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            found[f"{name}/{key}"] = full.tolist()
+    return found
 
 
 def test_fsdp_over_nccl_trains_on_bit_for_bit(tmp_path):
     """One rank on each device; then the whole model in one process, on the CPU."""
     world_size = torch.cuda.device_count()
-    (path, *_) = values_of(
+    ((path, saved), *_) = values_of(
         run_ranks(
             _fsdp_over_nccl,
             world_size,
@@ -212,7 +224,10 @@ def test_fsdp_over_nccl_trains_on_bit_for_bit(tmp_path):
             process_group=False,
         )
     )
-    assert path is not None
+    live = _model(1, "cpu")
+    optimizer = torch.optim.AdamW(live.parameters(), lr=0.05)
+    Checkpoint(model=live, optimizer=optimizer).restore(path)
+    assert _in_full(live, optimizer) == saved
 
 
 def _on_one_device(rank, world_size, rendezvous, directory):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from distckpt import (
     CheckpointNotFound,
     ChecksumError,
     ConfigError,
+    DistckptError,
     FormatError,
     ManifestError,
     MismatchError,
@@ -26,6 +29,7 @@ from distckpt import (
     SaveFailed,
     StorageError,
     UnsupportedError,
+    layout,
     readers,
     storage,
 )
@@ -332,3 +336,120 @@ def test_a_mismatch_after_a_bad_checkpoint_tells_of_both(run_dir):
     assert "ckpt-2 is corrupt" in str(caught.value)
     assert "which hold a mixture now" in str(caught.value)
     assert "nothing of it was read" in str(caught.value)
+
+
+@contextmanager
+def _default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("by_manager", [False, True], ids=["alone", "manager"])
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: _default_device("meta"), torch.inference_mode],
+    ids=["meta", "inference"],
+)
+def test_modes_of_the_caller_do_not_decide_what_is_allocated(run_dir, mode, by_manager):
+    """A default device, inference mode: state comes back real, and can be trained on."""
+
+    class Averages:
+        def __init__(self, value):
+            self.state = {"average": value}
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    def make(value):
+        layer = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        averages = Averages(torch.full((4,), value))
+        transposed = torch.full((3, 2), value).t()
+        return Checkpoint(layer=layer, opt=optimizer, averages=averages, x=transposed)
+
+    def step(checkpoint):
+        for parameter in checkpoint.layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        checkpoint.opt.step()
+
+    saved, live = make(1.0), make(0.0)
+    step(saved)
+    with CheckpointManager(saved, run_dir, max_to_keep=None) as manager:
+        path = manager.save()
+    with mode():
+        if by_manager:
+            with CheckpointManager(live, run_dir, max_to_keep=None) as manager:
+                assert manager.restore_or_initialize() == path
+        else:
+            live.restore(path)
+    assert torch.equal(live.x, saved.x)
+    live.averages.state["average"] += 1
+    assert live.averages.state["average"].tolist() == [2.0] * 4
+    step(saved)
+    step(live)
+    assert torch.equal(live.layer.weight, saved.layer.weight)
+
+
+def _files_open_in(directory):
+    files = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    names = [os.readlink(file) for file in files if os.path.islink(file)]
+    return [name for name in names if name.startswith(directory)]
+
+
+@pytest.mark.parametrize("by_manager", [False, True], ids=["alone", "manager"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_error_of_user_code_while_planning_closes_what_is_open(run_dir, by_manager, error):
+    """This rank's own file is open by then; nothing is left so, and nothing is changed."""
+    import torch.distributed.tensor  # without it nothing is asked
+
+    class State:
+        directory = ""
+        found = ()
+
+        def state_dict(self):
+            if self.directory:
+                self.found = _files_open_in(self.directory)
+                raise error
+            return {"tensor": torch.zeros(3)}
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    def make(value):
+        own = PerRank(torch.full((2,), value))
+        return Checkpoint(x=torch.full((3,), value), state=State(), own=own)
+
+    live = make(0.0)
+    with CheckpointManager(make(1.0), run_dir, max_to_keep=None) as manager:
+        path = manager.save()
+    live.state.directory = readers.locate(path).directory
+    manager = CheckpointManager(live, run_dir, max_to_keep=None)
+    restoring = manager.restore_or_initialize if by_manager else partial(live.restore, path)
+    with pytest.raises((error, DistckptError)) as caught:
+        restoring()
+    assert error in (caught.type, type(caught.value.__cause__))
+    assert len(live.state.found) == 1
+    assert not _files_open_in(live.state.directory)
+    assert live.x.tolist() == [0] * 3 and live.own.value.tolist() == [0] * 2
+    manager.close()
+
+
+def test_where_a_tensor_lies_is_worked_out_once(run_dir, monkeypatch):
+    """Of many ranks' parts the list is long, and it was made to open their files."""
+    path = save(run_dir, a=torch.ones(3), b=torch.ones(2, 2))
+    asked = []
+    original = layout.Assignment.pieces_of
+
+    def pieces_of(assignment, name, box=None):
+        asked.append(name)
+        return original(assignment, name, box)
+
+    monkeypatch.setattr(layout.Assignment, "pieces_of", pieces_of)
+    Checkpoint(a=torch.zeros(3), b=torch.zeros(2, 2)).restore(path)
+    assert asked == ["a", "b"]

@@ -658,3 +658,17 @@ def test_tie_between_tensors_that_lie_otherwise_is_refused():
     first = sharded("v", (4, 4), mesh, ["S0"])
     with pytest.raises(ManifestError, match="'w' is not the same as 'v'"):
         check_table((first, sharded("w", (4, 4), mesh, ["S1"], same_as="v")))
+
+
+def test_pieces_of_a_whole_tensor_are_not_looked_through(monkeypatch):
+    """A process that reads all of it needs every piece; of an empty one, none."""
+    mesh = mesh_of((4,), [0, 1, 2, 3])
+    rows = tuple(
+        Row(name, "float32", shape, SHARDED, sharding=Sharding(mesh, ("S0",)))
+        for name, shape in (("full", (9, 5)), ("empty", (0, 5)))
+    )
+    assignment = Assignment([rows], [0] * 4)
+    monkeypatch.setattr(layout, "overlap", None)
+    assert assignment.pieces_of("full", whole((9, 5))) == assignment.pieces_of("full")
+    monkeypatch.undo()
+    assert assignment.pieces_of("empty", whole((0, 5))) == []

@@ -361,6 +361,33 @@ def test_fsdp1_and_zero_optimizer_are_refused_by_name(run_dir):
         save(run_dir, nested={"inner": nn.Sequential(sharded)})
 
 
+@pytest.mark.usefixtures("one_rank_group")
+def test_tensor_parallelism_under_ddp_is_refused_and_ddp_alone_is_not(run_dir):
+    """Before and after a forward pass, and where only what DDP wraps is tracked."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    # Plain DDP, over a part of a mesh, too, as in pipeline parallelism.
+    for number, part in enumerate((None, mesh["data"])):
+        alone = DistributedDataParallel(nn.Linear(2, 2), device_mesh=part)
+        alone(torch.ones(1, 2)).sum().backward()
+        path = save(f"{run_dir}-{number}", model=alone)
+        assert [*rows_of(path)] == ["model/weight", "model/bias"]
+
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    parallelize_module(inner, mesh["tensor"], {"0": ColwiseParallel()})
+    wrapped = DistributedDataParallel(inner, device_mesh=mesh["data"])
+    tracked = [wrapped, inner, nn.ModuleList([inner]), torch.compile(wrapped)]
+    for model in (*tracked, inner[0]):
+        with pytest.raises(UnsupportedError, match="model: tensor parallelism under DDP"):
+            save(run_dir, model=model)
+    wrapped(torch.ones(1, 2))
+    for model in tracked:
+        with pytest.raises(UnsupportedError, match=r"fully_shard \(FSDP2, or HSDP"):
+            save(run_dir, model=model)
+
+
 class Doubling(nn.Linear):
     """Shows its weight doubled in its state dict, and halves what it loads."""
 
@@ -448,6 +475,58 @@ def test_sharded_module_is_restored_into_a_sharded_one_a_plain_one_and_back(run_
             {k: getattr(v, "_local_tensor", v) for k, v in state.items()},
             {k: getattr(v, "_local_tensor", v) for k, v in optimizer.state[theirs].items()},
         )
+
+
+class Scaled(nn.Module):
+    """Has a parameter without dimensions."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(value))
+
+
+SCALING = {
+    "adamw": lambda p: torch.optim.AdamW(p, foreach=False),
+    "asgd": lambda p: torch.optim.ASGD(p, foreach=False),
+    "nadam": lambda p: torch.optim.NAdam(p, foreach=False),
+    "momentum": lambda p: torch.optim.SGD(p, momentum=0.9, foreach=False),
+}
+
+
+@pytest.mark.usefixtures("one_rank_group")
+@pytest.mark.parametrize("name", SCALING)
+@pytest.mark.parametrize("was_sharded", [False, True], ids=["plain", "sharded"])
+def test_state_of_a_parameter_without_dimensions_lies_as_if_trained(
+    run_dir, name, was_sharded
+):
+    """Counts and averages have one shape there; only their keys tell them apart."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    def make(value, sharded):
+        model = Scaled(value)
+        if sharded:
+            distribute_module(model, init_device_mesh("cpu", (1,)))
+        return model, SCALING[name](model.parameters())
+
+    def step(model, optimizer):
+        model.scale.grad = torch.full_like(model.scale, 0.5)
+        optimizer.step()
+        return {k: (type(v), float(v)) for k, v in optimizer.state[model.scale].items()}
+
+    model, optimizer = make(2.0, was_sharded)
+    step(model, optimizer)
+    save(run_dir, model=model, optimizer=optimizer)
+    live, live_optimizer = make(1.0, True)
+    restore(run_dir, model=live, optimizer=live_optimizer)
+    trained, its_optimizer = make(2.0, True)
+    step(trained, its_optimizer)
+    found = live_optimizer.state[live.scale]
+    assert {key: (type(value), float(value)) for key, value in found.items()} == {
+        key: (type(value), float(value))
+        for key, value in its_optimizer.state[trained.scale].items()
+    }
+    assert step(live, live_optimizer) == step(trained, its_optimizer)
 
 
 @pytest.mark.usefixtures("one_rank_group")

@@ -307,6 +307,23 @@ def test_ranks_that_are_no_mesh_are_refused(shape, ranks):
         mesh_of(shape, ranks)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": [2], "first": 10_000_000, "strides": [1]},
+        {"shape": [2], "first": 10**4299, "strides": [1]},
+        {"shape": [2], "first": 10**5000, "strides": [1]},
+        {"shape": [2], "ranks": [0, 10**5000]},
+        {"shape": [3], "ranks": [10**5000, 0, 1]},
+    ],
+    ids=range(5),
+)
+def test_rank_beyond_all_others_is_refused_without_spelling_it(fields):
+    """Python refuses to write numbers of that length, and messages add to them."""
+    with pytest.raises(ManifestError, match="a rank of 10000000 or more"):
+        mesh_from_json(fields)
+
+
 def test_mesh_hashes_without_its_whole_list():
     """Every row of a table asks for it."""
     mesh = mesh_of((3,), [2, 0, 1])

@@ -442,6 +442,16 @@ def test_any_object_with_a_state_dict_gets_back_what_it_gave(run_dir):
     assert live.num_loads == 1
 
 
+def test_object_that_has_no_state_yet_is_given_one(run_dir):
+    """Also where its tensors may have to be sharded, so that it is asked for its own."""
+    import torch.distributed.tensor
+
+    save(run_dir, loader=Loader({"tensor": torch.arange(4)}))
+    live = Loader()
+    restore(run_dir, loader=live)
+    assert_same(live.state, {"tensor": torch.arange(4)})
+
+
 def test_state_dict_is_loaded_only_when_everything_fits(run_dir):
     """User code does not run in a restore that is refused."""
     save(run_dir, loader=Loader({"n": 1}), weight=torch.zeros(2))

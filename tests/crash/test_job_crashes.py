@@ -1,0 +1,223 @@
+"""Real ranks, one of them killed at every call: the other says what is true, in time.
+
+By default each call is struck once: before, in the middle of and after it by turns. With
+``DISTCKPT_EVERY_CRASH=1`` in the environment everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from statistics import median
+
+import pytest
+from job_scenario import (
+    EVERYTHING,
+    SCENARIOS,
+    Crash,
+    Figures,
+    Notes,
+    Scenario,
+    Template,
+    Told,
+    Wrong,
+    changes_the_disk,
+    check_come_back,
+    check_listing,
+    check_whole,
+    count_calls,
+    every_place,
+    one_place_each,
+)
+
+from distckpt.chief import Chief
+from distckpt.janitor import remove_published
+
+# Hundreds of jobs; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(900)
+
+LATE_SECONDS = 1.0
+# Starting many processes at once slows all of them down on a small machine.
+AT_A_TIME = 2
+
+(SAVE_AND_RELEASE,) = (one for one in SCENARIOS if one.name == "save-release")
+
+
+@dataclass
+class KillFigures(Figures):
+    """What came of the kills, and what the survivors were told."""
+
+    seconds: list[float] = field(default_factory=list)
+    said: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{text} {num}" for text, num in sorted(self.said.items()))
+        return (
+            f"{super().__str__()}; named {median(self.seconds):.2f} s (median) to "
+            f"{max(self.seconds):.2f} s after the kill; outcome said: {said}"
+        )
+
+
+class Stage:
+    """Where jobs are played, each in a directory of its own."""
+
+    def __init__(self, scratch: str, world_size: int) -> None:
+        self._scratch = scratch
+        self._world_size = world_size
+        self._template = Template(scratch, world_size)
+
+    def kills(
+        self,
+        scenario: Scenario,
+        victim: int,
+        *,
+        everywhere: bool = EVERYTHING,
+        spoil: Callable[[], None] | None = None,
+    ) -> list[Crash]:
+        """List the kills of one rank at all calls that it makes in a scenario."""
+        job = (self._world_size, scenario, victim)
+        calls = count_calls(self._scratch, self._template, *job, spoil)
+        chosen = every_place(calls) if everywhere else one_place_each(calls)
+        return [
+            Crash(scenario, self._world_size, victim, point, spoil=spoil)
+            for point in chosen
+        ]
+
+    def kills_in_the_commit(
+        self, *, everywhere: bool = EVERYTHING, spoil: Callable[[], None] | None = None
+    ) -> list[Crash]:
+        """List the kills of the chief while it commits."""
+        kills = self.kills(SAVE_AND_RELEASE, 0, everywhere=everywhere, spoil=spoil)
+        points = [(crash, crash.point) for crash in kills if crash.point is not None]
+        return [
+            crash
+            for crash, point in points
+            if point.phase == "WRITE"
+            and (point.deciding or point.name in ("vote", "answer"))
+        ]
+
+    def play_all(self, crashes: Sequence[Crash]) -> KillFigures:
+        """Play them, a few at a time; what was late is tried again with less going on."""
+        figures = KillFigures(points=len(crashes))
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            seconds = list(pool.map(lambda crash: self._play(figures, crash), crashes))
+        for index, crash in enumerate(crashes):
+            if seconds[index] > LATE_SECONDS:
+                seconds[index] = self._play(figures, crash)
+            if seconds[index] > LATE_SECONDS:
+                figures.wrong.append(f"{crash}: named after {seconds[index]:.2f} s")
+        figures.seconds = seconds
+        return figures
+
+    def _play(self, figures: KillFigures, crash: Crash) -> float:
+        """Play one and file what it finds; returns after how long all had noticed."""
+        folder = tempfile.mkdtemp(dir=self._scratch)
+        late = [0.0]
+        figures.check(crash, lambda: late.append(self._kill(figures, crash, folder)))
+        shutil.rmtree(folder)
+        return late[-1]
+
+    def _kill(self, figures: KillFigures, crash: Crash, folder: str) -> float:
+        directory, notes = os.path.join(folder, "run"), Notes(os.path.join(folder, "notes"))
+        self._template.prepare(directory, crash.scenario)
+        results = crash.play(directory, notes)
+        ((_, killed_at),) = notes.read("struck")
+        known = self._template.attempts
+        is_listed = check_listing(directory, crash.scenario, known, notes)
+        seconds = []
+        for rank, result in enumerate(results):
+            if rank == crash.victim:
+                continue
+            _demand(result.ok, result)
+            seen = [Told(*one) for one in result.value[0]]
+            _check_told(crash, seen, is_listed)
+            seconds.append(seen[-1].ended - max(killed_at, seen[-1].began))
+            outcome = _outcome_said(crash.scenario, seen)
+            figures.said[outcome] = figures.said.get(outcome, 0) + 1
+        if EVERYTHING or changes_the_disk(crash.point):
+            check_come_back(directory, crash.world_size, crash.scenario, is_listed)
+        else:
+            check_whole(directory)  # a point beside it lets a job come back
+        return max(seconds)
+
+
+def _check_told(crash: Crash, seen: Sequence[Told], is_listed: bool) -> None:
+    """Check that a survivor names the victim, and what it says of the save."""
+    last = seen[-1]
+    _demand(last.is_broken, f"nobody was missed: {seen}")
+    _demand(last.ranks == (crash.victim,), f"{last.ranks} blamed: {last.text}")
+    _demand(f"rank {crash.victim}" in last.text, last.text)
+    truth = {"committed": is_listed, "not committed": not is_listed}
+    outcome = _outcome_said(crash.scenario, seen)
+    _demand(truth.get(outcome, True), f"said {outcome}, {is_listed=}: {seen[0].text}")
+
+
+def _outcome_said(scenario: Scenario, seen: Sequence[Told]) -> str:
+    """Tell what a rank was told about its save."""
+    if not scenario.saves:
+        return "nothing"
+    saved = seen[0]
+    if saved.kind == "ok":
+        return "committed"
+    return {True: "committed", False: "not committed", None: "unknown"}[saved.committed]
+
+
+def _demand(condition: bool, found: object) -> None:
+    if not condition:
+        raise Wrong(f"{found!s:.1500}")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_rank_killed_at_every_call_is_named_and_nothing_is_lost(
+    scratch: str, report_figures: Callable[[str], None], scenario: Scenario
+):
+    """The chief or the other; what is said of the save is true, and a fresh job goes on."""
+    stage = Stage(scratch, 2)
+    crashes = [crash for victim in (0, 1) for crash in stage.kills(scenario, victim)]
+    figures = stage.play_all(crashes)
+    report_figures(str(figures))
+    figures.demand_zeros()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_chief_killed_in_the_commit_is_said_to_have_committed_or_unknown(
+    scratch: str, report_figures: Callable[[str], None], world_size: int
+):
+    """Never that it failed, once it may be on the disk: at every call of the commit."""
+    stage = Stage(scratch, world_size)
+    crashes = stage.kills_in_the_commit(everywhere=EVERYTHING or world_size == 2)
+    figures = stage.play_all(crashes)
+    report_figures(str(figures))
+    figures.demand_zeros()
+    assert "not committed" not in figures.said
+    assert figures.said["committed"] and figures.said["unknown"]
+
+
+# The tests themselves: a protocol with one step wrong must be found out.
+
+
+def delete_before_the_commit() -> None:
+    """Delete what the record is about to release: the classical mistake."""
+    honest = Chief._append_commit
+
+    def hasty(self, attempt, *rest):
+        for entry in self._live[:-1]:
+            remove_published(self._directory, entry.attempt)
+        honest(self, attempt, *rest)
+
+    Chief._append_commit = hasty
+
+
+def test_chief_killed_after_a_deletion_before_the_commit_is_found(
+    scratch: str, report_figures: Callable[[str], None]
+):
+    """Real ranks find it out, too."""
+    stage = Stage(scratch, 2)
+    crashes = stage.kills_in_the_commit(spoil=delete_before_the_commit)
+    figures = stage.play_all(crashes[::2])
+    report_figures(str(figures))
+    assert figures.torn

@@ -1,0 +1,263 @@
+"""Two incarnations of one job, switched twice, at every two calls of either.
+
+One makes i calls, then the other j calls, then the first goes on to its end, then the
+other to its: all i, all j. Both do the same: claim, read what a restore would, save,
+release. So it makes no difference which of them begins, and these are all schedules with
+two switches. At each switch, and at the end, a bystander restores, too.
+
+Not tried by default: switches just before a call that has nothing to do with anybody else,
+such as a write into an open file; there the switch may as well come after it. With
+``DISTCKPT_EVERY_CRASH=1`` in the environment they are tried as well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import current_thread
+from typing import Any
+
+import pytest
+from scenario import (
+    Journal,
+    Listing,
+    Lost,
+    Saved,
+    Torn,
+    after_commit,
+    claim,
+    claim_and_check_clean,
+    in_workers,
+    make_chief,
+    save,
+    unlisted,
+)
+from storage_calls import Call
+from test_fencing import NEW, OLD, Actor, Duel
+
+from distckpt import paths, readers, state
+from distckpt.errors import DistckptError
+from distckpt.record import COMMIT, Record
+from distckpt.verify import verify_attempt
+
+# Thousands of schedules; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(900)
+
+EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
+# Files that are read are never changed, those that are written nobody else opens, and the
+# run directory stays where it is.
+_PRIVATE = {
+    *("NewFile.write_at", "NewFile.finish", "OpenFile.read_into", "OpenFile.close"),
+    *("free_bytes", "is_directory", "make_directories"),
+}
+
+
+def _is_private(call: Call) -> bool:
+    """Tell whether a call neither sees nor changes what another manager does."""
+    if call.name == "sync_directory":
+        return paths.parse_pending(os.path.basename(call.arguments[0])) is None
+    return call.name in _PRIVATE
+
+
+@dataclass(frozen=True)
+class Template:
+    """A run directory with two checkpoints, and how it came to be."""
+
+    directory: str
+    saved: Listing
+    history: tuple[Record, ...]
+
+    @staticmethod
+    def make(scratch: str) -> Template:
+        """Make it; its manager is gone afterwards."""
+        directory = os.path.join(scratch, "template")
+        chief = make_chief(directory)
+        claim(chief)
+        journal = Journal(os.path.join(scratch, "journal"), ())
+        saved = tuple(save(chief, directory, journal, seed) for seed in (1, 2))
+        journal.close()
+        chief.close()
+        records = os.path.join(directory, paths.RECORDS_DIRECTORY)
+        numbers = sorted(filter(None, map(paths.parse_record_file, os.listdir(records))))
+        history = tuple(state._read(directory, number).record for number in numbers)
+        return Template(directory, saved, history)
+
+
+@dataclass(slots=True)
+class Incarnation(Actor):
+    """A job that claims, restores, saves and releases."""
+
+    def live(self, directory: str) -> None:
+        """Do all of it, until fenced."""
+        self.chief = make_chief(directory)
+        claim(self.chief)
+        newest = self.chief.candidates[0]
+        report = verify_attempt(
+            os.path.join(directory, newest.attempt.published), newest.manifest
+        )
+        if not report.ok:
+            self.wrong.append(f"restore: {report}")
+        for seed, number in self.tasks:
+            if not self._save(directory, seed, number):
+                break
+
+
+class Interleaving(Duel):
+    """One schedule of two switches.
+
+    Attributes:
+        calls: Of each, whether they are private.
+        seen: What the bystander found wrong.
+    """
+
+    def __init__(
+        self, directory: str, template: Template, stops: Mapping[str, set[int]]
+    ) -> None:
+        super().__init__(directory, stops)
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(template.directory, directory)
+        self.actors = {
+            OLD: Incarnation(OLD, [(11, None)]),
+            NEW: Incarnation(NEW, [(12, None)]),
+        }
+        self.actors[OLD].tried = list(template.saved)
+        self.actors[OLD].committed = list(template.saved)
+        self.history = list(template.history)
+        self.calls: dict[str, list[bool]] = {OLD: [], NEW: []}
+        self.seen: list[str] = []
+        self._stops = stops
+        self._is_looking = False
+
+    def _hook(self, call: Call) -> Any:
+        calls = self.calls.get(current_thread().name)
+        if calls is None or self._is_looking:
+            return call.run()
+        if len(calls) in self._stops.get(current_thread().name, ()):
+            self._look()
+        calls.append(_is_private(call))
+        return super()._hook(call)
+
+    def _look(self) -> None:
+        """Restore as a bystander does: all that is committed, whole."""
+        self._is_looking = True
+        try:
+            self._check_listed(self._listing())
+        except (AssertionError, DistckptError) as error:
+            self.seen.append(f"{type(error).__name__}: {error}")
+        self._is_looking = False
+
+    def _check_listed(self, listing: Listing) -> None:
+        record = readers.read_record(self.directory)
+        assert record is not None
+        names = [entry.attempt.published for entry in record.live]
+        if names != [saved.published for saved in listing]:
+            raise Lost(f"listed {names}, expected {listing}")
+        for entry in record.live:
+            path = os.path.join(self.directory, entry.attempt.published)
+            report = verify_attempt(path, entry.manifest)
+            if not report.ok or report.foreign:
+                raise Torn(str(report))
+
+    def _listing(self) -> Listing:
+        tried = (*self.actors[OLD].tried, *self.actors[NEW].tried)
+        saved_by_name = {saved.published: saved for saved in tried}
+        listing: Listing = ()
+        for record in self.history:
+            if record.action == COMMIT:
+                newest: Saved = saved_by_name[record.live[-1].attempt.published]
+                listing = after_commit(listing, newest)
+        return listing
+
+    def check(self) -> None:
+        """Check what the bystander saw, and all that is there at the end."""
+        wrong = [*self.seen, *self.actors[OLD].wrong, *self.actors[NEW].wrong]
+        if wrong:
+            raise Lost("; ".join(wrong))
+        listing = self._check_history()
+        self._check_fences()
+        self._check_listed(listing)
+        record = readers.read_record(self.directory)
+        if unlisted(self.directory, record):
+            claim_and_check_clean(self.directory)
+
+
+@dataclass
+class Figures:
+    """What came of the schedules."""
+
+    schedules: int = 0
+    fenced: int = 0
+    torn: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    unopenable: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedules} schedules, {self.fenced} with a fenced one, "
+            f"{len(self.torn)} torn, {len(self.lost)} lost, {len(self.hung)} hung, "
+            f"{len(self.unopenable)} not reopenable"
+        )
+
+
+def _play(
+    figures: Figures, folder: str, template: Template, i: int, j: int | None
+) -> list[bool]:
+    """Play one schedule; returns the calls that the second one made."""
+    stops = {OLD: {i}, NEW: set() if j is None else {j}}
+    duel = Interleaving(os.path.join(folder, "run"), template, stops)
+    where = f"switched before calls {i} and {j}"
+    duel.run()
+    figures.schedules += 1
+    figures.fenced += any(actor.fenced for actor in duel.actors.values())
+    try:
+        duel.check()
+    except Torn as error:
+        figures.torn.append(f"{where}: {error}")
+    except Lost as error:
+        is_hung = "for ever" in str(error)
+        (figures.hung if is_hung else figures.lost).append(f"{where}: {error}")
+    except DistckptError as error:
+        figures.unopenable.append(f"{where}: {type(error).__name__}: {error}")
+    finally:
+        duel.close()
+    return duel.calls[NEW]
+
+
+def _switches(calls: list[bool]) -> list[int]:
+    return [index for index, is_private in enumerate(calls) if EVERYTHING or not is_private]
+
+
+@pytest.mark.parametrize("kept_records", [64, 1] if EVERYTHING else [64])
+def test_every_schedule_with_two_switches_loses_nothing(
+    scratch: str,
+    report_figures: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kept_records: int,
+):
+    """Whatever two incarnations do to each other, one history comes of it, all whole."""
+    template = Template.make(scratch)
+    monkeypatch.setattr(state, "_KEPT_RECORDS", kept_records)
+
+    def work(folder: str, i: int) -> dict[str, Any]:
+        figures = Figures()
+        calls = _play(figures, folder, template, i, None)
+        for j in _switches(calls):
+            _play(figures, folder, template, i, j)
+        return vars(figures)
+
+    alone = Interleaving(os.path.join(scratch, "counted"), template, {})
+    alone.run()
+    alone.check()
+    alone.close()
+    total = Figures()
+    firsts = _switches(alone.calls[OLD])
+    for found in in_workers(scratch, firsts, work):
+        for name, value in found.items():
+            setattr(total, name, getattr(total, name) + value)
+    report_figures(f"{total}; {len(alone.calls[OLD])} calls, {len(firsts)} switched at")
+    wrong = [*total.torn, *total.lost, *total.hung, *total.unopenable]
+    assert not wrong, "\n".join([str(total), *wrong[:5]])
+    assert total.schedules > 2000 and total.fenced > 500
