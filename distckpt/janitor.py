@@ -136,6 +136,11 @@ def _sweep_name(
     probed_in = paths.parse_probe_file(name)
     # Never an epoch at or above our own: it may belong to a chief that fenced us.
     if unfinished is not None and unfinished.epoch < epoch:
+        if name == unfinished.pending:
+            # Out of its writer's reach first: a stopped one that goes on would publish
+            # what is left of it, which nobody could tell from a foreign attempt.
+            path = os.path.join(directory, unfinished.trash)
+            storage.rename(os.path.join(directory, name), path)
         storage.remove_tree(path)
     elif probed_in is not None and probed_in < epoch:
         storage.remove_file(path)

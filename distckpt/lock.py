@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
 
-from distckpt import paths, storage
+from distckpt import paths
+from distckpt.calls import watched
 
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
@@ -50,7 +51,7 @@ class DirectoryLock:
         deadline = time.monotonic() + wait_seconds
         while True:
             try:
-                with storage.watched("lock", self._key):
+                with watched("lock", self._key):
                     self._lock.acquire(timeout=0)
             except Timeout:
                 if time.monotonic() >= deadline:
@@ -64,7 +65,7 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let go; harmless if it is not held."""
-        with storage.watched("unlock", self._key):
+        with watched("unlock", self._key):
             self._lock.release(force=True)
         if _held_here.get(self._key) is self:
             del _held_here[self._key]

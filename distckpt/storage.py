@@ -8,8 +8,7 @@ kernel has already dropped the pages, and a second call would report success.
 A file that is read is never a link, and never blocks as a FIFO would; deleting works
 relative to open directories, so that nothing outside them can be reached.
 
-A call into a filesystem can hang for ever, and nothing can end it. So a thread's calls can
-be watched from another one (``Calls``), which then need not wait for them.
+Every call can be seen by other threads while it runs (``calls.py``).
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import errno
 import os
 import shutil
 import stat
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
+from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
 
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -33,49 +31,6 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOL
 _MAX_BUFFERS = 1024
 _MAX_CALL_BYTES = 16 * 2**20
 _SYNC_BYTES = 2**30
-
-
-class Call(NamedTuple):
-    """One call into the filesystem: what, on what, since when (``time.monotonic``)."""
-
-    operation: str
-    path: str
-    since: float
-
-
-class Calls:
-    """The calls of one thread, for other threads to see.
-
-    Attributes:
-        current: The call that the thread is in, if any.
-        num_finished: How many came back.
-        stopped: Set by another thread: the next call fails instead of being made.
-    """
-
-    def __init__(self) -> None:
-        self.current: Call | None = None
-        self.num_finished = 0
-        self.stopped = False
-
-    def begin(self, operation: str, path: str) -> None:
-        """Note that a call begins."""
-        if self.stopped:
-            msg = f"{operation} {path}: not done, nobody waits for it any more."
-            raise StorageError(msg, operation=operation, path=path)
-        self.current = Call(operation, path, time.monotonic())
-
-    def end(self) -> None:
-        """Note that it came back, well or not."""
-        self.current = None
-        self.num_finished += 1
-
-
-_thread = threading.local()
-
-
-def watch_this_thread(calls: Calls) -> None:
-    """Note all further calls of this thread; for the thread's whole life."""
-    _thread.calls = calls
 
 
 def make_directory(path: str) -> None:
@@ -367,19 +322,6 @@ def _batches(
             size += len(part)
     if batch:
         yield batch
-
-
-@contextmanager
-def watched(operation: str, path: str) -> Iterator[None]:
-    """Let a call be seen from other threads while it runs."""
-    calls: Calls | None = getattr(_thread, "calls", None)
-    if calls is not None:
-        calls.begin(operation, path)
-    try:
-        yield
-    finally:
-        if calls is not None:
-            calls.end()
 
 
 @contextmanager

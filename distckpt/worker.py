@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from distckpt import storage
+from distckpt import calls
 from distckpt.errors import StorageTimeout
 
 _Result = TypeVar("_Result")
@@ -139,7 +139,7 @@ class Worker:
                 raise StorageTimeout(msg, operation=call.operation, path=call.path)
 
     @property
-    def current_call(self) -> storage.Call | None:
+    def current_call(self) -> calls.Call | None:
         """The call into the filesystem that is under way, if any."""
         return None if self._last is None else self._last.calls.current
 
@@ -152,13 +152,13 @@ class _Task(Generic[_Result]):
         self._result: _Result | None = None
         self._error: BaseException | None = None
         self._begun = threading.Event()
-        self.calls = storage.Calls()
+        self.calls = calls.Calls()
         self.done = threading.Event()
 
     def run(self) -> None:
         """Run the body; called by the thread."""
         self._begun.set()
-        storage.watch_this_thread(self.calls)
+        calls.watch_this_thread(self.calls)
         try:
             assert self._body is not None
             self._result = self._body()

@@ -17,8 +17,8 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous"},
-    1: {"values", "record", "sharding", "storage", "messages", "modules", "line"},
-    2: {"layout", "lock"},
+    1: {"values", "record", "sharding", "messages", "modules", "line"} | {"calls"},
+    2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker"},
     4: {"shard_file", "janitor", "leaves", "restore_plan", "waiting"},
@@ -38,6 +38,7 @@ TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
+    *{"calls"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
 }
 

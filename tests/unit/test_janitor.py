@@ -211,3 +211,25 @@ def test_sweep_goes_on_after_one_that_cannot_be_deleted(tmp_path, janitor):
     janitor.sweep(3, CHAIN, [])
     wait(janitor)
     assert not (tmp_path / make_attempt(2, epoch=1).pending).exists()
+
+
+def test_sweep_takes_an_attempt_out_of_its_writers_reach_first(
+    tmp_path, janitor, monkeypatch
+):
+    """A stopped chief that wakes up in the sweep must not publish what is left of it."""
+    attempt = make_attempt(1, epoch=1)
+    make_directory(tmp_path, attempt.pending)
+    remove_tree, woken = storage.remove_tree, []
+
+    def publish_first(path):
+        try:
+            os.rename(tmp_path / attempt.pending, tmp_path / attempt.published)
+        except FileNotFoundError as error:
+            woken.append(error)
+        remove_tree(path)
+
+    monkeypatch.setattr(storage, "remove_tree", publish_first)
+    janitor.sweep(2, CHAIN, [])
+    wait(janitor)
+    assert len(woken) == 1
+    assert os.listdir(tmp_path) == [".state"]
