@@ -140,6 +140,8 @@ def _sweep_name(
             # Out of its writer's reach first: a stopped one that goes on would publish
             # what is left of it, which nobody could tell from a foreign attempt.
             path = os.path.join(directory, unfinished.trash)
+            if storage.exists(path):
+                storage.remove_tree(path)
             storage.rename(os.path.join(directory, name), path)
         storage.remove_tree(path)
     elif probed_in is not None and probed_in < epoch:

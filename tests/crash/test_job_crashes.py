@@ -1,6 +1,6 @@
 """Real ranks, one of them killed at every call: the other says what is true, in time.
 
-By default every other call is struck, once: before, in the middle of and after it by turns.
+By default every fourth call is struck, once: before, in the middle of and after it by turns.
 With ``DISTCKPT_EVERY_CRASH=1`` in the environment all are, everywhere.
 """
 
@@ -81,7 +81,7 @@ class Stage:
         """List the kills of one rank at all calls that it makes in a scenario."""
         job = (self._world_size, scenario, victim)
         calls = count_calls(self._scratch, self._template, *job, spoil)
-        chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::2]
+        chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::4]
         return [
             Crash(scenario, self._world_size, victim, point, spoil=spoil)
             for point in chosen

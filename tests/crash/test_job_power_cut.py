@@ -86,7 +86,7 @@ class Stage:
             for victim in (0, 1):
                 calls = count_calls(self._scratch, self._template, 2, scenario, victim)
                 calls = [point for point in calls if changes_the_disk(point)]
-                chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::2]
+                chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::4]
                 found += [(scenario, 2, victim, point) for point in chosen]
         modes = (LOG_LOST, LOG_FLUSHED)
         return [

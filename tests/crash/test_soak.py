@@ -19,7 +19,7 @@ def test_soak_for_half_a_minute_loses_nothing(
     tmp_path: Path, report_figures: Callable[[str], None]
 ):
     """Replicated and sharded, it goes on from the newest acknowledged, and says so."""
-    command = [sys.executable, str(ROOT / "launch" / "soak.py"), "--minutes", "0.5"]
+    command = [sys.executable, str(ROOT / "launch" / "soak.py"), "--minutes", "0.4"]
     command += ["--ranks", "2", "--seed", "7", "--directory", str(tmp_path / "soak")]
     soak = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
