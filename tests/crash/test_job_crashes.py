@@ -217,7 +217,7 @@ def test_chief_killed_after_a_deletion_before_the_commit_is_found(
 ):
     """Real ranks find it out, too."""
     stage = Stage(scratch, 2)
-    crashes = stage.kills_in_the_commit(spoil=delete_before_the_commit)
+    crashes = stage.kills_in_the_commit(everywhere=True, spoil=delete_before_the_commit)
     figures = stage.play_all(crashes[::2])
     report_figures(str(figures))
     assert figures.torn

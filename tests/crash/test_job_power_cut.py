@@ -1,8 +1,8 @@
 """The power is cut in the middle of real saves of real ranks, on a real filesystem.
 
-By default each call that changes the disk is cut once: before, in the middle of and after
-it by turns, alternately with the journal kept or lost. With ``DISTCKPT_EVERY_CRASH=1`` in
-the environment everywhere, both ways.
+By default every fourth call that changes the disk is cut, once: before, in the middle of and
+after it by turns, alternately with the journal kept or lost. With ``DISTCKPT_EVERY_CRASH=1``
+in the environment all are, everywhere, both ways.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
     figures = stage.play_all(stage.cuts())
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.points > 100 and figures.acknowledged > figures.points
+    assert figures.points > 30 and figures.acknowledged > figures.points
 
 
 def do_not_sync_files() -> None:
@@ -162,6 +162,6 @@ def test_power_cut_in_a_job_without_file_fsync_is_found(
     """The cuts are real."""
     stage = Stage(scratch)
     cuts = stage.cuts(spoil=do_not_sync_files)
-    figures = stage.play_all(cuts[1::8])  # with the journal kept: names without content
+    figures = stage.play_all(cuts[1::4])  # with the journal kept: names without content
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable
