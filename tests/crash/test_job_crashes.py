@@ -1,7 +1,7 @@
 """Real ranks, one of them killed at every call: the other says what is true, in time.
 
-By default every fourth call is struck, once: before, in the middle of and after it by turns.
-With ``DISTCKPT_EVERY_CRASH=1`` in the environment all are, everywhere.
+By default every fourth call is struck, once: before, in the middle of and after it by
+turns. With ``DISTCKPT_EVERY_CRASH=1`` in the environment all are, everywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The power is cut in the middle of real saves of real ranks, on a real filesystem.
 
-By default every fourth call that changes the disk is cut, once: before, in the middle of and
-after it by turns, alternately with the journal kept or lost. With ``DISTCKPT_EVERY_CRASH=1``
-in the environment all are, everywhere, both ways.
+By default every fourth call that changes the disk is cut, once: before, in the middle of
+and after it by turns, alternately with the journal kept or lost. With
+``DISTCKPT_EVERY_CRASH=1`` in the environment all are, everywhere, both ways.
 """
 
 from __future__ import annotations
