@@ -6,7 +6,8 @@ release. So it makes no difference which of them begins, and these are all sched
 two switches. At each switch, and at the end, a bystander restores, too.
 
 By default i is every eighth call, and there is no switch just before a call that has
-nothing to do with anybody else, such as a write into an open file: it may as well come after that.
+nothing to do with anybody else, such as a write into an open file: it may as well come
+after that.
 With ``DISTCKPT_EVERY_CRASH=1`` in the environment all i and all j are tried.
 """
 
