@@ -7,8 +7,7 @@ two switches. At each switch, and at the end, a bystander restores, too.
 
 By default i is every eighth call, and there is no switch just before a call that has
 nothing to do with anybody else, such as a write into an open file: it may as well come
-after that.
-With ``DISTCKPT_EVERY_CRASH=1`` in the environment all i and all j are tried.
+after that. With ``DISTCKPT_EVERY_CRASH=1`` in the environment all i and all j are tried.
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ pytestmark = pytest.mark.timeout(900)
 EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
 # How many calls of the first one are shared out at once: workers have a time limit.
 _AT_ONCE = 26
-# They only note what another call does.
-_BOOKKEEPING = ("watched", "watch_this_thread")
 # Files that are read are never changed, those that are written nobody else opens, and the
 # run directory stays where it is.
 _PRIVATE = {
@@ -137,7 +134,7 @@ class Interleaving(Duel):
 
     def _hook(self, call: Call) -> Any:
         calls = self.calls.get(current_thread().name)
-        if calls is None or self._is_looking or call.name in _BOOKKEEPING:
+        if calls is None or self._is_looking:
             return call.run()
         if len(calls) in self._stops.get(current_thread().name, ()):
             self._look()
