@@ -53,9 +53,15 @@ class Calls:
 _thread = threading.local()
 
 
-def watch_this_thread(calls: Calls) -> None:
-    """Note all further calls of this thread; for the thread's whole life."""
+@contextmanager
+def watch_this_thread(calls: Calls) -> Iterator[None]:
+    """Note all calls that this thread makes meanwhile."""
+    before = getattr(_thread, "calls", None)
     _thread.calls = calls
+    try:
+        yield
+    finally:
+        _thread.calls = before
 
 
 @contextmanager

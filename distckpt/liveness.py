@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ def _host() -> str:
     return socket.gethostname()
 
 
-class _Loop:
+class _Loop(ABC):
     """What both sides have in common: the thread, the verdict, progress."""
 
     def __init__(self, where: Callable[[], Place]) -> None:
@@ -202,18 +203,21 @@ class _Loop:
 
     # What the sides do differently
 
+    @abstractmethod
     def _send(self, message: Mapping[str, object]) -> None:
         """Send to whom this side is connected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ask(self, place: Place, broken: bool) -> None:
-        raise NotImplementedError
+        """Have the roll called for this rank."""
 
+    @abstractmethod
     def _no_word(self) -> Verdict | str:
-        raise NotImplementedError
+        """Say what it means that the chief's thread has not answered in time."""
 
+    @abstractmethod
     def _close(self) -> None:
-        raise NotImplementedError
+        """Close all connections."""
 
     # The thread
 

@@ -158,10 +158,10 @@ class _Task(Generic[_Result]):
     def run(self) -> None:
         """Run the body; called by the thread."""
         self._begun.set()
-        calls.watch_this_thread(self.calls)
         try:
             assert self._body is not None
-            self._result = self._body()
+            with calls.watch_this_thread(self.calls):
+                self._result = self._body()
         except BaseException as error:
             self._error = error
         self._body = None  # and what it holds: tensors, files

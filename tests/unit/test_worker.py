@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from distckpt import storage
+from distckpt import calls, storage
 from distckpt.errors import StorageError, StorageTimeout
 from distckpt.worker import Worker
 
@@ -159,6 +159,23 @@ def test_without_a_thread_to_be_had_the_work_is_done_all_the_same(monkeypatch):
     with pytest.raises(KeyError):
         worker.finish(lambda: {}["x"])
     assert worker.finish(lambda: 6) == 6
+
+
+def test_work_on_the_callers_own_thread_leaves_no_mark_on_it(monkeypatch, tmp_path):
+    """What is given up there must not stop the caller's later calls."""
+
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    tasks = []
+
+    def body():
+        tasks.append(calls._thread.calls)
+
+    Worker(1.0).run(body, lambda _: None)
+    tasks[0].stopped = True
+    assert storage.exists(str(tmp_path))
 
 
 def test_filling_tensors_waits_for_what_another_manager_has_left_behind():
