@@ -164,6 +164,8 @@ class _Loop(ABC):
         line.close_in_children(self._wake_in)
         line.close_in_children(self._wake_out)
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._do_jobs)
+        # When to do what, if nothing has arrived that changes it.
+        self._alarm: tuple[float, Callable[[], None]] | None = None
         self._jobs: list[Callable[[], None]] = []
         self._stopping = False
         self._thread = threading.Thread(
@@ -237,8 +239,8 @@ class _Loop(ABC):
             while not self._stopping:
                 for key, _ in self._selector.select(self._seconds_left()):
                     key.data()
-                if self._seconds_left() == 0:
-                    self._at_deadline()
+                if self._alarm is not None and self._seconds_left() == 0:
+                    self._alarm[1]()
         finally:
             self._close()
             self._selector.close()
@@ -246,10 +248,7 @@ class _Loop(ABC):
             self._wake_out.close()
 
     def _seconds_left(self) -> float | None:
-        return None
-
-    def _at_deadline(self) -> None:
-        """Called when no seconds are left."""
+        return None if self._alarm is None else max(0.0, self._alarm[0] - time.monotonic())
 
     def _take_word(self, word: str | None) -> None:
         self._word = word
@@ -333,7 +332,6 @@ class _Roll:
     """A roll call under way."""
 
     number: int
-    deadline: float
     askers: list[_Asker]
     places: dict[int, Place] = field(default_factory=dict)
 
@@ -454,26 +452,18 @@ class _ChiefLoop(_Loop):
             self._roll.askers.append(asker)
             return
         self._num_rolls += 1
-        deadline = time.monotonic() + _ROLL_SECONDS
-        self._roll = _Roll(self._num_rolls, deadline, [asker], {0: self._where()})
-        self._send({"roll": self._num_rolls})
-        self._end_roll_if_complete(self._roll)
-
-    def _seconds_left(self) -> float | None:
-        if self._roll is None:
-            return None
-        return max(0.0, self._roll.deadline - time.monotonic())
-
-    def _at_deadline(self) -> None:
-        assert self._roll is not None
-        self._end_roll(self._roll)
+        roll = self._roll = _Roll(self._num_rolls, [asker], {0: self._where()})
+        self._alarm = (time.monotonic() + _ROLL_SECONDS, lambda: self._end_roll(roll))
+        self._send({"roll": roll.number})
+        self._end_roll_if_complete(roll)
 
     def _end_roll_if_complete(self, roll: _Roll) -> None:
-        if len(roll.places) + len(self._closed) == self._world_size:
+        # Not a sum: a rank may answer first and close its manager then.
+        if len({*roll.places, *self._closed}) == self._world_size:
             self._end_roll(roll)
 
     def _end_roll(self, roll: _Roll) -> None:
-        self._roll = None
+        self._roll = self._alarm = None
         missing = {*range(self._world_size)} - {*roll.places}
         silent = sorted(missing - {*self._closed})
         if silent:

@@ -1,4 +1,4 @@
-"""Fixtures of the crash tests: a fast scratch directory."""
+"""Fixtures of the crash tests: a fast scratch directory, a power switch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
+from power import LOG_LOST, NoPowerSwitch, mounted_disk
+
 _MEMORY = "/dev/shm"
 
 
@@ -25,3 +27,13 @@ def scratch(tmp_path: Path) -> Iterator[str]:
     directory = tempfile.mkdtemp(prefix="distckpt-crash-", dir=_MEMORY)
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def power_switch(tmp_path: Path) -> None:
+    """Skip where no disk can be mounted whose power can be cut."""
+    try:
+        with mounted_disk(str(tmp_path / "image"), str(tmp_path / "mounted")) as disk:
+            disk.cut(LOG_LOST)
+    except (NoPowerSwitch, OSError) as error:
+        pytest.skip(str(error))

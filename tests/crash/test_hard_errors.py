@@ -23,6 +23,7 @@ from faults import Fault, Injected
 from harness import run_ranks, values_of
 from outcome_helpers import (
     LoggedTexts,
+    Trap,
     assert_all_whole,
     leftovers,
     make_checkpoint,
@@ -121,22 +122,6 @@ def place(scratch, small_disk, tmp_path) -> Iterator[Any]:
 
 
 # What the ranks do
-
-
-class Trap:
-    """An object with state whose methods do what a test has set."""
-
-    def __init__(self):
-        self.on_save = self.on_load = None
-
-    def state_dict(self):
-        if self.on_save is not None:
-            self.on_save()
-        return {"kept": 1}
-
-    def load_state_dict(self, state):
-        if self.on_load is not None:
-            self.on_load()
 
 
 def _open_something():

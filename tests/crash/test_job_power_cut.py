@@ -32,25 +32,15 @@ from job_scenario import (
     every_place,
     one_place_each,
 )
-from power import LOG_FLUSHED, LOG_LOST, Disk, NoPowerSwitch, mounted_disk
+from power import LOG_FLUSHED, LOG_LOST, Disk, mounted_disk
 
 from distckpt import storage
 
 # Many jobs; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("power_switch")]
 
 # What is on a disk at the beginning: nothing, or two checkpoints.
 _EMPTY, _SAVED = "empty", "saved"
-
-
-@pytest.fixture(autouse=True)
-def power_switch(tmp_path):
-    """Skip where no disk can be mounted whose power can be cut."""
-    try:
-        with mounted_disk(str(tmp_path / "image"), str(tmp_path / "mounted")) as disk:
-            disk.cut(LOG_LOST)
-    except (NoPowerSwitch, OSError) as error:
-        pytest.skip(str(error))
 
 
 @dataclass

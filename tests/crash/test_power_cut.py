@@ -8,26 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from power import LOG_FLUSHED, LOG_LOST, Cutter, NoPowerSwitch, mounted_disk
+from power import LOG_FLUSHED, LOG_LOST, Cutter, mounted_disk
 from scenario import in_workers
 from test_kill_every_call import Figures, Point, Stage, _calls, _points
 
 from distckpt import state, storage
 
 # Hundreds of crash points; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("power_switch")]
 
 _SEED = 60
-
-
-@pytest.fixture(autouse=True)
-def power_switch(tmp_path):
-    """Skip where no disk can be mounted whose power can be cut."""
-    try:
-        with mounted_disk(str(tmp_path / "image"), str(tmp_path / "mounted")) as disk:
-            disk.cut(LOG_LOST)
-    except (NoPowerSwitch, OSError) as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

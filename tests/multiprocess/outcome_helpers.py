@@ -57,6 +57,22 @@ class LoggedTexts(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+class Trap:
+    """An object with state whose methods do what a test has set."""
+
+    def __init__(self):
+        self.on_save = self.on_load = None
+
+    def state_dict(self):
+        if self.on_save is not None:
+            self.on_save()
+        return {"kept": 1}
+
+    def load_state_dict(self, state):
+        if self.on_load is not None:
+            self.on_load()
+
+
 def make_model(seed=0, width=8):
     """Make a small network with a normalization, the same for the same seed."""
     torch.manual_seed(seed)

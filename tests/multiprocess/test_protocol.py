@@ -18,6 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from harness import run_ranks, values_of
 from outcome_helpers import (
+    Trap,
     assert_all_whole,
     committed,
     leftovers,
@@ -38,22 +39,6 @@ DEADLINE_SECONDS = 2.0
 def _manager(checkpoint, directory, seconds=30.0, **more):
     arguments = {"max_to_keep": None, "timeout": timedelta(seconds=seconds), **more}
     return CheckpointManager(checkpoint, directory, **arguments)
-
-
-class Trap:
-    """An object with state whose methods do what a test has set."""
-
-    def __init__(self):
-        self.on_save = self.on_load = None
-
-    def state_dict(self):
-        if self.on_save is not None:
-            self.on_save()
-        return {"kept": 1}
-
-    def load_state_dict(self, state):
-        if self.on_load is not None:
-            self.on_load()
 
 
 def _raiser(error):

@@ -155,6 +155,20 @@ def test_who_is_silent_goes_before_who_has_closed(job):
     assert (verdict.died, verdict.ranks) == (False, (3,))
 
 
+def test_who_answers_and_then_closes_counts_once(job):
+    """Or the roll would end early, and name a rank that has had no time to answer."""
+    ranks = job(4)
+    ranks[3].asleep.set()
+    asked = threading.Thread(target=ranks[1].liveness.call_roll, args=(HERE_IN_ROUND_3,))
+    asked.start()
+    time.sleep(0.1)  # ranks 1 and 2 have answered
+    ranks[2].liveness.leave()
+    time.sleep(0.1)
+    ranks[3].asleep.clear()
+    asked.join()
+    assert ranks[0].liveness.verdict is None
+
+
 def test_a_rank_that_joins_late_is_told(job):
     here, late = Rank(), Rank()
     here.liveness = chief = liveness.listen(4, "secret", here.where)
