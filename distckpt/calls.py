@@ -37,11 +37,15 @@ class Calls:
         self.num_finished = 0
         self.stopped = False
 
-    def begin(self, operation: str, path: str) -> None:
-        """Note that a call begins."""
+    def check_wanted(self, operation: str, path: str) -> None:
+        """Raise ``StorageError`` if nobody waits for this thread any more."""
         if self.stopped:
             msg = f"{operation} {path}: not done, nobody waits for it any more."
             raise StorageError(msg, operation=operation, path=path)
+
+    def begin(self, operation: str, path: str) -> None:
+        """Note that a call begins."""
+        self.check_wanted(operation, path)
         self.current = Call(operation, path, time.monotonic())
 
     def end(self) -> None:
@@ -75,3 +79,13 @@ def watched(operation: str, path: str) -> Iterator[None]:
     finally:
         if calls is not None:
             calls.end()
+
+
+def check_wanted(operation: str, path: str) -> None:
+    """Raise ``StorageError`` if nobody waits for what this thread does any more.
+
+    To be called before it touches memory that whoever waits for it keeps alive.
+    """
+    calls: Calls | None = getattr(_thread, "calls", None)
+    if calls is not None:
+        calls.check_wanted(operation, path)

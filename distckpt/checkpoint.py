@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from distckpt import boxes, layout, readers, tensors, tracked
+from distckpt import readers, tracked
 from distckpt.errors import ConfigError, MismatchError
 from distckpt.leaves import Leaves
-from distckpt.loading import Loading, name_of
+from distckpt.loading import Loading, Remembered, name_of
 from distckpt.restore_plan import mismatch, unexpected
-from distckpt.tensors import Numbering
 
 _COUNTER = "save_counter"
 
@@ -43,6 +42,7 @@ class Checkpoint:
 
     def __init__(self, **objects: Any) -> None:
         object.__setattr__(self, "_objects", {})
+        object.__setattr__(self, "_remembered", Remembered())
         object.__setattr__(self, _COUNTER, 0)
         for name, value in objects.items():
             setattr(self, name, value)
@@ -106,7 +106,9 @@ class Checkpoint:
                 "there. Restore with as many ranks, or without tracking these."
             )
             raise MismatchError(msg)
-        with Loading(located.directory, manifest, rank, world_size) as loading:
+        remembered = remembered_of(self)
+        loading = Loading(located.directory, manifest, rank, world_size, remembered)
+        with loading:
             loading.open_own(nodes)
             loading.plan(nodes)
             loading.open_files()
@@ -115,6 +117,12 @@ class Checkpoint:
                 raise mismatch(what, unexpected(loading.unexpected))
             loading.read()
             loading.finish()
+
+
+def remembered_of(checkpoint: Checkpoint) -> Remembered:
+    """Return what a checkpoint remembers of the tensors that it tracks."""
+    remembered: Remembered = checkpoint.__dict__["_remembered"]
+    return remembered
 
 
 def nodes_of(checkpoint: Checkpoint) -> tracked.Nodes:
@@ -142,24 +150,17 @@ def capture(checkpoint: Checkpoint, members: Sequence[int] | None = None) -> Cap
         UnsupportedError, ConfigError: Names the path of what cannot be saved.
     """
     nodes = nodes_of(checkpoint)
-    captured = Captured(Leaves(numbering=Numbering(members)), Leaves(per_rank=True))
+    known = remembered_of(checkpoint).known
+    numbering = known.numbering(None if members is None else tuple(members))
+    captured = Captured(
+        Leaves(numbering=numbering, known=known), Leaves(per_rank=True, known=known)
+    )
     for node in nodes.shared:
         node.capture(captured.shared)
     for node in nodes.per_rank:
         node.capture(captured.per_rank)
+    known.forget_all_but({**captured.shared.tensors, **captured.per_rank.tensors})
     return captured
-
-
-def per_rank_pieces(captured: Captured, rank: int) -> list[layout.Piece]:
-    """Describe this rank's own tensors as pieces that only it writes."""
-    return [
-        layout.Piece(
-            tensors.row_of(name, leaf.tensor, layout.WHOLE),
-            boxes.whole(tuple(leaf.tensor.shape)),
-            rank,
-        )
-        for name, leaf in captured.per_rank.tensors.items()
-    ]
 
 
 def _rank_and_world_size() -> tuple[int, int]:

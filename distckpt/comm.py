@@ -205,13 +205,10 @@ class GroupChannel:
     def _consult_as_chief(
         self, waiting: Waiting, vote: Vote, decide: Decide, hung: Judge
     ) -> Answer:
-        packed = self._gather(waiting, vote.pack(0))
+        packed = self._gather(waiting, vote.pack())
         assert packed is not None
         details = self._gather_details(waiting, vote, packed)
-        votes = [
-            messages.unpack_vote(data, detail)
-            for data, detail in zip(packed, details, strict=True)
-        ]
+        votes = messages.unpack_votes(packed, details)
         self._whereabouts.decide(f"deciding in phase {vote.phase.name}")
         try:
             _check_same_phase(votes)
@@ -247,7 +244,7 @@ class GroupChannel:
     def _gather_details(
         self, waiting: Waiting, vote: Vote, packed: Sequence[bytes]
     ) -> list[bytes]:
-        lengths = [messages.detail_length(data) for data in packed]
+        lengths = messages.detail_lengths(packed)
         if not any(lengths):
             return [b""] * len(packed)
         longest = max(lengths)
@@ -257,7 +254,7 @@ class GroupChannel:
         return [data[:length] for data, length in zip(padded, lengths, strict=True)]
 
     def _consult_as_rank(self, waiting: Waiting, vote: Vote) -> Answer:
-        self._gather(waiting, vote.pack(self.rank))
+        self._gather(waiting, vote.pack())
         kind, length, inline = self._receive_frame(waiting)
         if kind == _SEND_DETAILS:
             self._gather(waiting, vote.detail.ljust(length, b"\0"))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-from distckpt import paths, readers, shard_file, tensors
-from distckpt.checkpoint import Captured, per_rank_pieces
+from distckpt import paths, readers, shard_file
+from distckpt.checkpoint import Captured
 from distckpt.chief import Chief
 from distckpt.comm import Answer
 from distckpt.errors import (
@@ -17,10 +16,9 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.job import Job, Ran, agree
-from distckpt.layout import Assignment, Piece
-from distckpt.leaves import Leaf
 from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
@@ -72,9 +70,13 @@ def write_and_commit(
 def _write(
     job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
 ) -> shard_file.Written:
+    file = job.own_file
+    if file is None or not file.is_of(captured, plan.layouts):
+        file = job.own_file = OwnFile(captured, plan.layouts, job.rank)
     return shard_file.write(
         job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
-        _entries(job.rank, captured, plan.layouts.assignment),
+        file.entries(captured),
+        outline=file.outline,
         attempt=attempt.published,
         rank=job.rank,
         world_size=job.world_size,
@@ -164,25 +166,6 @@ def _with_outcome(error: ManagerBroken, path: str, committed: bool | None) -> Ma
     told = type(error)(f"{error} {outcome}", error.ranks)
     told.committed = committed
     return told
-
-
-def _entries(
-    rank: int, captured: Captured, assignment: Assignment
-) -> list[shard_file.Entry]:
-    own = [
-        _entry(piece, captured.shared.tensors[piece.row.name])
-        for piece in assignment.pieces_of_rank(rank)
-    ]
-    per_rank = [
-        _entry(piece, captured.per_rank.tensors[piece.row.name], per_rank=True)
-        for piece in per_rank_pieces(captured, rank)
-    ]
-    return [*own, *per_rank]
-
-
-def _entry(piece: Piece, leaf: Leaf, per_rank: bool = False) -> shard_file.Entry:
-    load = partial(tensors.box_bytes, leaf.tensor, piece.box)
-    return shard_file.Entry(piece, load, per_rank)
 
 
 def _changes(job: Job, chief: Chief, saved: str) -> Answer:

@@ -16,6 +16,7 @@ from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
+from distckpt.own_file import OwnFile
 from distckpt.policy import IntervalGate
 from distckpt.waiting import Whereabouts, broken_by
 from distckpt.worker import Worker
@@ -45,6 +46,7 @@ class Job:
         checkpoints: Prefixes of the managed ones, oldest first.
         undefined: Why tensors hold a mixture, if a restore failed half-way.
         layouts: All ranks' tables at the last save, and who writes what.
+        own_file: What this rank wrote then.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +66,7 @@ class Job:
     checkpoints: list[str] = field(default_factory=list)
     undefined: str = ""
     layouts: Layouts | None = None
+    own_file: OwnFile | None = None
 
     @property
     def rank(self) -> int:

@@ -18,15 +18,19 @@ The rules are part of the on-disk format (docs/format.md):
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from math import prod
 from operator import add
-from typing import Any, NoReturn
+from threading import Lock
+from typing import Any, NamedTuple, NoReturn
 
 from distckpt import dtypes, sharding, strict_json
 from distckpt.boxes import Box, checked_size, overlap, split_range, whole
 from distckpt.errors import ManifestError
+from distckpt.record import digest
 from distckpt.sharding import Mesh, Sharding
 
 SPLIT = "split"
@@ -41,10 +45,22 @@ _MAX_NAME_LENGTH = 4096
 _MAX_DIMS = 64
 _MAX_SIZE_BYTES = 2**62
 
+# Tables of so much text stay decoded, and so many assignments worked out.
+_MAX_DECODED_LENGTH = 16 * 2**20
+_MAX_ASSIGNMENTS = 4
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor of one rank.
+
+class _RowFields(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    same_as: str = ""
+    sharding: Sharding | None = None
+
+
+class Row(_RowFields):
+    """One tensor of one rank, checked when made; a tuple, because there are many.
 
     Attributes:
         name: Full name, for example ``model/layers.0.weight``.
@@ -55,105 +71,283 @@ class Row:
         sharding: Of a sharded tensor; the mesh's ranks are those of the manager.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    kind: str
-    same_as: str = ""
-    sharding: Sharding | None = None
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 0 < len(self.name) <= _MAX_NAME_LENGTH:
-            _refuse(f"tensor name of {len(self.name)} characters")
-        if not strict_json.is_unicode(self.name):
-            _refuse(f"tensor name {self.name!r} is not Unicode text")
-        if not dtypes.is_known(self.dtype):
-            _refuse(f"tensor {self.name!r}: unknown dtype {self.dtype!r}")
-        if self.kind not in (SPLIT, WHOLE, SHARDED):
-            _refuse(f"tensor {self.name!r}: unknown kind {self.kind!r}")
-        if len(self.shape) > _MAX_DIMS or min(self.shape, default=0) < 0:
-            _refuse(f"tensor {self.name!r}: impossible shape {self.shape!r:.200}")
-        limit = _MAX_SIZE_BYTES // dtypes.item_size_bytes(self.dtype)
-        if checked_size(self.shape, limit) is None:
-            _refuse(f"tensor {self.name!r}: impossible size {self.shape!r:.200}")
-        if (self.kind == SHARDED) != (self.sharding is not None):
-            _refuse(f"tensor {self.name!r}: {self.kind} with sharding {self.sharding!r}")
-        if self.sharding is not None:
-            mesh_dims = len(self.sharding.mesh.shape)
-            reason = sharding.why_not(self.sharding.placements, mesh_dims, len(self.shape))
+    def __new__(
+        cls,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        kind: str,
+        same_as: str = "",
+        sharding: Sharding | None = None,
+    ) -> Row:
+        """Check and make it."""
+        _check_name(name)
+        if not dtypes.is_known(dtype):
+            _refuse(f"tensor {name!r}: unknown dtype {dtype!r}")
+        if kind not in _KINDS:
+            _refuse(f"tensor {name!r}: unknown kind {kind!r}")
+        if len(shape) > _MAX_DIMS or min(shape, default=0) < 0:
+            _refuse(f"tensor {name!r}: impossible shape {shape!r:.200}")
+        limit = _MAX_SIZE_BYTES // dtypes.item_size_bytes(dtype)
+        if checked_size(shape, limit) is None:
+            _refuse(f"tensor {name!r}: impossible size {shape!r:.200}")
+        if (kind == SHARDED) != (sharding is not None):
+            _refuse(f"tensor {name!r}: {kind} with sharding {sharding!r}")
+        if sharding is not None:
+            reason = sharding.why_not(len(shape))
             if reason:
-                _refuse(f"tensor {self.name!r}: {reason}")
+                _refuse(f"tensor {name!r}: {reason}")
+        return super().__new__(cls, name, dtype, shape, kind, same_as, sharding)
+
+    def named(self, name: str, same_as: str = "") -> Row:
+        """Make the row of a tensor like this one; only its name is checked."""
+        _check_name(name)
+        _, dtype, shape, kind, _, sharding = self
+        return tuple.__new__(Row, (name, dtype, shape, kind, same_as, sharding))
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the global tensor."""
         return prod(self.shape) * dtypes.item_size_bytes(self.dtype)
 
-    def to_json(self) -> list[Any]:
-        """Encode to a JSON list."""
-        fields: list[Any] = [self.name, self.dtype, list(self.shape), self.kind]
-        if self.sharding is not None:
-            fields.append(self.sharding.to_json())
-        return [*fields, self.same_as] if self.same_as else fields
+
+_KINDS = frozenset((SPLIT, WHOLE, SHARDED))
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= _MAX_NAME_LENGTH:
+        _refuse(f"tensor name of {len(name)} characters")
+    if not strict_json.is_unicode(name):
+        _refuse(f"tensor name {name!r} is not Unicode text")
+
+
+class Table(tuple[Row, ...]):
+    """The tensors of one rank, in their order.
+
+    What follows from it is worked out once, and two tables with equal rows have equal
+    texts.
+
+    Raises:
+        ManifestError: A name stands twice, or a ``same_as`` leads nowhere.
+    """
+
+    def __new__(cls, rows: Iterable[Row] = ()) -> Table:
+        """Check and make it."""
+        table = super().__new__(cls, rows)
+        table._check()
+        return table
+
+    def _check(self) -> None:
+        rows = {row.name: row for row in self}
+        if len(rows) < len(self):
+            seen: set[str] = set()
+            for row in self:
+                if row.name in seen:
+                    _refuse(f"tensor {row.name!r} stands twice in one table")
+                seen.add(row.name)
+        earlier: set[str] = set()
+        for name, dtype, shape, _, same_as, placed in self:
+            if same_as:
+                if same_as not in earlier or rows[same_as].same_as:
+                    _refuse(f"tensor {name!r} is the same as {same_as!r}: nothing")
+                other = rows[same_as]
+                if (other.dtype, other.shape, other.sharding) != (dtype, shape, placed):
+                    _refuse(f"tensor {name!r} is not the same as {same_as!r}")
+            earlier.add(name)
+
+    @cached_property
+    def text(self) -> str:
+        """The table as JSON, one row a line: what manifests hold and ranks exchange.
+
+        ASCII without a raw newline in front of anything but a blank, ``]`` or its end, so
+        that it can be cut out of a longer text.
+        """
+        number_of: dict[Sharding, int] = {}
+        # Most rows have one of few, on one mesh, and to hash that costs more than its id.
+        number_of_id: dict[tuple[int, tuple[str, ...]], int] = {}
+        rest_of: dict[Hashable, str] = {}
+        lines = []
+        quote = strict_json.quote
+        for name, dtype, shape, kind, same_as, placed in self:
+            lies: str | int | None = kind
+            if placed is not None:
+                same = (id(placed.mesh), placed.placements)
+                lies = number_of_id.get(same)
+                if lies is None:
+                    lies = number_of.setdefault(placed, len(number_of))
+                    number_of_id[same] = lies
+            key = (dtype, shape, lies)
+            rest = rest_of.get(key)
+            if rest is None:
+                rest = rest_of[key] = strict_json.dumps([dtype, list(shape), lies])[1:-1]
+            tie = f",{quote(same_as)}" if same_as else ""
+            lines.append(f"[{quote(name)},{rest}{tie}]")
+        placements = [strict_json.dumps(one.to_json()) for one in number_of]
+        shardings, rows = strict_json.lines(placements), strict_json.lines(lines)
+        return f'{{"shardings":{shardings},"rows":{rows}}}'
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The digest of the text: 16 raw bytes, equal for equal tables."""
+        return bytes.fromhex(digest(self.text.encode()))
 
     @staticmethod
-    def from_json(fields: Any) -> Row:
-        """Decode; raises ``ManifestError`` for anything that is not a row."""
-        if not isinstance(fields, list) or len(fields) < 4:
+    def from_text(text: str) -> Table:
+        """Decode; a table that was decoded lately is the same object.
+
+        Raises:
+            ManifestError: It is not exactly the text of a table.
+        """
+        table = _decoded.get(text)
+        if table is None:
+            table = _decode_table(text)
+            # Whatever a row may have been taken for: there is no other spelling of it.
+            if table.text != text:
+                _refuse(f"a table that is spelled otherwise: {text!r:.200}")
+            _decoded.add(table)
+        return table
+
+
+class _Decoded:
+    """The tables that were decoded last, up to some length of text."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, Table] = {}
+        self._length = 0
+        self._lock = Lock()
+
+    def get(self, text: str) -> Table | None:
+        return self._tables.get(text)
+
+    def add(self, table: Table) -> None:
+        with self._lock:
+            if table.text not in self._tables:
+                self._tables[table.text] = table
+                self._length += len(table.text)
+            while self._length > _MAX_DECODED_LENGTH:
+                oldest = next(iter(self._tables))
+                del self._tables[oldest]
+                self._length -= len(oldest)
+
+
+_decoded = _Decoded()
+
+
+def _decode_table(text: str) -> Table:
+    """Decode what may be the text of a table, or something like it."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _refuse(f"not a table: {error}")
+    if not isinstance(tree, dict) or tuple(tree) != ("shardings", "rows"):
+        _refuse(f"not a table: {text!r:.200}")
+    if not isinstance(tree["shardings"], list) or not isinstance(tree["rows"], list):
+        _refuse(f"not a table: {text!r:.200}")
+    shardings = [Sharding.from_json(fields) for fields in tree["shardings"]]
+    # Nearly every row is like one before: then only its name is new.
+    known: dict[Hashable, Row] = {}
+    rows = []
+    for fields in tree["rows"]:
+        if type(fields) is not list or not 4 <= len(fields) <= 5:
             _refuse(f"not a table row: {fields!r:.200}")
-        name, dtype, shape, kind, *rest = fields
-        placed = Sharding.from_json(rest.pop(0)) if kind == SHARDED and rest else None
-        texts = (name, dtype, kind, *rest)
-        if (
-            len(rest) > 1
-            or not all(isinstance(text, str) for text in texts)
-            or not isinstance(shape, list)
-            or not all(type(length) is int for length in shape)
-        ):
+        name, dtype, shape, lies = fields[:4]
+        same_as = fields[4] if len(fields) == 5 else ""
+        if type(name) is not str or type(shape) is not list or type(same_as) is not str:
             _refuse(f"not a table row: {fields!r:.200}")
-        same_as = rest[0] if rest else ""
-        return Row(name, dtype, tuple(shape), kind, same_as, placed)
+        key = (dtype, *shape, lies)
+        try:
+            like = known.get(key)
+        except TypeError:  # a list, or the like, where a string or number belongs
+            _refuse(f"not a table row: {fields!r:.200}")
+        if like is None:
+            row = known[key] = _decode_row(fields, same_as, shardings)
+        else:
+            row = like.named(name, same_as)
+        rows.append(row)
+    return Table(rows)
 
 
-Table = tuple[Row, ...]
+def _decode_row(fields: list[Any], same_as: str, shardings: Sequence[Sharding]) -> Row:
+    name, dtype, shape, lies = fields[:4]
+    if type(dtype) is not str or not all(type(length) is int for length in shape):
+        _refuse(f"not a table row: {fields!r:.200}")
+    if lies in (SPLIT, WHOLE):
+        return Row(name, dtype, tuple(shape), lies, same_as)
+    if type(lies) is not int or not 0 <= lies < len(shardings):
+        _refuse(f"not a table row: {fields!r:.200}")
+    return Row(name, dtype, tuple(shape), SHARDED, same_as, shardings[lies])
 
 
-def check_table(table: Table) -> None:
-    """Raise ``ManifestError`` if a name stands twice or a ``same_as`` leads nowhere."""
-    rows: dict[str, Row] = {}
-    for row in table:
-        if row.name in rows:
-            _refuse(f"tensor {row.name!r} stands twice in one table")
-        if row.same_as:
-            other = rows.get(row.same_as)
-            if other is None or other.same_as:
-                _refuse(f"tensor {row.name!r} is the same as {row.same_as!r}: nothing")
-            elif (other.dtype, other.shape, other.sharding) != (
-                row.dtype,
-                row.shape,
-                row.sharding,
-            ):
-                _refuse(f"tensor {row.name!r} is not the same as {row.same_as!r}")
-        rows[row.name] = row
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One box of one tensor, and the rank that writes it."""
-
+class _PieceFields(NamedTuple):
     row: Row
     box: Box
     rank: int
+    size_bytes: int
+
+
+class Piece(_PieceFields):
+    """One box of one tensor, and the rank that writes it.
+
+    Attributes:
+        row: The tensor.
+        box: Which part of it.
+        rank: Who writes it.
+        size_bytes: Bytes of the box.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, row: Row, box: Box, rank: int) -> Piece:
+        """Work out its size."""
+        return super().__new__(cls, row, box, rank, _size_bytes(row, box))
 
     @property
     def is_whole(self) -> bool:
         """Tell whether the piece is all of its tensor."""
-        return self.box == whole(self.row.shape)
+        return self.box.shape == self.row.shape
+
+
+class _Place:
+    """Which tables name a tensor, and on which meshes: one object for all tensors alike.
+
+    Made table by table: each knows the one without its own table. So ten thousand tables
+    that name the same tensors make as many of these, not as many lists.
+
+    Attributes:
+        holders: Which ranks hold the box at a coordinate, as far as asked for.
+    """
+
+    __slots__ = ("_before", "_index", "_mesh", "holders")
+
+    def __init__(self, before: _Place | None, index: int, mesh: Mesh | None) -> None:
+        self._before = before
+        self._index = index
+        self._mesh = mesh
+        self.holders: dict[sharding.Coordinate | None, tuple[int, ...]] = {}
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the box."""
-        return self.box.size * dtypes.item_size_bytes(self.row.dtype)
+    def tables(self) -> list[int]:
+        """The tables, that of the lowest rank first."""
+        return [index for index, _ in self._steps()]
+
+    @property
+    def meshes(self) -> dict[Mesh, list[int]]:
+        """Of a sharded tensor: its meshes, and which tables say so."""
+        meshes: dict[Mesh, list[int]] = {}
+        for index, mesh in self._steps():
+            if mesh is not None:
+                meshes.setdefault(mesh, []).append(index)
+        return meshes
+
+    def _steps(self) -> list[tuple[int, Mesh | None]]:
+        steps = []
+        place: _Place | None = self
+        while place is not None:
+            steps.append((place._index, place._mesh))
+            place = place._before
+        return steps[::-1]
 
 
 class Assignment:
@@ -161,7 +355,8 @@ class Assignment:
 
     What one rank writes, or where one box lies, is worked out when it is asked for, and
     costs as much as there are tensors and as there are boxes in that box: nobody ever
-    works out all boxes of all ranks.
+    works out all boxes of all ranks. Threads may ask at the same time: what is remembered
+    is whole before it can be seen.
 
     Attributes:
         rows: Every tensor of the job by name.
@@ -170,59 +365,62 @@ class Assignment:
         ManifestError: The tables contradict each other, or name ranks that are not there.
     """
 
-    def __init__(self, tables: Sequence[Table], table_of_rank: Sequence[int]) -> None:
+    def __init__(
+        self, tables: Sequence[Sequence[Row]], table_of_rank: Sequence[int]
+    ) -> None:
         self.rows: dict[str, Row] = {}
         self._tables = tables
         self._table_of_rank = table_of_rank
         self._ranks_of_table: dict[int, list[int]] = {}
         for rank, index in enumerate(table_of_rank):
             self._ranks_of_table.setdefault(index, []).append(rank)
-        # Which tables name a tensor; and for a sharded one, its meshes in these.
-        self._tables_of_name: dict[str, list[int]] = {}
-        self._meshes_of_name: dict[str, dict[Mesh, list[int]]] = {}
+        # In the order of the lowest rank that has each.
+        self._order = [*self._ranks_of_table]
+        self._place_of_name: dict[str, _Place] = {}
+        self._sharded_tables: set[int] = set()
         self._unite()
         self._check_meshes()
-        self._position = {name: index for index, name in enumerate(self.rows)}
-        # A set of ranks by what it is asked for with; one tuple for each set.
-        self._holders_of_key: dict[Hashable, tuple[int, ...]] = {}
+        # One tuple for each set of ranks.
         self._holder_sets: dict[tuple[int, ...], tuple[int, ...]] = {}
         # By the identity of these tuples, which live as long as the assignment: a set
         # may have ten thousand ranks, and every tensor asks for its own.
         self._shared_by: dict[int, _Shared] = {}
         # By table, too, for the ranks of one without sharded tensors, which hold the same.
         self._shared_of: dict[tuple[int, int | None], list[_Shared]] = {}
-        self._sharded_tables = {
-            index
-            for meshes in self._meshes_of_name.values()
-            for tables in meshes.values()
-            for index in tables
-        }
-        self._written_whole: dict[int, list[Piece]] | None = None
+        # The same box is asked for of many tensors.
+        self._holder_sets_of_box: dict[Hashable, list[tuple[int, ...]]] = {}
 
     def _unite(self) -> None:
         """Find all rows, in the order of the lowest rank that has each."""
-        for index in sorted(self._ranks_of_table, key=lambda i: self._ranks_of_table[i][0]):
+        rows, places = self.rows, self._place_of_name
+        for index in self._order:
+            # By identity: all of them live on in the places and the tables.
+            next_places: dict[tuple[int, int], _Place] = {}
             for row in self._tables[index]:
-                known = self.rows.setdefault(row.name, row)
-                tables = self._tables_of_name.setdefault(row.name, [])
-                if not _agree(known, row):
-                    ranks = self._ranks_of_table
-                    _refuse_differing(known, row, ranks[tables[0]], ranks[index])
-                tables.append(index)
-                if row.sharding is not None:
-                    meshes = self._meshes_of_name.setdefault(row.name, {})
-                    meshes.setdefault(row.sharding.mesh, []).append(index)
+                name = row.name
+                mesh = None if row.sharding is None else row.sharding.mesh
+                before = places.get(name)
+                if before is None:
+                    rows[name] = row
+                else:
+                    known = rows[name]
+                    if known is not row and not _agree(known, row):
+                        ranks = self._ranks_of_table
+                        _refuse_differing(known, row, ranks[before.tables[0]], ranks[index])
+                key = (id(before), id(mesh))
+                place = next_places.get(key)
+                if place is None:
+                    place = next_places[key] = _Place(before, index, mesh)
+                    if mesh is not None:
+                        self._sharded_tables.add(index)
+                places[name] = place
 
     def _check_meshes(self) -> None:
         """Refuse meshes with ranks that do not have the tensor, or have another mesh."""
         world_size = len(self._table_of_rank)
-        checked: set[Hashable] = set()
-        for name, meshes in self._meshes_of_name.items():
-            key = tuple((mesh, *tables) for mesh, tables in meshes.items())
-            if key in checked:
-                continue
-            checked.add(key)
-            for mesh, tables in meshes.items():
+        name_of = {place: name for name, place in self._place_of_name.items()}
+        for place, name in name_of.items():
+            for mesh, tables in place.meshes.items():
                 if mesh.highest >= world_size:
                     _refuse(
                         f"tensor {name!r} lies on rank {mesh.highest}, and there are "
@@ -241,16 +439,20 @@ class Assignment:
 
     def pieces_of_rank(self, rank: int) -> list[Piece]:
         """Return what one rank writes."""
-        if self._written_whole is None:
-            self._written_whole = {}
-            for row in self.rows.values():
-                if not row.same_as and self._is_written_whole(row):
-                    piece = self._whole_piece(row)
-                    self._written_whole.setdefault(piece.rank, []).append(piece)
         pieces = list(self._written_whole.get(rank, ()))
         for shared in self._shared_with(rank):
             pieces += shared.pieces_of_rank.get(rank, ())
         return pieces
+
+    @cached_property
+    def _written_whole(self) -> dict[int, list[Piece]]:
+        """The tensors that one rank each writes alone, by rank."""
+        found: dict[int, list[Piece]] = {}
+        for row in self.rows.values():
+            if not row.same_as and self._is_written_whole(row):
+                piece = self._whole_piece(row)
+                found.setdefault(piece.rank, []).append(piece)
+        return found
 
     def pieces_of(self, name: str, box: Box | None = None) -> list[Piece]:
         """Return the pieces that make up one tensor, also of a ``same_as`` row.
@@ -260,91 +462,164 @@ class Assignment:
             box: Only those that share an element with this region of it.
         """
         row = self.rows[name]
-        row = self.rows[row.same_as or row.name]
+        if row.same_as:
+            row = self.rows[row.same_as]
         if self._is_written_whole(row):
             pieces = [self._whole_piece(row)]
         else:
             pieces = []
-            for holders in self._holder_sets_of(row, box or whole(row.shape)):
-                self._shared_with(holders[0])
-                pieces += self._shared_by[id(holders)].pieces_of_name[row.name]
-        if box is None or (box.size > 0 and box == whole(row.shape)):
+            for holders in self._holder_sets_of(row, box):
+                pieces += self._shared_among(holders).pieces_of_name[row.name]
+        if box is None or (box.shape == row.shape and box.size > 0):
             return pieces
-        return [piece for piece in pieces if overlap(piece.box, box) is not None]
+        if box.size == 0:
+            return []
+        return [
+            piece
+            for piece in pieces
+            if piece.box == box or overlap(piece.box, box) is not None
+        ]
 
     @staticmethod
     def _is_written_whole(row: Row) -> bool:
         # Boxes without elements are written by nobody, but the tensor must be there.
-        return row.kind == WHOLE or (row.kind == SHARDED and row.size_bytes == 0)
+        return row.kind == WHOLE or (row.kind == SHARDED and 0 in row.shape)
 
     def _whole_piece(self, row: Row) -> Piece:
-        meshes = self._meshes_of_name.get(row.name)
+        place = self._place_of_name[row.name]
+        meshes = place.meshes
         if meshes:
             lowest = min(mesh.lowest for mesh in meshes)
         else:
-            tables = self._tables_of_name[row.name]
-            lowest = min(self._ranks_of_table[index][0] for index in tables)
+            lowest = min(self._ranks_of_table[index][0] for index in place.tables)
         return Piece(row, whole(row.shape), lowest)
 
-    def _holder_sets_of(self, row: Row, region: Box) -> Iterator[tuple[int, ...]]:
-        """Walk the sets of ranks that hold the boxes of a tensor in a region."""
+    def _holder_sets_of(self, row: Row, box: Box | None) -> list[tuple[int, ...]]:
+        """List the sets of ranks that hold the boxes of a tensor in a region."""
+        place = self._place_of_name[row.name]
         if row.sharding is None:
-            yield self._holders(row, None)
-            return
-        for coordinate, _ in row.sharding.boxes_overlapping(row.shape, region):
-            yield self._holders(row, coordinate)
+            return [self._holders(place, None)]
+        region = whole(row.shape) if box is None else box
+        placements = row.sharding.placements
+        key = (id(place), row.shape, placements, region.offset, region.shape)
+        found = self._holder_sets_of_box.get(key)
+        if found is None:
+            found = [
+                self._holders(place, coordinate)
+                for coordinate, _ in row.sharding.boxes_overlapping(row.shape, region)
+            ]
+            self._holder_sets_of_box[key] = found
+        return found
 
-    def _holders(self, row: Row, coordinate: sharding.Coordinate | None) -> tuple[int, ...]:
+    def _holders(
+        self, place: _Place, coordinate: sharding.Coordinate | None
+    ) -> tuple[int, ...]:
         """Return the ranks, ascending, that hold one box of a tensor."""
-        key: Hashable
-        if coordinate is None:
-            key = tuple(self._tables_of_name[row.name])
-        else:
-            key = (*self._meshes_of_name[row.name], coordinate)
-        holders = self._holders_of_key.get(key)
+        holders = place.holders.get(coordinate)
         if holders is None:
             if coordinate is None:
-                tables = self._tables_of_name[row.name]
+                tables = place.tables
                 ranks = [rank for index in tables for rank in self._ranks_of_table[index]]
             else:
-                meshes = self._meshes_of_name[row.name]
+                meshes = place.meshes
                 ranks = [rank for mesh in meshes for rank in mesh.ranks_at(coordinate)]
             holders = tuple(sorted(ranks))
             holders = self._holder_sets.setdefault(holders, holders)
-            self._holders_of_key[key] = holders
+            place.holders[coordinate] = holders
         return holders
+
+    def _shared_among(self, holders: tuple[int, ...]) -> _Shared:
+        shared = self._shared_by.get(id(holders))
+        if shared is None:
+            self._shared_with(holders[0])
+            shared = self._shared_by[id(holders)]
+        return shared
 
     def _shared_with(self, rank: int) -> list[_Shared]:
         """Return what a rank holds, by the sets of ranks that it shares the work with."""
         index = self._table_of_rank[rank]
         key = (index, rank if index in self._sharded_tables else None)
-        if key in self._shared_of:
-            return self._shared_of[key]
-        held: dict[int, list[tuple[Row, Box]]] = {}
-        holder_sets: list[tuple[int, ...]] = []
-        for own in sorted(self._tables[index], key=lambda row: self._position[row.name]):
+        known = self._shared_of.get(key)
+        if known is not None:
+            return known
+        # By the identity of the holders; the tensors of each set in their order.
+        held: dict[int, _Held] = {}
+        # Where a tensor goes of one place, mesh, placements and shape.
+        seen: dict[Hashable, tuple[list[Row], list[Box], Box] | None] = {}
+        for own in self._in_order(index):
             row = self.rows[own.name]
             if row.same_as or self._is_written_whole(row):
                 continue
-            coordinate, box = None, whole(row.shape)
-            if own.sharding is not None:
-                coordinate = own.sharding.coordinate_of(rank)
-                if coordinate is None:
-                    continue
-                box = own.sharding.box_at(row.shape, coordinate)
-                if box.size == 0:
-                    continue
-            holders = self._holders(row, coordinate)
-            if id(holders) not in held:
-                holder_sets.append(holders)
-            held.setdefault(id(holders), []).append((row, box))
-        result = self._shared_of[key] = []
-        for holders in holder_sets:
-            shared = self._shared_by.get(id(holders))
-            if shared is None:
-                shared = self._shared_by[id(holders)] = _Shared(held[id(holders)], holders)
-            result.append(shared)
-        return result
+            place = self._place_of_name[row.name]
+            placed = own.sharding
+            alike: Hashable = (id(place), row.shape)
+            if placed is not None:
+                alike = (id(place), row.shape, id(placed.mesh), placed.placements)
+            if alike in seen:
+                found = seen[alike]
+            else:
+                found = seen[alike] = self._find_held(held, rank, own, place)
+            if found is not None:
+                rows, boxes, box = found
+                rows.append(row)
+                boxes.append(box)
+        shared = [
+            self._shared_by.get(identity)
+            or self._shared_by.setdefault(identity, _Shared(one))
+            for identity, one in held.items()
+        ]
+        return self._shared_of.setdefault(key, shared)
+
+    def _find_held(
+        self, held: dict[int, _Held], rank: int, own: Row, place: _Place
+    ) -> tuple[list[Row], list[Box], Box] | None:
+        """Find the lists that a rank's box of a tensor belongs to; None if it has none."""
+        coordinate, box = None, whole(own.shape)
+        if own.sharding is not None:
+            coordinate = own.sharding.coordinate_of(rank)
+            if coordinate is None:
+                return None
+            box = own.sharding.box_at(own.shape, coordinate)
+            if box.size == 0:
+                return None
+        holders = self._holders(place, coordinate)
+        one = held.setdefault(id(holders), _Held(holders, [], []))
+        return one.rows, one.boxes, box
+
+    def _in_order(self, index: int) -> Sequence[Row]:
+        """Return the rows of a table in the order of all rows."""
+        table = self._tables[index]
+        if index == self._order[0]:
+            return table
+        return sorted(table, key=lambda row: self._position[row.name])
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.rows)}
+
+
+def assignment_of(tables: Sequence[Table], table_of_rank: Sequence[int]) -> Assignment:
+    """Return who writes what; for tables that were asked for lately, the same object.
+
+    Raises:
+        ManifestError: The tables contradict each other, or name ranks that are not there.
+    """
+    digests = tuple(table.digest for table in tables)
+    return _assignment_of(_Tables(digests, tuple(table_of_rank), tuple(tables)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The tables of all ranks; compared by what they say."""
+
+    digests: tuple[bytes, ...]
+    table_of_rank: tuple[int, ...]
+    tables: tuple[Table, ...] = field(compare=False)
+
+
+@lru_cache(maxsize=_MAX_ASSIGNMENTS)
+def _assignment_of(of: _Tables) -> Assignment:
+    return Assignment(of.tables, of.table_of_rank)
 
 
 class Layouts:
@@ -366,7 +641,15 @@ class Layouts:
         self.key = key
         self.tables = tables
         self.table_of_rank = table_of_rank
-        self.assignment = Assignment(tables, table_of_rank)
+        self.assignment = assignment_of(tables, table_of_rank)
+
+
+class _Held(NamedTuple):
+    """The boxes that one set of ranks holds, in their order."""
+
+    ranks: tuple[int, ...]
+    rows: list[Row]
+    boxes: list[Box]
 
 
 class _Shared:
@@ -374,15 +657,21 @@ class _Shared:
 
     Attributes:
         pieces_of_rank: What each of them writes.
-        pieces_of_name: The pieces of each tensor's box.
     """
 
-    def __init__(self, held: Sequence[tuple[Row, Box]], ranks: Sequence[int]) -> None:
+    def __init__(self, held: _Held) -> None:
         self.pieces_of_rank: dict[int, list[Piece]] = {}
-        self.pieces_of_name: dict[str, list[Piece]] = {}
-        for piece in _split_evenly(held, ranks):
+        for piece in _split_evenly(held):
             self.pieces_of_rank.setdefault(piece.rank, []).append(piece)
-            self.pieces_of_name.setdefault(piece.row.name, []).append(piece)
+
+    @cached_property
+    def pieces_of_name(self) -> dict[str, list[Piece]]:
+        """The pieces of each tensor's box, in the order of the ranks."""
+        found: dict[str, list[Piece]] = {}
+        for pieces in self.pieces_of_rank.values():
+            for piece in pieces:
+                found.setdefault(piece.row.name, []).append(piece)
+        return found
 
 
 def _agree(known: Row, other: Row) -> bool:
@@ -397,31 +686,36 @@ def _agree(known: Row, other: Row) -> bool:
     ) and (one.placements, one.mesh.shape) == (two.placements, two.mesh.shape)
 
 
-def _split_evenly(held: Sequence[tuple[Row, Box]], ranks: Sequence[int]) -> Iterator[Piece]:
-    total = sum(_size_bytes(row, box) for row, box in held)
+def _split_evenly(held: _Held) -> Iterator[Piece]:
+    """Cut all boxes, laid end to end, into equal ranges; the ranks ascend."""
+    ranks, rows, boxes = held
+    sizes_bytes = list(map(_size_bytes, rows, boxes))
+    total = sum(sizes_bytes)
+    last = len(ranks) - 1
     start = 0
     index = 0
-    for row, held_box in held:
-        stop = start + _size_bytes(row, held_box)
+    # The border between ranks[index] and the next one, in bytes from the start.
+    border = total // len(ranks)
+    for row, held_box, size_bytes in zip(rows, boxes, sizes_bytes, strict=True):
+        stop = start + size_bytes
         cut = 0
-        while True:
-            # The border between ranks[index] and the next one, in bytes from the start.
-            border = total * (index + 1) // len(ranks)
-            last = index == len(ranks) - 1
-            next_cut = held_box.size
-            if not last and border < stop:
-                next_cut = max(cut, _nearest_cut(row, held_box, border - start))
-            if held_box.size == 0:
-                yield Piece(row, held_box, ranks[index])
-                break
-            for box in split_range(held_box.shape, cut, next_cut):
-                offset = tuple(map(add, held_box.offset, box.offset))
-                yield Piece(row, Box(offset, box.shape), ranks[index])
+        while index < last and border < stop:
+            next_cut = max(cut, _nearest_cut(row, held_box, border - start))
+            yield from _range_pieces(row, held_box, cut, next_cut, ranks[index])
             cut = next_cut
-            if last or border >= stop:
-                break
             index += 1
+            border = total * (index + 1) // len(ranks)
+        if cut == 0:
+            yield tuple.__new__(Piece, (row, held_box, ranks[index], size_bytes))
+        else:
+            yield from _range_pieces(row, held_box, cut, held_box.size, ranks[index])
         start = stop
+
+
+def _range_pieces(row: Row, held: Box, start: int, stop: int, rank: int) -> Iterator[Piece]:
+    """Walk the boxes of a range of elements of a box."""
+    for box in split_range(held.shape, start, stop):
+        yield Piece(row, Box(tuple(map(add, held.offset, box.offset)), box.shape), rank)
 
 
 def _size_bytes(row: Row, box: Box) -> int:

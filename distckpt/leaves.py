@@ -7,14 +7,15 @@ part are written ``~0`` and ``~1`` (RFC 6901), an integer key ``7`` of a dict ``
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from distckpt import tensors, values
 from distckpt.errors import UnsupportedError
+from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SPLIT, WHOLE, Table
 from distckpt.tensors import Numbering
 from distckpt.values import TensorRef
@@ -36,19 +37,20 @@ def key_text(key: object, path: str) -> str:
     raise UnsupportedError(msg)
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One tensor to be saved.
 
     Attributes:
         tensor: The tensor, or a view of it.
+        known: What it is.
         kind: How a plain one is divided among the ranks.
         identity: What it shares with the other names of the same tensor; None: nothing.
     """
 
     tensor: torch.Tensor
+    known: KnownTensor
     kind: str
-    identity: object = None
+    identity: object
 
 
 @dataclass(slots=True)
@@ -60,12 +62,14 @@ class Leaves:
         values: Plain values by name, encoded.
         per_rank: Whether they are this rank's own, rather than the job's.
         numbering: What the manager calls the ranks of a sharded tensor's mesh.
+        known: What is known of the tensors from earlier.
     """
 
     tensors: dict[str, Leaf] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     per_rank: bool = False
     numbering: Numbering = field(default_factory=Numbering)
+    known: KnownTensors = field(default_factory=KnownTensors)
 
     def add_parameter(
         self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
@@ -88,19 +92,30 @@ class Leaves:
         self._check_new(name)
         self.values[name] = values.encode(self._extract(value, name), name)
 
+    def add_values(self, names: Sequence[str], value: object) -> None:
+        """Add one plain value under many names."""
+        if _has_tensor(value):
+            for name in names:
+                self.add_value(name, value)
+        elif names:
+            encoded = values.encode(value, names[0])
+            for name in names:
+                self._check_new(name)
+                self.values[name] = encoded
+
     def _add(
         self, name: str, tensor: torch.Tensor, kind: str, owner: torch.Tensor | None = None
     ) -> None:
         self._check_new(name)
-        tensors.check_storable(tensor, name)
-        if self.per_rank and tensors.is_sharded(tensor):
+        known = self.known.describe(name, tensor)
+        if self.per_rank and known.is_sharded:
             msg = (
                 f"tensor {name!r} is sharded: it is one tensor of the job, of which each "
                 "rank holds a part. Do not wrap it in PerRank."
             )
             raise UnsupportedError(msg)
-        identity = tensors.identity_of(tensor if owner is None else owner)
-        self.tensors[name] = Leaf(tensor, kind, identity)
+        identity = known.identity if owner is None else tensors.identity_of(owner)
+        self.tensors[name] = Leaf(tensor, known, kind, identity)
 
     def _check_new(self, name: str) -> None:
         if name in self.tensors or name in self.values:
@@ -131,9 +146,10 @@ class Leaves:
             if leaf.identity is not None:
                 first = first_with.setdefault(leaf.identity, name)
             same_as = "" if first == name else first
-            row = tensors.row_of(name, leaf.tensor, leaf.kind, same_as, self.numbering)
-            rows.append(row)
-        return tuple(rows)
+            rows.append(
+                leaf.known.row(name, leaf.tensor, leaf.kind, same_as, self.numbering)
+            )
+        return self.known.table(rows)
 
 
 def tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,19 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 
 from distckpt import tensors
 from distckpt.boxes import contiguous_runs, overlap
 from distckpt.errors import FormatError, MismatchError
-from distckpt.layout import WHOLE, Piece, Row
+from distckpt.known import KnownTensor, KnownTensors, window
+from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
+from distckpt.read_plan import ReadPlan, ReadPlans
 from distckpt.readers import open_shard
 from distckpt.restore_plan import RestorePlan, Saved
-from distckpt.shard_file import ShardReader
+from distckpt.shard_file import Part, ShardReader
 from distckpt.shard_header import Stored
 from distckpt.tracked import Nodes
+
+
+class Remembered:
+    """What one ``Checkpoint`` remembers of its tensors between saves and restores.
+
+    Attributes:
+        known: What is known of its tensors.
+        read_plans: What was read last.
+    """
+
+    def __init__(self) -> None:
+        self.known = KnownTensors()
+        self.read_plans = ReadPlans()
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        return Remembered, ()  # a copy of a checkpoint tracks other tensors
+
+
+class _Target(NamedTuple):
+    """A live tensor to be filled."""
+
+    tensor: torch.Tensor
+    known: KnownTensor
+
+    def part(self, stored: Stored, start: int) -> Part:
+        """Say that an entry goes into its memory, from a byte on."""
+        buffer = window(self.known.address + start, stored.size_bytes)
+        return Part(stored, buffer, self.known.memory_of(self.tensor))
 
 
 class Loading:
@@ -37,8 +68,14 @@ class Loading:
     """
 
     def __init__(
-        self, directory: str, manifest: Manifest, rank: int, world_size: int
+        self,
+        directory: str,
+        manifest: Manifest,
+        rank: int,
+        world_size: int,
+        remembered: Remembered,
     ) -> None:
+        self._remembered = remembered
         self._directory = directory
         self._manifest = manifest
         self._rank = rank
@@ -46,9 +83,10 @@ class Loading:
         self._what = name_of(directory, manifest)
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
-        self._shared = RestorePlan(Saved(manifest.assignment.rows, manifest.values))
-        self._per_rank = RestorePlan(Saved({}, {}))
-        self._pieces: dict[str, list[Piece]] = {}
+        saved = Saved(manifest.assignment.rows, manifest.values)
+        self._shared = RestorePlan(saved, remembered.known)
+        self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
+        self._reads: ReadPlan | None = None
         self.unexpected: list[str] = []
 
     def open_own(self, nodes: Nodes) -> None:
@@ -61,7 +99,7 @@ class Loading:
         """
         with self._closed_on_error():
             if nodes.per_rank:
-                self._per_rank = RestorePlan(self._own(nodes))
+                self._per_rank = RestorePlan(self._own(nodes), self._remembered.known)
 
     def plan(self, nodes: Nodes) -> None:
         """List what will be read, and all that does not fit; runs user code.
@@ -91,11 +129,17 @@ class Loading:
             FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
             StorageError: A file cannot be opened.
         """
+        known = self._remembered.known
         with self._closed_on_error():
+            wanted = []
             for name, tensor in self._shared.reads.items():
-                self._pieces[name] = self._pieces_of(name, tensor)
-                for piece in self._pieces[name]:
-                    self._reader(piece.rank)
+                box = known.describe(name, tensor).box
+                if box is not None and box.size > 0:
+                    wanted.append((name, box))
+            assignment = self._manifest.assignment
+            self._reads = self._remembered.read_plans.plan(assignment, wanted)
+            for rank in self._reads.sources:
+                self._reader(rank)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -104,11 +148,6 @@ class Loading:
         except BaseException:
             self.close()
             raise
-
-    def _pieces_of(self, name: str, tensor: torch.Tensor) -> list[Piece]:
-        """Return what a tensor is read from: only what has a part of this rank's box."""
-        box = tensors.held(tensor).box
-        return [] if box is None else self._manifest.assignment.pieces_of(name, box)
 
     def _own(self, nodes: Nodes) -> Saved:
         """Return what this rank has of its own in the checkpoint."""
@@ -124,8 +163,7 @@ class Loading:
         reader = self._reader(self._rank)
         rows = {
             e.name: Row(e.name, e.dtype, e.global_shape, WHOLE)
-            for e in reader.header.entries.values()
-            if e.per_rank
+            for e in reader.header.entries.per_rank.values()
         }
         return Saved(rows, reader.header.per_rank_values, knows_ties=False)
 
@@ -145,24 +183,48 @@ class Loading:
                 ``shard_rank`` says in whose file.
             StorageError: They cannot be read.
         """
-        if self._per_rank.reads:
-            entries = self._reader(self._rank).header.entries.values()
-            own = {e.name: e for e in entries if e.per_rank}
-            for name, tensor in self._per_rank.reads.items():
-                self._fill(tensor, [(self._rank, own[name])])
-        located = {
-            (rank, e.name, e.box): e
-            for rank, reader in self._readers.items()
-            for e in reader.header.entries.values()
-            if not e.per_rank
-        }
-        for name, tensor in self._shared.reads.items():
-            pieces = self._pieces[name]
-            self._fill(
-                tensor, [(p.rank, located[p.rank, p.row.name, p.box]) for p in pieces]
-            )
+        assert self._reads is not None
+        self._read_own()
+        # First what goes to its place in one run, in file order; then tensors that are
+        # filled by way of a copy, or from parts of entries.
+        pieced: dict[str, list[tuple[int, Stored]]] = {}
+        for rank in self._reads.sources:
+            entries = self._readers[rank].header.entries
+            parts = []
+            for stored, (_, name, start) in self._reads.located(rank, entries):
+                target = self._target(self._shared, name)
+                if start is None or not target.known.address:
+                    pieced.setdefault(name, []).append((rank, stored))
+                else:
+                    parts.append(target.part(stored, start))
+            with _blamed_on(rank):
+                self._readers[rank].read_entries(parts)
+        for name, sources in pieced.items():
+            self._fill(self._shared.reads[name], sources)
+
+    def _read_own(self) -> None:
+        """Fill the tensors that are this rank's own."""
+        if not self._per_rank.reads:
+            return
+        reader = self._reader(self._rank)
+        parts = []
+        for name in self._per_rank.reads:
+            target = self._target(self._per_rank, name)
+            stored = reader.header.entries.per_rank[name]
+            if target.known.address and stored.size_bytes:
+                parts.append(target.part(stored, 0))
+            else:
+                self._fill(target.tensor, [(self._rank, stored)])
+        parts.sort(key=lambda part: part.stored.start)
+        with _blamed_on(self._rank):
+            reader.read_entries(parts)
+
+    def _target(self, plan: RestorePlan, name: str) -> _Target:
+        tensor = plan.reads[name]
+        return _Target(tensor, self._remembered.known.describe(name, tensor))
 
     def _fill(self, tensor: torch.Tensor, sources: list[tuple[int, Stored]]) -> None:
+        """Fill a tensor by way of a copy, or from parts of entries."""
         target = tensors.held(tensor).box
         if target is None or target.size == 0:
             return

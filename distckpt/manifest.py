@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from distckpt import layout, paths, strict_json, values
 from distckpt.errors import FormatError, ManifestError
-from distckpt.layout import Assignment, Row, Table
+from distckpt.layout import Assignment, Table
 from distckpt.record import DIGEST_LENGTH, digest, is_hex
 
 FORMAT = 1
@@ -22,10 +22,15 @@ MAX_SIZE_BYTES = 256 * 2**20
 
 _MAX_WORLD_SIZE = 10_000_000
 _CHECKSUM = b',\n"checksum": '
+# What stands around the tables and between two of them. There are raw newlines in it, and
+# none in any JSON string, so it is nothing else. Lines inside a table begin with a blank
+# or a bracket.
+_LAYOUTS = b'\n"layouts": [\n'
+_BETWEEN = ",\n{"
+_VALUES = b'\n],\n"values": '
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One rank's shard file.
 
     Attributes:
@@ -64,16 +69,15 @@ class Manifest:
     def __post_init__(self) -> None:
         num_shards = len(self.shards)
         _check(0 < num_shards <= _MAX_WORLD_SIZE, "number of shards", num_shards)
-        for rank, shard in enumerate(self.shards):
+        num_layouts = len(self.layouts)
+        for size_bytes, header, index in self.shards:
             _check(
-                0 < shard.size_bytes < 2**63
-                and 0 <= shard.layout < len(self.layouts)
-                and is_hex(shard.header, DIGEST_LENGTH),
-                f"shard of rank {rank}",
-                shard,
+                0 < size_bytes < 2**63
+                and 0 <= index < num_layouts
+                and is_hex(header, DIGEST_LENGTH),
+                "shard",
+                (size_bytes, header, index),
             )
-        for table in self.layouts:
-            layout.check_table(table)
 
     @property
     def world_size(self) -> int:
@@ -83,7 +87,7 @@ class Manifest:
     @cached_property
     def assignment(self) -> Assignment:
         """Which rank's file holds which box; computed, not stored."""
-        return Assignment(self.layouts, [shard.layout for shard in self.shards])
+        return layout.assignment_of(self.layouts, [shard.layout for shard in self.shards])
 
     @property
     def size_bytes(self) -> int:
@@ -106,20 +110,12 @@ class Manifest:
         }
         lines = [f'"{key}": {strict_json.dumps(value)}' for key, value in head.items()]
         shards = [
-            {
-                "file": self.shard_file(rank),
-                "bytes": shard.size_bytes,
-                "header": shard.header,
-                "layout": shard.layout,
-            }
-            for rank, shard in enumerate(self.shards)
+            f'[{shard.size_bytes},"{shard.header}",{shard.layout}]' for shard in self.shards
         ]
-        lines.append(f'"shards": {_one_a_line(shards)}')
-        tables = ",\n".join(
-            _one_a_line([row.to_json() for row in table]) for table in self.layouts
-        )
-        lines.append(f'"layouts": [{tables}]')
-        lines.append(f'"values": {_one_a_line(_group(self.values))}')
+        lines.append(f'"shards": {strict_json.lines(shards)}')
+        tables = ",\n".join(table.text for table in self.layouts)
+        lines.append(f'"layouts": [\n{tables}\n]')
+        lines.append(f'"values": {strict_json.lines(_group(self.values))}')
         body = ("{\n" + ",\n".join(lines)).encode()
         return body + _CHECKSUM + f'"{digest(body)}"\n}}\n'.encode()
 
@@ -131,8 +127,15 @@ class Manifest:
             ManifestError: Says what is wrong with them.
         """
         _check(len(data) <= MAX_SIZE_BYTES, "size in bytes", len(data))
+        # Tables are large and hardly ever change: those that were decoded lately are not
+        # read again. So they are cut out, and all else is read without them.
+        head, start, rest = data.partition(_LAYOUTS)
+        texts, stop, tail = rest.partition(_VALUES)
         try:
-            tree = strict_json.loads(data)
+            found = start and stop
+            tree = strict_json.loads(
+                head + b'\n"layouts": null,\n"values": ' + tail if found else data
+            )
         except strict_json.JsonError as error:
             msg = f"not a manifest: {error}"
             raise ManifestError(msg) from None
@@ -143,7 +146,7 @@ class Manifest:
                 f"distckpt reads format {FORMAT}. It was written by another version."
             )
             raise ManifestError(msg)
-        manifest = _from_tree(tree)
+        manifest = _from_tree(tree, texts)
         # The record holds the digest of the whole; this one is for copies without records.
         body, _, _ = data.rpartition(_CHECKSUM)
         _check(tree["checksum"] == digest(body), "checksum", tree["checksum"])
@@ -164,7 +167,7 @@ _FIELDS = (
 )
 
 
-def _from_tree(tree: dict[str, Any]) -> Manifest:
+def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
     _check(tuple(tree) == _FIELDS, "fields", list(tree))
     path, chain, step = tree["path"], tree["chain"], tree["step"]
     attempt = paths.parse_published(path) if isinstance(path, str) else None
@@ -175,49 +178,50 @@ def _from_tree(tree: dict[str, Any]) -> Manifest:
     _check(step is None or type(step) is int, "step", step)
     created = tree["created"]
     _check(type(created) is float and math.isfinite(created), "created", created)
-    shards, layouts = tree["shards"], tree["layouts"]
+    shards = tree["shards"]
     _check(isinstance(shards, list), "shards", shards)
     world_size = tree["world_size"]
     _check(type(world_size) is int and world_size == len(shards), "world_size", world_size)
-    _check(
-        isinstance(layouts, list) and all(isinstance(rows, list) for rows in layouts),
-        "layouts",
-        layouts,
-    )
+    _check(tree["layouts"] is None, "layouts", tree["layouts"])
     return Manifest(
         attempt=attempt,
         chain=chain,
         step=step,
         created=created,
-        shards=tuple(
-            _decode_shard(fields, rank, len(shards)) for rank, fields in enumerate(shards)
-        ),
-        layouts=tuple(tuple(map(Row.from_json, rows)) for rows in layouts),
+        shards=tuple(map(_decode_shard, shards)),
+        layouts=_decode_tables(texts),
         values=_ungroup(tree["values"]),
     )
 
 
-def _decode_shard(fields: Any, rank: int, world_size: int) -> Shard:
-    known = ("file", "bytes", "header", "layout")
+def _decode_shard(fields: Any) -> Shard:
     good = (
-        isinstance(fields, dict)
-        and tuple(fields) == known
-        # Names follow from rank and world size: no path of a manifest is ever joined.
-        and fields["file"] == paths.shard_file(rank, world_size)
-        and type(fields["bytes"]) is int
-        and isinstance(fields["header"], str)
-        and type(fields["layout"]) is int
+        isinstance(fields, list)
+        and len(fields) == 3
+        and type(fields[0]) is int
+        and isinstance(fields[1], str)
+        and type(fields[2]) is int
     )
-    _check(good, f"shard of rank {rank}", fields)
-    return Shard(fields["bytes"], fields["header"], fields["layout"])
+    _check(good, "shard", fields)
+    return Shard(*fields)
 
 
-def _group(encoded: dict[str, Any]) -> list[list[Any]]:
+def _decode_tables(texts: bytes) -> tuple[Table, ...]:
+    _check(texts.isascii(), "layouts", texts)
+    first, *others = texts.decode().split(_BETWEEN)
+    return tuple(map(Table.from_text, [first, *(f"{{{text}" for text in others)]))
+
+
+def _group(encoded: dict[str, Any]) -> list[str]:
     """Write each distinct value once: optimizer settings repeat for each parameter."""
-    groups: dict[str, list[Any]] = {}
+    # By identity first: thousands of names may share one object.
+    names_of: dict[int, list[str]] = {}
     for path, value in encoded.items():
-        groups.setdefault(strict_json.dumps(value), [value, []])[1].append(path)
-    return list(groups.values())
+        names_of.setdefault(id(value), []).append(path)
+    groups: dict[str, list[str]] = {}
+    for names in names_of.values():
+        groups.setdefault(strict_json.dumps(encoded[names[0]]), []).extend(names)
+    return [f"[{value},{strict_json.dumps(names)}]" for value, names in groups.items()]
 
 
 def _ungroup(groups: Any) -> dict[str, Any]:
@@ -228,7 +232,7 @@ def _ungroup(groups: Any) -> dict[str, Any]:
             isinstance(group, list)
             and len(group) == 2
             and isinstance(group[1], list)
-            and all(isinstance(path, str) for path in group[1]),
+            and {*map(type, group[1])} <= {str},
             "values",
             group,
         )
@@ -238,16 +242,10 @@ def _ungroup(groups: Any) -> dict[str, Any]:
         except FormatError as error:
             msg = f"manifest: value {names[:1]}: {error}"
             raise ManifestError(msg) from error
-        for name in names:
-            _check(name not in result, "value that stands twice", name)
-            result[name] = value
+        size = len(result)
+        result.update(dict.fromkeys(names, value))
+        _check(len(result) == size + len(names), "values: a name stands twice in", names)
     return result
-
-
-def _one_a_line(items: list[Any]) -> str:
-    if not items:
-        return "[]"
-    return "[\n " + ",\n ".join(map(strict_json.dumps, items)) + "\n]"
 
 
 def _check(condition: bool, what: str, found: Any) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from distckpt import errors, strict_json
 from distckpt.errors import DistckptError, RanksFailed, StorageError
@@ -47,17 +46,16 @@ class Status(IntEnum):
     CORRUPT = 4  # the bytes are wrong: confirmed, then falls back
 
 
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """One rank's word on one phase.
+class Vote(NamedTuple):
+    """One rank's word on one phase; a tuple, because the chief gets one of each rank.
 
     Attributes:
         phase: The phase it is about.
         status: How it went.
         size_bytes: Bytes that the phase wrote or read.
-        step: Training step, where there is one.
+        step: Training step, where there is one; then there are no bytes.
         digest_a: What must be compared between ranks, as 16 raw bytes.
-        digest_b: A second one.
+        digest_b: A second one, of which 12 bytes travel.
         detail: Text of any length, or nothing; gathered only when some rank has some.
         rank: Who votes; set by the channel.
     """
@@ -67,7 +65,7 @@ class Vote:
     size_bytes: int = 0
     step: int | None = None
     digest_a: bytes = bytes(16)
-    digest_b: bytes = bytes(16)
+    digest_b: bytes = bytes(12)
     detail: bytes = b""
     rank: int = 0
 
@@ -76,43 +74,64 @@ class Vote:
         """Tell whether the phase went well."""
         return self.status is Status.OK
 
-    def pack(self, rank: int) -> bytes:
-        """Encode all but the detail; always into the same number of bytes."""
-        return _VOTE.pack(
-            rank,
-            self.phase,
-            self.status,
-            self.size_bytes,
-            _NO_STEP if self.step is None else self.step,
-            self.digest_a,
-            self.digest_b,
-            len(self.detail),
+    def pack(self) -> bytes:
+        """Encode all but detail and rank; always into the same number of bytes.
+
+        Raises:
+            ValueError: Both bytes and a step.
+        """
+        if self.step is None:
+            status, number = int(self.status), self.size_bytes
+        elif self.size_bytes:
+            msg = "a vote has bytes or a step, not both"
+            raise ValueError(msg)
+        else:
+            status, number = self.status | _HAS_STEP, self.step
+        length = len(self.detail)
+        return _VOTE.pack(self.phase, status, length, number, self.digest_a, self.digest_b)
+
+
+# So small that the three votes of a save are at most 128 bytes.
+_VOTE = struct.Struct("<BBIq16s12s")
+_HAS_STEP = 0x80
+# Looked up, because making a member of an enum from its number is slow.
+_PHASES = {int(phase): phase for phase in Phase}
+_STATUSES = {int(status): status for status in Status}
+
+VOTE_BYTES = _VOTE.size
+
+
+def unpack_votes(packed: Sequence[bytes], details: Sequence[bytes]) -> list[Vote]:
+    """Decode the votes of all ranks, in their order.
+
+    Args:
+        packed: What ``Vote.pack`` made of each.
+        details: The detail of each.
+    """
+    votes = []
+    fields = zip(_VOTE.iter_unpack(b"".join(packed)), details, strict=True)
+    for rank, ((phase, status, _, number, digest_a, digest_b), detail) in enumerate(fields):
+        size_bytes, step = number, None
+        if status & _HAS_STEP:
+            size_bytes, step = 0, number
+        votes.append(
+            Vote(
+                _PHASES[phase],
+                _STATUSES[status & ~_HAS_STEP],
+                size_bytes,
+                step,
+                digest_a,
+                digest_b,
+                detail,
+                rank,
+            )
         )
+    return votes
 
 
-_VOTE = struct.Struct("<IHHQq16s16sQ")
-_NO_STEP = -(2**63)
-
-
-def unpack_vote(data: bytes, detail: bytes = b"") -> Vote:
-    """Decode a vote; its detail comes separately."""
-    rank, phase, status, size_bytes, step, digest_a, digest_b, _ = _VOTE.unpack(data)
-    return Vote(
-        phase=Phase(phase),
-        status=Status(status),
-        size_bytes=size_bytes,
-        step=None if step == _NO_STEP else step,
-        digest_a=digest_a,
-        digest_b=digest_b,
-        detail=detail,
-        rank=rank,
-    )
-
-
-def detail_length(data: bytes) -> int:
-    """Return how long the detail is that belongs to a packed vote."""
-    length: int = _VOTE.unpack(data)[-1]
-    return length
+def detail_lengths(packed: Sequence[bytes]) -> list[int]:
+    """Return how long the details are that belong to packed votes."""
+    return [length for _, _, length, *_ in _VOTE.iter_unpack(b"".join(packed))]
 
 
 def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) -> Vote:

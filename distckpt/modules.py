@@ -120,6 +120,22 @@ class CanonicalNames:
         return f"{prefix}.{rest}" if prefix else rest
 
 
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Walk the parameters, tied ones again and again: several times faster than torch's."""
+    for member in module.modules():
+        for parameter in member._parameters.values():
+            if parameter is not None:
+                yield parameter
+
+
+def buffers(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Walk the buffers likewise."""
+    for member in module.modules():
+        for buffer in member._buffers.values():
+            if buffer is not None:
+                yield buffer
+
+
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Walk the parameters by canonical name, tied ones under each of their names."""
     inner = unwrap(module)

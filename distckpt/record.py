@@ -33,7 +33,7 @@ def is_hex(value: Any, length: int) -> bool:
     return (
         isinstance(value, str)
         and len(value) == length
-        and set(value) <= set("0123456789abcdef")
+        and not value.strip("0123456789abcdef")
     )
 
 

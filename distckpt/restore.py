@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from distckpt import paths, strict_json
-from distckpt.checkpoint import nodes_of
+from distckpt.checkpoint import nodes_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
@@ -212,7 +212,8 @@ def _plan(job: Job, trial: _Try) -> Loading:
 
     def begin() -> Loading:
         manifest = read_manifest(directory, trial.manifest_digest)
-        loading = Loading(directory, manifest, job.rank, job.world_size)
+        remembered = remembered_of(job.checkpoint)
+        loading = Loading(directory, manifest, job.rank, job.world_size, remembered)
         loading.open_own(nodes)
         return loading
 

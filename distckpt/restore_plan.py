@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from distckpt import tensors, values
 from distckpt.errors import MismatchError
+from distckpt.known import KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
 from distckpt.values import TensorRef
 
@@ -89,12 +90,15 @@ class RestorePlan:
     """What a restore will do on this rank, decided before a byte is touched.
 
     Attributes:
+        saved: What the checkpoint has to offer.
+        known: What is known of the live tensors from earlier.
         reads: Tensors to be filled in place, by name.
         finishers: What to do once all ranks have read everything.
         problems: How checkpoint and live objects do not fit; one sentence each.
     """
 
     saved: Saved
+    known: KnownTensors = field(default_factory=KnownTensors)
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
     finishers: list[Callable[[], None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -113,9 +117,9 @@ class RestorePlan:
             tensor: Itself, or a view of it.
             owner: The tensor that it is a view of.
         """
-        tensors.check_storable(tensor, name)
+        known = self.known.describe(name, tensor)
         row = self.saved.take_row(name)
-        dtype, shape = tensors.dtype_name(tensor.dtype), tuple(tensor.shape)
+        dtype, shape = known.dtype, known.shape
         if row is None:
             kind = "a plain value" if self.saved.has_value(name) else "not there"
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
@@ -124,12 +128,13 @@ class RestorePlan:
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
                 f"{dtype} {list(shape)} here"
             )
-        elif not self._is_read_already(name, row, tensor if owner is None else owner):
-            self.reads[name] = tensor
+        else:
+            identity = known.identity if owner is None else tensors.identity_of(owner)
+            if not self._is_read_already(name, row, identity):
+                self.reads[name] = tensor
 
-    def _is_read_already(self, name: str, row: Row, owner: torch.Tensor) -> bool:
+    def _is_read_already(self, name: str, row: Row, identity: object) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""
-        identity = tensors.identity_of(owner)
         if identity is None or not self.saved.knows_ties:
             return False
         first = self._names.setdefault(identity, name)

@@ -17,7 +17,7 @@ from distckpt.errors import (
     SaveFailed,
 )
 from distckpt.job import Job, Ran, agree
-from distckpt.layout import Layouts, Row, Table
+from distckpt.layout import Layouts, Table
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
@@ -48,8 +48,8 @@ class _State(NamedTuple):
     def vote(self) -> Vote:
         return Vote(
             Phase.CAPTURE,
-            digest_a=_digest_of([row.to_json() for row in self.table]),
-            digest_b=_digest_of(self.values),
+            digest_a=self.table.digest,
+            digest_b=_digest_of_values(self.values),
         )
 
 
@@ -133,7 +133,7 @@ def _exchange(
     key = bytes.fromhex(asked["key"])
     detail: dict[str, Any] = {}
     if job.rank in asked["table_senders"]:
-        detail["table"] = [row.to_json() for row in state.table]
+        detail["table"] = state.table.text
     if job.rank in asked["value_senders"]:
         detail["values"] = state.values
     vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode() if detail else b"")
@@ -149,7 +149,7 @@ def _exchange(
         if layouts is None:
             return {}
         return {
-            "tables": [[row.to_json() for row in table] for table in layouts.tables],
+            "tables": [table.text for table in layouts.tables],
             "table_of_rank": list(layouts.table_of_rank),
         }
 
@@ -158,7 +158,7 @@ def _exchange(
     if layouts is not None:
         job.layouts = layouts
     elif "tables" in answer:
-        tables = [tuple(map(Row.from_json, rows)) for rows in answer["tables"]]
+        tables = list(map(Table.from_text, answer["tables"]))
         job.layouts = Layouts(key, tables, answer["table_of_rank"])
     elif job.layouts is None or job.layouts.key != key:
         job.layouts = Layouts(key, [state.table], [0] * job.world_size)
@@ -173,7 +173,7 @@ def _unite_tables(
     for vote in digests:
         if vote.digest_a not in index_of:
             index_of[vote.digest_a] = len(tables)
-            tables.append(tuple(map(Row.from_json, details[vote.rank]["table"])))
+            tables.append(Table.from_text(details[vote.rank]["table"]))
     try:
         return Layouts(key, tables, [index_of[vote.digest_a] for vote in digests])
     except ManifestError as error:
@@ -225,5 +225,11 @@ def or_abandon(
     return decide_or_abandon
 
 
-def _digest_of(tree: object) -> bytes:
-    return bytes.fromhex(digest(strict_json.dumps(tree).encode()))
+def _digest_of_values(values: Mapping[str, Any]) -> bytes:
+    """Digest plain values; the settings of an optimizer are one object under many names."""
+    text_of: dict[int, str] = {}
+    for value in values.values():
+        if id(value) not in text_of:
+            text_of[id(value)] = strict_json.dumps(value)
+    texts = [text_of[id(value)] for value in values.values()]
+    return bytes.fromhex(digest(strict_json.dumps([*values, *texts]).encode()))

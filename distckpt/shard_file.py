@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from distckpt import dtypes, shard_header, storage
+from distckpt import calls, dtypes, shard_header, storage
 from distckpt.errors import ChecksumError, ShardFileError
 from distckpt.layout import Piece
 from distckpt.record import digest
@@ -31,11 +31,16 @@ from distckpt.shard_header import (
     MAX_HEADER_BYTES,
     Draft,
     Header,
+    Outline,
     Stored,
 )
+from distckpt.storage import Buffer
 
 # Short runs are read together in spans of at most so many bytes.
 _SPAN_BYTES = 4 * 2**20
+# What is handed to one call, after its checksums or before them.
+_BATCH_BYTES = 2**20
+_BATCH_BUFFERS = 512
 
 
 class Entry(NamedTuple):
@@ -48,8 +53,22 @@ class Entry(NamedTuple):
     """
 
     piece: Piece
-    load: Callable[[], memoryview]
+    load: Callable[[], Buffer]
     per_rank: bool = False
+
+
+class Part(NamedTuple):
+    """One whole entry that is to be read.
+
+    Attributes:
+        stored: The entry.
+        buffer: Filled with its bytes.
+        owner: What keeps the buffer's memory alive.
+    """
+
+    stored: Stored
+    buffer: Buffer
+    owner: object
 
 
 class Written(NamedTuple):
@@ -57,6 +76,14 @@ class Written(NamedTuple):
 
     size_bytes: int
     header: str
+
+
+def order(piece: Piece) -> int:
+    """Return what entries are sorted by: the widest elements come first.
+
+    So each entry is aligned to its elements.
+    """
+    return -dtypes.item_size_bytes(piece.row.dtype)
 
 
 def write(
@@ -67,6 +94,7 @@ def write(
     rank: int,
     world_size: int,
     per_rank_values: dict[str, Any],
+    outline: Outline | None = None,
 ) -> Written:
     """Write one shard file and make its content and its name durable.
 
@@ -82,14 +110,16 @@ def write(
         rank: Who writes.
         world_size: Of how many.
         per_rank_values: This rank's own plain values, encoded.
+        outline: Of these entries, which are in order then.
 
     Raises:
         StorageError: Names operation and path.
     """
-    # Widest elements first, so that every entry is aligned to its own element size.
-    ordered = sorted(entries, key=lambda e: -dtypes.item_size_bytes(e.piece.row.dtype))
+    if outline is None:
+        entries = sorted(entries, key=lambda entry: order(entry.piece))
+        outline = Outline([(entry.piece, entry.per_rank) for entry in entries])
     draft = Draft(
-        [(entry.piece, entry.per_rank) for entry in ordered],
+        outline,
         attempt=attempt,
         rank=rank,
         world_size=world_size,
@@ -98,11 +128,11 @@ def write(
     with storage.NewFile(path) as file:
         position = draft.size_bytes
         checksums = bytearray()
-        for data in _batched(ordered):
-            for buffer in data:
-                checksums += _checksums(buffer, draft.block_bytes)
-            file.write_at(position, data)
-            position += sum(map(len, data))
+        for batch in _batched(path, entries, outline):
+            for buffer in batch:
+                checksums += _checksums(buffer, outline.block_bytes)
+            file.write_at(position, batch)
+            position += sum(map(len, batch))
         head = draft.encode(bytes(checksums))
         file.write_at(0, [head])
         file.finish(position)
@@ -110,28 +140,47 @@ def write(
     return Written(position, digest(head))
 
 
-def _checksums(buffer: memoryview, block_bytes: int) -> bytes:
+def _checksums(buffer: Buffer, block_bytes: int) -> bytes:
+    if len(buffer) <= block_bytes:
+        return xxhash.xxh3_64_digest(buffer)
     return b"".join(
         xxhash.xxh3_64_digest(buffer[start : start + block_bytes])
         for start in range(0, len(buffer), block_bytes)
     )
 
 
-def _batched(entries: Sequence[Entry]) -> Iterator[list[memoryview]]:
-    """Gather small entries into one vectored write; large ones come alone."""
-    batch: list[memoryview] = []
+def _batched(
+    path: str, entries: Sequence[Entry], outline: Outline
+) -> Iterator[list[Buffer]]:
+    """Gather small entries into one vectored write, and cut large ones.
+
+    So little at a time that what was read for the checksums is still in the cache when it
+    is written.
+    """
+    batch: list[Buffer] = []
     size = 0
-    for entry in entries:
+    step = _step_bytes(outline.block_bytes)
+    for entry, entry_bytes in zip(entries, outline.sizes, strict=True):
+        if size + entry_bytes > _BATCH_BYTES or len(batch) == _BATCH_BUFFERS:
+            if batch:
+                yield batch
+                batch, size = [], 0
+            calls.check_wanted("write", path)
         buffer = entry.load()
-        assert len(buffer) == entry.piece.size_bytes, entry.piece
-        if buffer:
+        assert len(buffer) == entry_bytes, entry.piece
+        if entry_bytes > _BATCH_BYTES:
+            buffer = memoryview(buffer).cast("B")
+            for start in range(0, entry_bytes, step):
+                yield [buffer[start : start + step]]
+        elif entry_bytes:
             batch.append(buffer)
-            size += len(buffer)
-        if size >= 2**20 or len(batch) >= 512:
-            yield batch
-            batch, size = [], 0
+            size += entry_bytes
     if batch:
         yield batch
+
+
+def _step_bytes(block_bytes: int) -> int:
+    return max(block_bytes, _BATCH_BYTES // block_bytes * block_bytes)
 
 
 class ShardReader:
@@ -208,6 +257,54 @@ class ShardReader:
         if last_whole < end:
             self._read_around(stored, last_whole, buffer[last_whole - offset :])
 
+    def read_entries(self, parts: Sequence[Part]) -> None:
+        """Read whole entries, verifying them; small ones that are neighbours together.
+
+        Args:
+            parts: In file order. Their buffers are undefined after an error.
+
+        Raises:
+            ChecksumError, ShardFileError, StorageError: See ``read_into``.
+        """
+        batch: list[Part] = []
+        size = end = 0
+        for part in parts:
+            stored = part.stored
+            is_small = stored.size_bytes <= self.header.block_bytes
+            if batch and (
+                not is_small
+                or stored.start != end
+                or size + stored.size_bytes > _BATCH_BYTES
+                or len(batch) == _BATCH_BUFFERS
+            ):
+                self._read_small(batch, size)
+                batch, size = [], 0
+            if is_small:
+                batch.append(part)
+                size += stored.size_bytes
+                end = stored.start + stored.size_bytes
+            else:
+                self._read_blocks(stored, 0, memoryview(part.buffer).cast("B"))
+        if batch:
+            self._read_small(batch, size)
+
+    def _read_small(self, parts: Sequence[Part], size_bytes: int) -> None:
+        """Read neighbours of one block each by one call."""
+        first = parts[0].stored
+        buffers = [part.buffer for part in parts]
+        count = self._file.read_vector(self._data_start + first.start, buffers)
+        if count < size_bytes:
+            msg = f"{self.path}: ends inside tensor {parts[-1].stored.name!r}."
+            raise ShardFileError(msg)
+        found = b"".join(map(xxhash.xxh3_64_digest, buffers))
+        start = first.first_block * CHECKSUM_BYTES
+        if found == self.header.checksums[start : start + len(found)]:
+            self.num_block_reads += len(parts)
+            return
+        for index, part in enumerate(parts):
+            at = index * CHECKSUM_BYTES
+            self._compare(part.stored, 0, found[at : at + CHECKSUM_BYTES])
+
     def read_runs(
         self, stored: Stored, runs: Iterable[tuple[int, int, int]], buffer: memoryview
     ) -> None:
@@ -275,7 +372,7 @@ class ShardReader:
         block = self.header.block_bytes
         index = start // block
         # A few MiB at a time, so that hashing finds the bytes still in the cache.
-        stride = max(block, 2**21 // block * block)
+        stride = _step_bytes(block)
         for at in range(0, len(buffer), stride):
             part = buffer[at : at + stride]
             position = self._data_start + stored.start + start + at
@@ -302,10 +399,7 @@ class ShardReader:
     def verify(self) -> int:
         """Read every byte and verify it; returns the number of bytes."""
         total = 0
-        step = max(
-            self.header.block_bytes,
-            2**21 // self.header.block_bytes * self.header.block_bytes,
-        )
+        step = _step_bytes(self.header.block_bytes)
         # No larger than an entry: the length of a block is what the file says.
         largest = max((s.size_bytes for s in self.header.entries.values()), default=0)
         scratch = memoryview(bytearray(min(step, largest)))

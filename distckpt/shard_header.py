@@ -11,6 +11,7 @@ import base64
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,48 +33,43 @@ _BLOCK_BYTES = 128 * 1024
 _MAX_CHECKSUMS_BYTES = 16 * 2**20
 
 _METADATA = "__metadata__"
+# How a header begins.
+_PREFIX = f'{{"{_METADATA}":'
 _OUR_KEY = "distckpt"
+_ENTRIES_KEY = "distckpt.entries"
 _CHECKSUMS_KEY = "distckpt.checksums"
 
 
-class Draft:
-    """The header of a file that is being written: all but the checksums.
+class Outline:
+    """What a shard file will hold and where: all that is alike in every save.
 
     Args:
         items: What the file will hold, in data order, and whether it is the rank's own.
-        attempt: Published name of the attempt.
-        rank: Who writes.
-        world_size: Of how many.
-        per_rank_values: This rank's own plain values, encoded.
 
     Attributes:
+        sizes: Bytes of each item.
+        data_bytes: Bytes of all of them.
         block_bytes: Size of the blocks that checksums are taken of.
-        size_bytes: Where the data starts.
+        num_blocks: How many blocks there are.
 
     Raises:
-        ShardFileError: A name stands twice, or there are too many.
+        ShardFileError: A name stands twice.
     """
 
-    def __init__(
-        self,
-        items: Sequence[tuple[Piece, bool]],
-        *,
-        attempt: str,
-        rank: int,
-        world_size: int,
-        per_rank_values: dict[str, Any],
-    ) -> None:
-        sizes = [piece.size_bytes for piece, _ in items]
-        self.block_bytes = _block_bytes(sizes)
-        self._tree: dict[str, Any] = {_METADATA: {}}
+    def __init__(self, items: Sequence[tuple[Piece, bool]]) -> None:
+        self.sizes = [piece.size_bytes for piece, _ in items]
+        self.data_bytes = sum(self.sizes)
+        self.block_bytes = _block_bytes(self.sizes)
+        self.num_blocks = _num_blocks(self.sizes, self.block_bytes)
+        entries: dict[str, Any] = {}
         described = {}
         position = 0
-        for (piece, per_rank), size in zip(items, sizes, strict=True):
+        for (piece, per_rank), size in zip(items, self.sizes, strict=True):
             key = _key(piece)
-            if key in self._tree:
+            if key in entries or key == _METADATA:
                 msg = f"tensor {key!r} stands twice in one shard file"
                 raise ShardFileError(msg)
-            self._tree[key] = {
+            entries[key] = {
                 "dtype": dtypes.safetensors_code(piece.row.dtype),
                 "shape": _stored_shape(piece.row.dtype, piece.box.shape),
                 "data_offsets": [position, position + size],
@@ -82,41 +78,76 @@ class Draft:
             if description:
                 described[key] = description
             position += size
-        num_blocks = _num_blocks(sizes, self.block_bytes)
-        self._tree[_METADATA] = {
-            "format": "pt",  # Hugging Face's readers ask for it.
-            _OUR_KEY: strict_json.dumps(
-                {
-                    "format": FORMAT,
-                    "attempt": attempt,
-                    "rank": rank,
-                    "world_size": world_size,
-                    "block_bytes": self.block_bytes,
-                    "entries": described,
-                    "values": per_rank_values,
-                }
-            ),
-            _CHECKSUMS_KEY: _encode_checksums(bytes(num_blocks * CHECKSUM_BYTES)),
-        }
-        self.size_bytes = len(self._padded())
+        text = strict_json.dumps(entries)[1:]
+        self._entries = f",{text}" if entries else text
+        self._described = strict_json.dumps(strict_json.dumps(described))
+
+    def text(self, ours: str, checksums: str) -> str:
+        """Return the header, given what is different in every save."""
+        # In this order: a reader cuts off what comes before the entries, see ``parse``.
+        metadata = (
+            '"format":"pt",'  # Hugging Face's readers ask for it
+            f'"{_OUR_KEY}":{strict_json.dumps(ours)},'
+            f'"{_ENTRIES_KEY}":{self._described},'
+            f'"{_CHECKSUMS_KEY}":"{checksums}"'
+        )
+        return f"{_PREFIX}{{{metadata}}}{self._entries}"
+
+
+class Draft:
+    """The header of a file that is being written: all but the checksums.
+
+    Args:
+        outline: What the file will hold.
+        attempt: Published name of the attempt.
+        rank: Who writes.
+        world_size: Of how many.
+        per_rank_values: This rank's own plain values, encoded.
+
+    Attributes:
+        size_bytes: Where the data starts.
+
+    Raises:
+        ShardFileError: There are too many entries.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        *,
+        attempt: str,
+        rank: int,
+        world_size: int,
+        per_rank_values: dict[str, Any],
+    ) -> None:
+        self._outline = outline
+        self._ours = strict_json.dumps(
+            {
+                "format": FORMAT,
+                "attempt": attempt,
+                "rank": rank,
+                "world_size": world_size,
+                "block_bytes": outline.block_bytes,
+                "values": per_rank_values,
+            }
+        )
+        checksums_bytes = outline.num_blocks * CHECKSUM_BYTES
+        length = LENGTH.size + len(outline.text(self._ours, ""))
+        length += len(_encode_checksums(bytes(checksums_bytes)))
+        self.size_bytes = -(-length // _ALIGNMENT) * _ALIGNMENT
         if self.size_bytes > MAX_HEADER_BYTES:
             msg = (
-                f"shard file header of {self.size_bytes} bytes for {len(items)} "
+                f"shard file header of {self.size_bytes} bytes for {len(outline.sizes)} "
                 f"tensors; the limit is {MAX_HEADER_BYTES}."
             )
             raise ShardFileError(msg)
 
     def encode(self, checksums: bytes) -> bytes:
         """Return the bytes of the header, ``size_bytes`` of them."""
-        self._tree[_METADATA][_CHECKSUMS_KEY] = _encode_checksums(checksums)
-        data = self._padded()
-        assert len(data) == self.size_bytes, "the header changed its size"
-        return data
-
-    def _padded(self) -> bytes:
-        text = strict_json.dumps(self._tree).encode("ascii")
-        size = -(-(LENGTH.size + len(text)) // _ALIGNMENT) * _ALIGNMENT
-        return (LENGTH.pack(size - LENGTH.size) + text).ljust(size, b" ")
+        text = self._outline.text(self._ours, _encode_checksums(checksums)).encode("ascii")
+        data = LENGTH.pack(self.size_bytes - LENGTH.size) + text
+        assert len(data) <= self.size_bytes, "the header changed its size"
+        return data.ljust(self.size_bytes, b" ")
 
 
 def _block_bytes(sizes: Sequence[int]) -> int:
@@ -195,6 +226,27 @@ class Stored:
     first_block: int
 
 
+class Entries(dict[str, Stored]):
+    """What a shard file holds, by key, in data order.
+
+    All headers that say the same of it share one of these: it is never changed.
+
+    Attributes:
+        by_box: What is not the rank's own, by tensor's name and box.
+        per_rank: What is the rank's own, by tensor's name.
+        num_blocks: Blocks of all of them.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # by identity: never changed
+
+    def __init__(self, by_key: dict[str, Stored], num_blocks: int) -> None:
+        super().__init__(by_key)
+        every = by_key.values()
+        self.by_box = {(s.name, s.box): s for s in every if not s.per_rank}
+        self.per_rank = {s.name: s for s in every if s.per_rank}
+        self.num_blocks = num_blocks
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A parsed and checked header.
@@ -204,7 +256,7 @@ class Header:
         rank: The rank that wrote it.
         world_size: Of how many.
         block_bytes: Size of the blocks that checksums were taken of.
-        entries: What the file holds, by key, in data order.
+        entries: What the file holds.
         per_rank_values: That rank's own plain values, encoded.
         checksums: Of all blocks, one behind the other.
     """
@@ -213,7 +265,7 @@ class Header:
     rank: int
     world_size: int
     block_bytes: int
-    entries: dict[str, Stored]
+    entries: Entries
     per_rank_values: dict[str, Any]
     checksums: bytes
 
@@ -231,9 +283,9 @@ def parse(text: bytes, data_bytes: int) -> Header:
     if not text.startswith(b"{"):
         _refuse("header does not start with '{'")
     try:
-        tree = strict_json.loads(text)
-        spans = _parse_entries(tree, data_bytes)
-        return _parse_ours(tree.get(_METADATA), spans)
+        metadata, entries = _cut(text)
+        _check_metadata(metadata)
+        return _parse_ours(metadata, entries, data_bytes)
     except strict_json.JsonError as error:
         msg = f"header: {error}"
         raise ShardFileError(msg) from error
@@ -243,14 +295,52 @@ def parse(text: bytes, data_bytes: int) -> Header:
         raise ShardFileError(str(error)) from error
 
 
-def _parse_ours(metadata: Any, spans: dict[str, _Span]) -> Header:
-    if not isinstance(metadata, dict) or _OUR_KEY not in metadata:
+def _cut(text: bytes) -> tuple[Any, str]:
+    """Cut a header into its metadata and the JSON object of its entries.
+
+    The entries are alike in every save of a job, and the longest part by far. As text of
+    their own they need to be parsed only once.
+    """
+    whole = _decode(text)
+    if not whole.startswith(_PREFIX + "{"):  # spelled by another tool
+        tree = strict_json.loads(text)
+        if not isinstance(tree, dict):
+            _refuse("header is not an object")
+        metadata = tree.pop(_METADATA, {})
+        return metadata, strict_json.dumps(tree)
+    metadata, end = strict_json.cut(whole, len(_PREFIX))
+    if whole.startswith(',"', end):
+        end += 1
+    elif not whole.startswith("}", end):
+        _refuse(f"header with {whole[end : end + 20]!r} behind its metadata")
+    return metadata, "{" + whole[end:]
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        msg = f"header: {error}"
+        raise ShardFileError(msg) from None
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        _refuse("__metadata__ is not a map of strings")
+    if not all(map(strict_json.is_unicode, (*metadata, *metadata.values()))):
+        _refuse("header with text that is not Unicode")
+
+
+def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
+    if _OUR_KEY not in metadata:
         _refuse("a safetensors file, but not one that distckpt wrote")
     ours = strict_json.loads(metadata[_OUR_KEY].encode())
-    fields = ("format", "attempt", "rank", "world_size", "block_bytes", "entries")
+    fields = ("format", "attempt", "rank", "world_size", "block_bytes", "values")
     if not isinstance(ours, dict) or _typed(ours, "format", int) != FORMAT:
         _refuse("shard file of another format version")
-    if tuple(ours) != (*fields, "values"):
+    if tuple(ours) != fields:
         _refuse(f"metadata with fields {list(ours)}")
     block_bytes: int = _typed(ours, "block_bytes", int)
     if block_bytes < 1:
@@ -258,15 +348,8 @@ def _parse_ours(metadata: Any, spans: dict[str, _Span]) -> Header:
     per_rank_values = _typed(ours, "values", dict)
     for value in per_rank_values.values():
         values.decode(value)
-    described = _typed(ours, "entries", dict)
-    if not described.keys() <= spans.keys():
-        _refuse("metadata that describes an entry that is not there")
-    entries: dict[str, Stored] = {}
-    block = 0
-    for key, span in spans.items():
-        stored = _stored(key, span, described.get(key, {}), block)
-        entries[key] = stored
-        block += -(-stored.size_bytes // block_bytes)
+    described: str = _typed(metadata, _ENTRIES_KEY, str)
+    entries = _parse_entries(text, described, block_bytes, data_bytes)
     return Header(
         attempt=_typed(ours, "attempt", str),
         rank=_typed(ours, "rank", int),
@@ -274,8 +357,24 @@ def _parse_ours(metadata: Any, spans: dict[str, _Span]) -> Header:
         block_bytes=block_bytes,
         entries=entries,
         per_rank_values=per_rank_values,
-        checksums=_decode_checksums(metadata.get(_CHECKSUMS_KEY), block),
+        checksums=_decode_checksums(metadata.get(_CHECKSUMS_KEY), entries.num_blocks),
     )
+
+
+# Not many: a reader of other layouts has a file of each rank open, and they all differ.
+@lru_cache(maxsize=8)
+def _parse_entries(text: str, described: str, block_bytes: int, data_bytes: int) -> Entries:
+    spans = _parse_spans(strict_json.loads(text.encode()), data_bytes)
+    descriptions = strict_json.loads(described.encode())
+    if not isinstance(descriptions, dict) or not descriptions.keys() <= spans.keys():
+        _refuse("metadata that describes an entry that is not there")
+    by_key: dict[str, Stored] = {}
+    block = 0
+    for key, span in spans.items():
+        stored = _stored(key, span, descriptions.get(key, {}), block)
+        by_key[key] = stored
+        block += -(-stored.size_bytes // block_bytes)
+    return Entries(by_key, block)
 
 
 class _Span(NamedTuple):
@@ -285,20 +384,13 @@ class _Span(NamedTuple):
     stop: int
 
 
-def _parse_entries(tree: Any, data_bytes: int) -> dict[str, _Span]:
+def _parse_spans(tree: dict[str, Any], data_bytes: int) -> dict[str, _Span]:
     """Apply the rules of the safetensors package; returns entries in data order."""
-    if not isinstance(tree, dict):
-        _refuse("header is not an object")
-    metadata = tree.get(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        _refuse("__metadata__ is not a map of strings")
-    if not all(map(strict_json.is_unicode, (*tree, *metadata, *metadata.values()))):
+    if _METADATA in tree:
+        _refuse(f"{_METADATA} stands twice")
+    if not all(map(strict_json.is_unicode, tree)):
         _refuse("header with text that is not Unicode")
-    spans = {
-        key: _parse_span(key, fields) for key, fields in tree.items() if key != _METADATA
-    }
+    spans = {key: _parse_span(key, fields) for key, fields in tree.items()}
     ordered = sorted(spans.items(), key=lambda item: (item[1].start, item[1].stop))
     if ordered and ordered[0][1].start != 0:
         _refuse(f"first entry starts at {ordered[0][1].start}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NoReturn
@@ -85,6 +85,10 @@ class Mesh:
             _refuse(f"mesh of shape {self.shape} with strides {self.strides!r:.200}")
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         # Not of the whole list: every row of a table asks for it.
         return hash((self.shape, self.first, self.strides, self.listed[-1:]))
 
@@ -306,6 +310,10 @@ class Sharding:
         """Return the box of a tensor of this shape at a coordinate."""
         return box_at(shape, self.mesh.shape, self.placements, coordinate)
 
+    def why_not(self, tensor_dims: int) -> str:
+        """Say why no tensor of so many dimensions can lie so; "" if it can."""
+        return _why_not(self.placements, len(self.mesh.shape), tensor_dims)
+
     def to_json(self) -> dict[str, Any]:
         """Encode to a JSON object."""
         return {"mesh": self.mesh.to_json(), "placements": list(self.placements)}
@@ -325,6 +333,12 @@ class Sharding:
 
 def why_not(placements: Sequence[str], mesh_dims: int, tensor_dims: int) -> str:
     """Say why placements are impossible for a mesh and a tensor; "" if they are not."""
+    return _why_not(tuple(placements), mesh_dims, tensor_dims)
+
+
+# Nearly all tensors of a job have one of few placements and shapes.
+@lru_cache(maxsize=1024)
+def _why_not(placements: tuple[str, ...], mesh_dims: int, tensor_dims: int) -> str:
     if len(placements) != mesh_dims:
         return f"{len(placements)} placements for a mesh of {mesh_dims} dimensions."
     last_strided: set[str] = set()
@@ -367,6 +381,16 @@ def box_at(
     coordinate: Coordinate,
 ) -> Box:
     """Return the box that a tensor of this shape has at a coordinate of a mesh."""
+    return _box_at(tuple(shape), tuple(mesh_shape), tuple(placements), coordinate)
+
+
+@lru_cache(maxsize=1024)
+def _box_at(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[str, ...],
+    coordinate: Coordinate,
+) -> Box:
     offset, lengths = [], []
     for length, order in zip(shape, _orders(placements, len(shape)), strict=True):
         start = 0
@@ -382,7 +406,8 @@ def box_at(
     return Box(tuple(offset), tuple(lengths))
 
 
-def _orders(placements: Sequence[str], tensor_dims: int) -> list[list[int]]:
+@lru_cache(maxsize=1024)
+def _orders(placements: tuple[str, ...], tensor_dims: int) -> tuple[tuple[int, ...], ...]:
     """List for each dimension of the tensor the mesh's that cut it, first cut first."""
     orders: list[list[int]] = [[] for _ in range(tensor_dims)]
     last: list[list[int]] = [[] for _ in range(tensor_dims)]
@@ -390,7 +415,7 @@ def _orders(placements: Sequence[str], tensor_dims: int) -> list[list[int]]:
         if placement != REPLICATE:
             strided = placement[0] == STRIDED
             (last if strided else orders)[int(placement[1:])].append(mesh_dim)
-    return [[*plain, *strided] for plain, strided in zip(orders, last, strict=True)]
+    return tuple((*plain, *strided) for plain, strided in zip(orders, last, strict=True))
 
 
 def _chunks(

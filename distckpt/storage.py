@@ -20,10 +20,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
+
+Buffer: TypeAlias = Any  # memory that can be asked for its length: memoryview, ctypes array
 
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -89,7 +91,7 @@ class NewFile:
         with _reported("open", path):
             self._descriptor = os.open(path, _CREATE_FLAGS, 0o666)
 
-    def write_at(self, offset: int, buffers: Sequence[memoryview | bytes]) -> None:
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write buffers one behind the other, from an offset on, to the last byte."""
         for batch in _batches(buffers):
             size = sum(map(len, batch))
@@ -112,9 +114,7 @@ class NewFile:
             with _reported("fsync", self.path):
                 os.fdatasync(self._descriptor)
 
-    def _write_rest(
-        self, batch: Sequence[memoryview | bytes], written: int, offset: int
-    ) -> None:
+    def _write_rest(self, batch: Sequence[Buffer], written: int, offset: int) -> None:
         # A short write is no error by itself; the next call says what the matter is.
         position = 0
         for buffer in batch:
@@ -198,6 +198,21 @@ class OpenFile:
                 break
             done += count
         return done
+
+    def read_vector(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        """Fill buffers one behind the other; fewer bytes only at the file's end."""
+        with _reported("read", self.path):
+            count = os.preadv(self._descriptor, buffers, offset)
+        done = 0
+        for buffer in buffers:
+            # Nearly always all of it came at once.
+            if count - done < len(buffer):
+                rest = memoryview(buffer).cast("B")[max(0, count - done) :]
+                count += self.read_into(offset + max(done, count), rest)
+                if count < done + len(buffer):
+                    break
+            done += len(buffer)
+        return count
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         """Read bytes from an offset on; fewer only at the file's end."""
@@ -308,9 +323,12 @@ def free_bytes(path: str) -> int:
 
 
 def _batches(
-    buffers: Sequence[memoryview | bytes],
-) -> Iterator[list[memoryview | bytes]]:
-    batch: list[memoryview | bytes] = []
+    buffers: Sequence[Buffer],
+) -> Iterator[list[Buffer]]:
+    if len(buffers) <= _MAX_BUFFERS and sum(map(len, buffers)) <= _MAX_CALL_BYTES:
+        yield [*buffers]
+        return
+    batch: list[Buffer] = []
     size = 0
     for buffer in buffers:
         for start in range(0, len(buffer), _MAX_CALL_BYTES):

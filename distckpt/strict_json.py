@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any, NoReturn
 
 
@@ -17,7 +19,17 @@ class JsonError(ValueError):
 
 def dumps(value: object) -> str:
     """Encode to compact ASCII JSON; NaN and infinities are refused."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
+
+
+def quote(text: str) -> str:
+    """Encode a string, quickly."""
+    return encode_basestring_ascii(text)
+
+
+def lines(items: Sequence[str]) -> str:
+    """Make a list of values that are encoded already, one a line."""
+    return "[\n " + ",\n ".join(items) + "\n]" if items else "[]"
 
 
 def loads(data: bytes) -> Any:
@@ -29,13 +41,7 @@ def loads(data: bytes) -> Any:
             numbers with thousands of digits.
     """
     try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_int=_parse_int,
-            parse_float=_parse_float,
-            parse_constant=_refuse_constant,
-        )
+        return _DECODER.decode(data.decode("utf-8"))
     except RecursionError:
         msg = "nested too deeply"
         raise JsonError(msg) from None
@@ -45,8 +51,27 @@ def loads(data: bytes) -> Any:
         raise JsonError(str(error)) from None
 
 
+def cut(text: str, start: int) -> tuple[Any, int]:
+    """Decode the value that begins at a position; returns it and where it ends.
+
+    Raises:
+        JsonError: As ``loads``.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except RecursionError:
+        msg = "nested too deeply"
+        raise JsonError(msg) from None
+    except JsonError:
+        raise
+    except ValueError as error:
+        raise JsonError(str(error)) from None
+
+
 def is_unicode(text: str) -> bool:
     """Tell whether a string is text: JSON can spell lone surrogates, UTF-8 cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -82,3 +107,12 @@ def _parse_float(text: str) -> float:
 def _refuse_constant(text: str) -> NoReturn:
     msg = f"{text} is not JSON"
     raise JsonError(msg)
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys,
+    parse_int=_parse_int,
+    parse_float=_parse_float,
+    parse_constant=_refuse_constant,
+)

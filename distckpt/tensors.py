@@ -270,6 +270,16 @@ def shares_elements(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_row_major_on_host(tensor: torch.Tensor) -> bool:
+    """Tell whether a plain tensor's memory is its elements, row-major, for the host."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
 def identity_of(tensor: torch.Tensor) -> object:
     """Return what two tensors share when they are the same memory; None if empty.
 
@@ -318,12 +328,7 @@ def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     unless the body raised.
     """
     target = held(tensor).memory
-    if (
-        target.device.type == "cpu"
-        and target.is_contiguous()
-        and not target.is_conj()
-        and not target.is_neg()
-    ):
+    if is_row_major_on_host(target):
         yield _bytes_of(target)
         return
     if not target.is_conj() and not target.is_neg():

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
+from distckpt.known import KnownTensors
 from distckpt.leaves import Leaves, join, key_text, tensors_in
 from distckpt.per_rank import PerRank
 from distckpt.restore_plan import RestorePlan
@@ -36,6 +37,27 @@ class Owner(NamedTuple):
 
     name: str
     per_rank: bool
+
+
+class Owners:
+    """Which tracked module each parameter belongs to."""
+
+    def __init__(self) -> None:
+        self._modules: list[tuple[str, nn.Module, bool]] = []
+        self._owner_of: dict[int, Owner] | None = None
+
+    def add(self, path: str, module: nn.Module, per_rank: bool) -> None:
+        """Note a tracked module."""
+        self._modules.append((path, module, per_rank))
+
+    def of(self, parameter: torch.Tensor) -> Owner | None:
+        """Return the first tracked module that has a parameter."""
+        if self._owner_of is None:  # only optimizers ask
+            self._owner_of = {}
+            for path, module, per_rank in self._modules:
+                for name, own in modules.named_parameters(module):
+                    self._owner_of.setdefault(id(own), Owner(join(path, name), per_rank))
+        return self._owner_of.get(id(parameter))
 
 
 class Node(Protocol):
@@ -78,7 +100,7 @@ class _Walker:
     def __init__(self) -> None:
         self.shared: list[Node] = []
         self.per_rank: list[Node] = []
-        self._owners: dict[int, Owner] = {}
+        self._owners = Owners()
 
     def visit(
         self,
@@ -101,8 +123,7 @@ class _Walker:
             # First, as it takes the state dict: only that puts back the parameters that
             # the optimizer has, where FSDP2 has gathered them for a forward pass.
             nodes.append(ModuleNode(path, value))
-            for name, parameter in modules.named_parameters(value):
-                self._owners.setdefault(id(parameter), Owner(join(path, name), per_rank))
+            self._owners.add(path, value, per_rank)
         elif isinstance(value, Optimizer):
             modules.check_supported(value, path)
             nodes.append(OptimizerNode(path, value, self._owners, per_rank))
@@ -149,13 +170,15 @@ class _Entry(NamedTuple):
         key: In the state dict.
         name: Full name.
         value: A tensor, or extra state.
-        owner: The module's own tensor of that name, if the value is sharded: state dicts
-            hold detached views, and of an empty part no memory tells what it is.
+        is_live: Whether the value is a parameter or buffer of the module itself.
+        owner: The module's own tensor of that name, if the value is a sharded one that
+            only shares its memory: of an empty part no memory tells what it is.
     """
 
     key: str
     name: str
     value: Any
+    is_live: bool
     owner: torch.Tensor | None
 
 
@@ -168,58 +191,79 @@ class ModuleNode:
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path = path
         self._module = modules.unwrap(module)
-        self._entries = self._list_entries()
+        self._state = _state_dict_of(self._module)
 
-    def _list_entries(self) -> list[_Entry]:
-        """List the state dict, all of it storable."""
-        state = self._module.state_dict()
-        canonical = modules.CanonicalNames(self._module)
-        owners = modules.tensors_by_name(self._module)
-        entries = []
-        for key, value in state.items():
-            name = join(self.path, canonical[key])
+    def _entries(self, known: KnownTensors) -> Iterator[_Entry]:
+        """Walk the state dict, all of it storable."""
+        module = self._module
+        live = {id(p) for p in modules.parameters(module)}
+        live.update(id(b) for b in modules.buffers(module))
+        owners: dict[str, torch.Tensor] | None = None
+        names = known.canonical_names(self.path, module, self._state)
+        for (key, value), canonical in zip(self._state.items(), names, strict=True):
+            name = f"{self.path}/{key_text(canonical, self.path)}"
+            is_live = id(value) in live
             owner = None
-            if isinstance(value, torch.Tensor):
-                tensors.check_storable(value, name)
+            if not is_live and isinstance(value, torch.Tensor):
+                known.describe(name, value)
                 if tensors.is_sharded(value):
-                    owner = owners.get(canonical[key])
-            entries.append(_Entry(key, name, value, owner))
-        return entries
+                    owners = owners or modules.tensors_by_name(module)
+                    owner = owners.get(canonical)
+            yield _Entry(key, name, value, is_live, owner)
 
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
-        parameters = {tensors.identity_of(p) for p in self._module.parameters()}
-        for _, name, value, owner in self._entries:
-            # A state dict holds detached views; what they are shows in their memory.
+        parameters = {id(p) for p in modules.parameters(self._module)}
+        memories: set[object] | None = None
+        for entry in self._entries(leaves.known):
+            name, value = entry.name, entry.value
             if not isinstance(value, torch.Tensor):
                 leaves.add_value(name, value)
-            elif owner is not None or tensors.identity_of(value) in parameters:
-                leaves.add_parameter(name, value, owner)
+                continue
+            is_parameter = id(value) in parameters or entry.owner is not None
+            if not is_parameter:
+                # It may be a view of one; what it is shows in its memory.
+                if memories is None:
+                    own = modules.parameters(self._module)
+                    memories = {tensors.identity_of(p) for p in own}
+                is_parameter = tensors.identity_of(value) in memories
+            if is_parameter:
+                leaves.add_parameter(name, value, entry.owner)
             else:
                 leaves.add_tensor(name, value)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what is not live goes through load_state_dict."""
-        own = {_storage(t) for t in self._module.parameters()}
-        own |= {_storage(t) for t in self._module.buffers()}
+        memories: set[int] | None = None
         loaded: dict[str, Any] = {}
-        for key, name, value, owner in self._entries:
+        for key, name, value, is_live, owner in self._entries(plan.known):
             if not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
                     loaded[key] = plan.take_value(name, partial(_tensors_in, value, name))
                 else:
                     plan.missing(name, "extra state")
-            elif tensors.held(value).memory.numel() and _storage(value) not in own:
-                # Made by a hook or an overridden state_dict(): filling it would not
-                # reach the module.
-                loaded[key] = tensors.empty_like(value, value.dtype)
-                plan.read_into(name, loaded[key])
-            else:
-                plan.read_into(name, value, owner)
+                continue
+            if not is_live and tensors.held(value).memory.numel():
+                if memories is None:
+                    own = modules.parameters(self._module), modules.buffers(self._module)
+                    memories = {_storage(t) for part in own for t in part}
+                is_live = _storage(value) in memories
+                if not is_live:
+                    # Made by a hook or an overridden state_dict(): filling it would not
+                    # reach the module.
+                    value = loaded[key] = tensors.empty_like(value, value.dtype)
+            plan.read_into(name, value, owner)
         if loaded:
             plan.finishers.append(
                 lambda: _ignore(self._module.load_state_dict(loaded, strict=False))
             )
+
+
+def _state_dict_of(module: nn.Module) -> Mapping[str, Any]:
+    # Parameters as they are: detaching a sharded one costs more than all else about it.
+    if type(module).state_dict is nn.Module.state_dict:
+        return module.state_dict(keep_vars=True)
+    return module.state_dict()  # a user's own may take no arguments
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -242,7 +286,7 @@ class OptimizerNode:
     """
 
     def __init__(
-        self, path: str, optimizer: Optimizer, owners: dict[int, Owner], per_rank: bool
+        self, path: str, optimizer: Optimizer, owners: Owners, per_rank: bool
     ) -> None:
         self.path = path
         self._optimizer = optimizer
@@ -254,7 +298,7 @@ class OptimizerNode:
         for index, group in enumerate(self._optimizer.param_groups):
             named = []
             for position, parameter in enumerate(group["params"]):
-                owner = self._owners.get(id(parameter))
+                owner = self._owners.of(parameter)
                 if owner is None:
                     msg = (
                         f"{self.path}: parameter {position} of group {index} (shape "
@@ -292,8 +336,8 @@ class OptimizerNode:
             settings = _settings(group)
             if not named:
                 leaves.add_value(self._empty_group(index), settings)
+            leaves.add_values([f"{self.path}/settings/{n}" for n, _ in named], settings)
             for name, parameter in named:
-                leaves.add_value(f"{self.path}/settings/{name}", settings)
                 # Not state[parameter]: that would add an empty entry.
                 state = self._optimizer.state.get(parameter, {})
                 for key, value in state.items():

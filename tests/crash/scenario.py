@@ -22,7 +22,7 @@ from distckpt.chief import Chief
 from distckpt.errors import DistckptError, FencedError
 from distckpt.identity import Identity
 from distckpt.janitor import Janitor
-from distckpt.layout import SPLIT, WHOLE, Assignment, Piece, Row
+from distckpt.layout import SPLIT, WHOLE, Assignment, Piece, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.record import Record
@@ -36,12 +36,14 @@ _logger = logging.getLogger(__name__)
 
 # Cut between the ranks, whole, of several blocks, 0-dim, without a counterpart in
 # safetensors, and shared.
-TABLE = (
-    Row("model/weight", "float32", (40, 1024), SPLIT),
-    Row("model/head", "float32", (40, 1024), SPLIT, same_as="model/weight"),
-    Row("model/running", "uint8", (130, 1024), WHOLE),
-    Row("model/phase", "complex128", (3, 5), SPLIT),
-    Row("step", "int64", (), WHOLE),
+TABLE = Table(
+    (
+        Row("model/weight", "float32", (40, 1024), SPLIT),
+        Row("model/head", "float32", (40, 1024), SPLIT, same_as="model/weight"),
+        Row("model/running", "uint8", (130, 1024), WHOLE),
+        Row("model/phase", "complex128", (3, 5), SPLIT),
+        Row("step", "int64", (), WHOLE),
+    )
 )
 ASSIGNMENT = Assignment([TABLE], [0] * WORLD_SIZE)
 _OWN = Row("rng", "uint8", (100,), WHOLE)

@@ -24,7 +24,7 @@ from unit_helpers import (
 )
 
 from distckpt import cli, state, storage
-from distckpt.layout import SPLIT, Row
+from distckpt.layout import SPLIT, Row, Table
 from distckpt.manifest import Manifest, Shard
 
 
@@ -193,7 +193,7 @@ def test_show_of_a_manifest_with_differing_tables_exits_with_3(run_dir):
     shutil.rmtree(os.path.join(run_dir, ".state"))
     shutil.rmtree(run_dir + "/.lock", ignore_errors=True)
     digest = "0" * 32
-    tables = ((Row("w", "uint8", (1,), SPLIT),), (Row("w", "uint8", (2,), SPLIT),))
+    tables = tuple(Table([Row("w", "uint8", (size,), SPLIT)]) for size in (1, 2))
     manifest = Manifest(
         attempt=saved.attempt,
         chain="0" * 16,

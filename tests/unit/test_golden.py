@@ -14,7 +14,7 @@ import pytest
 
 from distckpt import shard_file, values
 from distckpt.boxes import Box, whole
-from distckpt.layout import SHARDED, SPLIT, WHOLE, Piece, Row
+from distckpt.layout import SHARDED, SPLIT, WHOLE, Piece, Row, Table
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.record import COMMIT, Entry, Record
@@ -62,7 +62,7 @@ MANIFEST = Manifest(
         Shard(4096, "cd" * 16, 1),
         Shard(8192, "ef" * 16, 0),
     ),
-    layouts=(ROWS, ()),
+    layouts=(Table(ROWS), Table()),
     values={
         "epoch": 3,
         "lr/a": values.encode(0.1),
@@ -83,11 +83,13 @@ SHARDED_MANIFEST = Manifest(
     created=1700000000.0,
     shards=tuple(Shard(4096 + rank, "ab" * 16, 0) for rank in range(4)),
     layouts=(
-        (
-            Row("model/weight", "float32", (7, 4), SHARDED, "", GRID),
-            Row("model/tied", "float32", (7, 4), SHARDED, "model/weight", GRID),
-            Row("model/norm", "bfloat16", (5, 3), SHARDED, "", SHUFFLED),
-            Row("step", "int64", (), WHOLE),
+        Table(
+            (
+                Row("model/weight", "float32", (7, 4), SHARDED, "", GRID),
+                Row("model/tied", "float32", (7, 4), SHARDED, "model/weight", GRID),
+                Row("model/norm", "bfloat16", (5, 3), SHARDED, "", SHUFFLED),
+                Row("step", "int64", (), WHOLE),
+            )
         ),
     ),
 )

@@ -7,10 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt import layout, sharding
+from distckpt import layout, sharding, strict_json
 from distckpt.boxes import Box, overlap, whole
 from distckpt.errors import ManifestError
-from distckpt.layout import SHARDED, SPLIT, WHOLE, Assignment, Row, check_table
+from distckpt.layout import (
+    SHARDED,
+    SPLIT,
+    WHOLE,
+    Assignment,
+    Piece,
+    Row,
+    Table,
+    assignment_of,
+)
 from distckpt.sharding import Sharding, mesh_of
 
 MAX_EXAMPLES = 60
@@ -275,7 +284,7 @@ def test_differing_row_on_many_ranks_names_some_and_counts_all():
 def test_table_that_contradicts_itself_is_refused(table):
     """A table is checked before anything is read by it."""
     with pytest.raises(ManifestError):
-        check_table(table)
+        Table(table)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +310,12 @@ def test_row_that_cannot_be_is_refused(fields):
         Row(*fields)
 
 
+def text_of(row, shardings=()):
+    """Spell a table of one row as a table is spelled."""
+    listed = strict_json.lines([strict_json.dumps(one) for one in shardings])
+    return f'{{"shardings":{listed},"rows":[\n {strict_json.dumps(row)}\n]}}'
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -308,19 +323,84 @@ def test_row_that_cannot_be_is_refused(fields):
         [],
         ["x", "uint8", [1]],
         ["x", "uint8", [1], SPLIT, "", ""],
+        ["x", "uint8", [1], SPLIT, ""],
         [1, "uint8", [1], SPLIT],
+        ["x", 1, [1], SPLIT],
+        ["x", ["uint8"], [1], SPLIT],
+        ["x", "quint8", [1], SPLIT],
         ["x", "uint8", 1, SPLIT],
+        ["x", "uint8", "1", SPLIT],
         ["x", "uint8", [1.0], SPLIT],
         ["x", "uint8", [True], SPLIT],
+        ["x", "uint8", ["1"], SPLIT],
+        ["x", "uint8", [[1]], SPLIT],
+        ["x", "uint8", [10**4000], SPLIT],
         ["x", "uint8", [1], SPLIT, None],
+        ["x", "uint8", [1], "shared"],
+        ["x", "uint8", [1], SHARDED],
+        ["x", "uint8", [1], 0],
+        ["x", "uint8", [1], -1],
+        ["x", "uint8", [1], False],
+        ["x", "uint8", [1], None],
+        ["x", "uint8", [1], [SPLIT]],
         {"name": "x"},
+        {"name": "x", "dtype": "uint8", "shape": [1], "kind": SPLIT},
+        "abcd",
     ],
-    ids=repr,
+    ids=lambda fields: repr(fields)[:40],
 )
 def test_json_that_is_no_row_is_refused(fields):
     """A manifest's table is checked field by field."""
+    assert Table.from_text(text_of(["x", "uint8", [1], SPLIT]))
     with pytest.raises(ManifestError):
-        Row.from_json(fields)
+        Table.from_text(text_of(fields))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '{"shardings":[]}',
+        '{"shardings":[],"rows":{}}',
+        '{"shardings":{},"rows":[]}',
+        '{"rows":[],"shardings":[]}',
+        '{"shardings":[],"rows":[],"more":1}',
+        '{"shardings":[],"rows":[],"rows":[]}',
+        '{"shardings":[], "rows":[]}',
+        '{"shardings":[],"rows":[]}\n',
+        '{"shardings":[],"rows":[["w","uint8",[1],"split"]]}',
+        '{"shardings":[],"rows":[\n ["w","uint8",[-0],"split"]\n]}',
+        '{"shardings":[],"rows":[\n ["w","uint8",[NaN],"split"]\n]}',
+        '{"shardings":[],"rows":[\n ["w","uint8",[1e999],"split"]\n]}',
+        '{"shardings":[],"rows":[\n ["\\u0077","uint8",[1],"split"]\n]}',
+        '{"shardings":[],"rows":[\n ["\\ud800","uint8",[1],"split"]\n]}',
+        '{"shardings":[],"rows":[\n ["w\u00e9","uint8",[1],"split"]\n]}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:60],
+)
+def test_text_that_is_no_table_s_is_refused(text):
+    """Only one text stands for each table, so equal digests mean equal tables."""
+    with pytest.raises(ManifestError):
+        Table.from_text(text)
+
+
+def test_row_like_one_before_it_is_checked_as_that_was():
+    """Rows of one shape are recognised; what merely compares equal is not the same."""
+    good = '["v","uint8",[1],"split"]'
+    for bad in (
+        '["w","uint8",[true],"split"]',
+        '["w","uint8",[1.0],"split"]',
+        '["","uint8",[1],"split"]',
+        '["\\ud800","uint8",[1],"split"]',
+        '["v","uint8",[1],"split"]',
+    ):
+        for first, second in ((good, bad), (bad, good)):
+            with pytest.raises(ManifestError):
+                Table.from_text(f'{{"shardings":[],"rows":[\n {first},\n {second}\n]}}')
 
 
 @pytest.mark.parametrize(
@@ -328,13 +408,69 @@ def test_json_that_is_no_row_is_refused(fields):
     [
         Row("w", "float32", (3, 4), SPLIT),
         Row("w", "float32", (), WHOLE),
-        Row("v", "float32", (3,), WHOLE, same_as="w"),
+        Row('\n"é]}', "float32", (2,), SPLIT),
     ],
-    ids=lambda row: row.name + row.kind,
+    ids=lambda row: row.kind,
 )
-def test_row_through_json_comes_back_the_same(row):
+def test_row_through_text_comes_back_the_same(row):
     """What a manifest says of a tensor is what was meant."""
-    assert Row.from_json(row.to_json()) == row
+    table = Table([row, row.named("v", same_as=row.name)])
+    layout._decoded = layout._Decoded()
+    found = Table.from_text(table.text)
+    assert found == table
+    assert found is not table
+
+
+@settings(max_examples=MAX_EXAMPLES)
+@given(job=_jobs())
+def test_table_through_text_comes_back_the_same(job):
+    """Digests are those of the text, so they tell tables apart."""
+    tables = [Table(rows) for rows in job[0]]
+    for one in tables:
+        assert Table.from_text(one.text) == one
+        for other in tables:
+            assert (one.digest == other.digest) is (one == other)
+
+
+def test_table_that_was_decoded_lately_is_the_same_object():
+    """Restoring twice, or from the last save's successor, decodes nothing again."""
+    text = Table([Row("w", "float32", (3, 4), SPLIT)]).text
+    assert Table.from_text(text) is Table.from_text("".join(text))
+
+
+def test_decoded_tables_are_forgotten_when_there_is_much_of_them(monkeypatch):
+    """They must not fill the memory of a process that reads many checkpoints."""
+    monkeypatch.setattr(layout, "_decoded", layout._Decoded())
+    tables = [Table([Row(f"w{i}", "float32", (3, 4), SPLIT)]) for i in range(4)]
+    monkeypatch.setattr(layout, "_MAX_DECODED_LENGTH", 2 * len(tables[0].text))
+    found = [Table.from_text(table.text) for table in tables]
+    known = [layout._decoded.get(table.text) for table in tables]
+    assert known == [None, None, *found[2:]]
+
+
+def test_assignment_of_equal_tables_is_the_same_object():
+    """Whoever asks: a save, or a restore of what it wrote."""
+    rows = [Row("w", "float32", (3, 4), SPLIT)]
+    first = assignment_of([Table(rows)], [0, 0])
+    assert assignment_of([Table(rows)], [0, 0]) is first
+    assert assignment_of([Table(rows)], [0, 0, 0]) is not first
+
+
+def test_row_named_otherwise_is_checked_by_its_name():
+    """The rest was checked when the first one was made."""
+    row = Row("w", "float32", (3, 4), SPLIT)
+    assert row.named("v", "w") == Row("v", "float32", (3, 4), SPLIT, "w")
+    for name in ("", "x" * 5000, "\ud800"):
+        with pytest.raises(ManifestError):
+            row.named(name)
+
+
+def test_piece_knows_its_size_and_whether_it_is_all():
+    """A part of a row, and a row."""
+    row = Row("w", "float64", (3, 4), SPLIT)
+    part, all_of_it = Piece(row, Box((1, 0), (2, 4)), 5), Piece(row, whole((3, 4)), 5)
+    assert (part.size_bytes, part.is_whole) == (64, False)
+    assert (all_of_it.size_bytes, all_of_it.is_whole) == (96, True)
 
 
 def test_size_of_a_row_counts_bytes():
@@ -527,7 +663,7 @@ def test_tied_sharded_tensor_is_stored_once():
         sharded("embedding", (1, 4), mesh, ["S0"]),
         sharded("head", (1, 4), mesh, ["S0"], same_as="embedding"),
     )
-    check_table(table)
+    table = Table(table)
     assignment = Assignment([table], [0, 0])
     assert assignment.pieces_of("head") == assignment.pieces_of("embedding")
     assert [len(assignment.pieces_of_rank(rank)) for rank in (0, 1)] == [1, 0]
@@ -625,31 +761,48 @@ def test_sharded_row_that_cannot_be_is_refused(fields):
 
 
 _MESH = {"shape": [2], "first": 0, "strides": [1]}
+_CUT = {"mesh": _MESH, "placements": ["S0"]}
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "shardings"),
     [
-        ["w", "uint8", [4], SHARDED],
-        ["w", "uint8", [4], SHARDED, "v"],
-        ["w", "uint8", [4], SHARDED, "v", {"mesh": _MESH, "placements": ["R"]}],
-        ["w", "uint8", [4], SHARDED, {"mesh": _MESH, "placements": ["R"]}, "v", ""],
-        ["w", "uint8", [4], SPLIT, {"mesh": _MESH, "placements": ["R"]}],
-        ["w", "uint8", [4], SHARDED, {"mesh": _MESH, "placements": ["S1"]}],
+        (["w", "uint8", [4], 1], [_CUT]),
+        (["w", "uint8", [4], -1], [_CUT]),
+        (["w", "uint8", [4], False], [_CUT]),
+        (["w", "uint8", [4], 0.0], [_CUT]),
+        (["w", "uint8", [4], SPLIT], [_CUT]),
+        (["w", "uint8", [4], 0, "v"], [_CUT]),
+        (["w", "uint8", [], 0], [_CUT]),
+        (["w", "uint8", [4], 0], [_CUT, _CUT]),
+        (["w", "uint8", [4], 0], [{**_CUT, "placements": ["R"]}, _CUT]),
+        (["w", "uint8", [4], 0], [{**_CUT, "placements": ["S1"]}]),
+        (["w", "uint8", [4], 0], [{**_CUT, "more": 1}]),
+        (["w", "uint8", [4], _CUT], []),
     ],
     ids=repr,
 )
-def test_json_that_is_no_sharded_row_is_refused(fields):
-    """A manifest's table is checked field by field."""
+def test_json_that_is_no_sharded_row_is_refused(fields, shardings):
+    """A manifest's table is checked field by field; no sharding stands there in vain."""
+    assert Table.from_text(text_of(["w", "uint8", [4], 0], [_CUT]))
     with pytest.raises(ManifestError):
-        Row.from_json(fields)
+        Table.from_text(text_of(fields, shardings))
 
 
-@pytest.mark.parametrize("same_as", ["", "v"])
-def test_sharded_row_through_json_comes_back_the_same(same_as):
+def test_sharded_rows_through_text_come_back_the_same():
     """What a manifest says of a tensor is what was meant."""
-    row = sharded("w", (3, 4), mesh_of((2, 2), [0, 1, 3, 2]), ["R", "S1"], same_as=same_as)
-    assert Row.from_json(row.to_json()) == row
+    mesh = mesh_of((2, 2), [0, 1, 3, 2])
+    row = sharded("v", (3, 4), mesh, ["R", "S1"])
+    table = Table(
+        [
+            row,
+            sharded("w", (3, 4), mesh, ["R", "S1"], same_as="v"),
+            sharded("x", (3, 4), mesh, ["S1", "R"]),
+            sharded("y", (3, 4), mesh_of((4,), range(4)), ["R"]),
+        ]
+    )
+    assert Table.from_text(table.text) == table
+    assert table.text.count("placements") == 3
 
 
 def test_tie_between_tensors_that_lie_otherwise_is_refused():
@@ -657,7 +810,7 @@ def test_tie_between_tensors_that_lie_otherwise_is_refused():
     mesh = mesh_of((2,), range(2))
     first = sharded("v", (4, 4), mesh, ["S0"])
     with pytest.raises(ManifestError, match="'w' is not the same as 'v'"):
-        check_table((first, sharded("w", (4, 4), mesh, ["S1"], same_as="v")))
+        Table((first, sharded("w", (4, 4), mesh, ["S1"], same_as="v")))
 
 
 def test_pieces_of_a_whole_tensor_are_not_looked_through(monkeypatch):

@@ -737,9 +737,12 @@ _OURS = {
 
 def _with_ours(sample, change):
     tree, data = split_file(sample)
-    ours = json.loads(tree["__metadata__"]["distckpt"])
+    metadata = tree["__metadata__"]
+    entries = json.loads(metadata["distckpt.entries"])
+    ours = {**json.loads(metadata["distckpt"]), "entries": entries}
     change(ours)
-    tree["__metadata__"]["distckpt"] = json.dumps(ours)
+    metadata["distckpt.entries"] = json.dumps(ours.pop("entries"))
+    metadata["distckpt"] = json.dumps(ours)
     return join_file(tree, data)
 
 

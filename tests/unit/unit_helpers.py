@@ -10,7 +10,7 @@ import numpy as np
 from distckpt import paths, shard_file, values
 from distckpt.chief import Chief
 from distckpt.identity import Identity
-from distckpt.layout import SPLIT, WHOLE, Assignment, Row
+from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.policy import Retention
@@ -131,7 +131,7 @@ def write_attempt(chief, directory, attempt, *, world_size=2, table=TABLE, array
 def commit(chief, attempt, shards, *, step=None, table=TABLE):
     """Commit with the usual plain values."""
     encoded = {path: values.encode(value) for path, value in VALUES.items()}
-    chief.commit(attempt, step=step, shards=shards, layouts=[table], values=encoded)
+    chief.commit(attempt, step=step, shards=shards, layouts=[Table(table)], values=encoded)
 
 
 def save(chief, directory, number, *, step=None, world_size=2, **more):

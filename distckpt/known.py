@@ -1,0 +1,178 @@
+"""What is known of tensors, for as long as they stay as they are.
+
+Describing a tensor (can it be stored, what does this rank hold of it, where does that lie)
+costs tens of microseconds of Python. A job has thousands of tensors, nearly always the
+same as at its last save. So each is described once; after that one look at its address,
+shape and placements tells whether the description still holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distckpt import dtypes, modules, tensors
+from distckpt.layout import Row, Table
+from distckpt.tensors import Numbering
+
+# How much may be remembered of tensors that are not there any more.
+_SLACK = 1024
+
+
+class KnownTensor:
+    """One tensor that can be stored, described; keeps neither it nor its memory alive.
+
+    Attributes:
+        dtype: torch's name of the element type.
+        shape: Global shape.
+        identity: What it shares with other names of the same memory; None: nothing.
+        box: What this rank holds of it; None where the rank is not in its mesh.
+        size_bytes: Bytes of that.
+        address: Where they lie, row-major, if the host can reach them there; else 0.
+        is_sharded: Whether it is a ``DTensor``.
+
+    Raises:
+        UnsupportedError: It cannot be stored.
+    """
+
+    __slots__ = (
+        "_data_ptr",
+        "_dtype",
+        "_memory_shape",
+        "_reference",
+        "_row",
+        "_row_of",
+        "_spec",
+        "_stride",
+        "address",
+        "box",
+        "dtype",
+        "identity",
+        "is_sharded",
+        "shape",
+        "size_bytes",
+    )
+
+    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+        tensors.check_storable(tensor, name)
+        memory, self.box = tensors.held(tensor)
+        self.dtype = tensors.dtype_name(tensor.dtype)
+        self.shape = tuple(tensor.shape)
+        self.identity = tensors.identity_of(tensor)
+        self.is_sharded = tensors.is_sharded(tensor)
+        self.size_bytes = 0
+        if self.box is not None:
+            self.size_bytes = self.box.size * dtypes.item_size_bytes(self.dtype)
+        self.address = memory.data_ptr() if tensors.is_row_major_on_host(memory) else 0
+        # Complex tensors can become conjugates of themselves without a trace here.
+        is_plain = not tensor.dtype.is_complex
+        self._reference = weakref.ref(tensor) if is_plain else _nothing
+        self._spec: Any = getattr(tensor, "_spec", None)
+        self._data_ptr = memory.data_ptr()
+        self._dtype = memory.dtype
+        self._memory_shape = memory.shape
+        self._stride = memory.stride()
+        self._row_of: tuple[object, ...] | None = None
+        self._row: Row | None = None
+
+    def still_holds(self, tensor: Any) -> bool:
+        """Tell whether this describes a tensor as it is now."""
+        if self._reference() is not tensor:
+            return False
+        memory: Any = tensor
+        if self.is_sharded:
+            # torch's own checkpoints look at these, too: to_local() makes a new object each
+            # time, and asking for shape, mesh and placements takes as long as all else.
+            memory = getattr(tensor, "_local_tensor", None)
+            spec = getattr(tensor, "_spec", None)
+            if memory is None or spec is None or spec is not self._spec:
+                return False
+        return bool(
+            memory.data_ptr() == self._data_ptr
+            and memory.shape == self._memory_shape
+            and memory.stride() == self._stride
+            and memory.dtype is self._dtype
+        )
+
+    def row(
+        self, name: str, tensor: torch.Tensor, kind: str, same_as: str, numbering: Numbering
+    ) -> Row:
+        """Return the tensor's row for a layout table; see ``tensors.row_of``."""
+        row_of = (kind, same_as, numbering)
+        if self._row is None or self._row_of != row_of:
+            self._row = tensors.row_of(name, tensor, kind, same_as, numbering)
+            self._row_of = row_of
+        return self._row
+
+    def memory_of(self, tensor: Any) -> torch.UntypedStorage:
+        """Return what keeps the memory at ``address`` alive."""
+        memory = tensor._local_tensor if self.is_sharded else tensor
+        storage: torch.UntypedStorage = memory.untyped_storage()
+        return storage
+
+
+def _nothing() -> None:
+    """Stand in for a reference to what is gone."""
+
+
+class KnownTensors:
+    """The tensors that one ``Checkpoint`` tracks, by name."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, KnownTensor] = {}
+        self._numbering: tuple[Any, Numbering] | None = None
+        self._names: dict[str, tuple[list[str], list[type], list[str]]] = {}
+        self._table = Table()
+
+    def describe(self, name: str, tensor: torch.Tensor) -> KnownTensor:
+        """Describe a tensor.
+
+        Raises:
+            UnsupportedError: It cannot be stored.
+        """
+        known = self._known.get(name)
+        if known is None or not known.still_holds(tensor):
+            known = self._known[name] = KnownTensor(tensor, name)
+        return known
+
+    def table(self, rows: Sequence[Row]) -> Table:
+        """Make a table of rows; if it is the last one, that, with all it has worked out."""
+        if len(rows) != len(self._table) or self._table != tuple(rows):
+            self._table = Table(rows)
+        return self._table
+
+    def forget_all_but(self, names: Mapping[str, object]) -> None:
+        """Forget tensors that are not there any more, when there are many."""
+        if len(self._known) > 2 * len(names) + _SLACK:
+            self._known = {n: known for n, known in self._known.items() if n in names}
+
+    def numbering(self, members: tuple[int, ...] | None) -> Numbering:
+        """Return what the manager calls torch's ranks; see ``tensors.Numbering``."""
+        if self._numbering is None or self._numbering[0] != members:
+            self._numbering = members, Numbering(members)
+        return self._numbering[1]
+
+    def canonical_names(
+        self, path: str, module: nn.Module, keys: Iterable[str]
+    ) -> list[str]:
+        """Return the names of a state dict's entries, without wrappers' prefixes."""
+        keys = list(keys)
+        types = [type(member) for member in module.modules()]
+        known = self._names.get(path)
+        if known is None or known[0] != keys or known[1] != types:
+            canonical = modules.CanonicalNames(module)
+            known = self._names[path] = keys, types, [canonical[key] for key in keys]
+        return known[2]
+
+
+def window(address: int, size_bytes: int) -> Any:
+    """Return a buffer over memory; whoever asks keeps that memory alive.
+
+    Ten times cheaper than a numpy array's.
+    """
+    return (ctypes.c_char * size_bytes).from_address(address)

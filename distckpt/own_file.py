@@ -1,0 +1,101 @@
+"""What this rank writes in one save: which bytes of which tensor, in file order."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from distckpt import boxes, dtypes, layout, shard_file, tensors
+from distckpt.checkpoint import Captured
+from distckpt.known import window
+from distckpt.layout import Layouts, Piece, Row
+from distckpt.leaves import Leaf
+from distckpt.shard_file import Entry
+from distckpt.shard_header import Outline
+
+
+class _Part(NamedTuple):
+    """One entry of the file.
+
+    Attributes:
+        piece: What it is.
+        per_rank: Whether it is this rank's own.
+        start: Where it begins in what this rank holds of the tensor, in bytes; None if
+            it does not lie there in one run.
+    """
+
+    piece: Piece
+    per_rank: bool
+    start: int | None
+
+
+class OwnFile:
+    """What this rank's file holds; good until a tensor comes, goes or changes its shape.
+
+    Args:
+        captured: What this rank has to save.
+        layouts: Who writes what.
+        rank: Who this is.
+
+    Attributes:
+        outline: What the file will hold and where.
+
+    Raises:
+        ShardFileError: Two entries would have the same name.
+    """
+
+    def __init__(self, captured: Captured, layouts: Layouts, rank: int) -> None:
+        self._layouts = layouts
+        self._per_rank_rows = _per_rank_rows(captured)
+        shared = layouts.assignment.pieces_of_rank(rank)
+        own = [Piece(row, boxes.whole(row.shape), rank) for row in self._per_rank_rows]
+        items = [*((piece, False) for piece in shared), *((piece, True) for piece in own)]
+        items.sort(key=lambda item: shard_file.order(item[0]))
+        self.outline = Outline(items)
+        self._parts = []
+        for piece, per_rank in items:
+            leaf = _leaf_of(captured, piece, per_rank)
+            self._parts.append(_Part(piece, per_rank, _start_of(piece, leaf)))
+
+    def is_of(self, captured: Captured, layouts: Layouts) -> bool:
+        """Tell whether it is what these would make."""
+        rows = _per_rank_rows(captured)
+        return layouts is self._layouts and rows == self._per_rank_rows
+
+    def entries(self, captured: Captured) -> list[Entry]:
+        """Return what is to be written; good while the tensors stay as they are."""
+        entries = []
+        sizes = self.outline.sizes
+        for (piece, per_rank, start), size in zip(self._parts, sizes, strict=True):
+            leaf = _leaf_of(captured, piece, per_rank)
+            address = leaf.known.address
+            if start is None or not address or not size:
+                load = partial(tensors.box_bytes, leaf.tensor, piece.box)
+            else:
+                load = partial(window, address + start, size)
+            entries.append(Entry(piece, load, per_rank))
+        return entries
+
+
+def _per_rank_rows(captured: Captured) -> list[Row]:
+    """Describe this rank's own tensors, which only it writes, tied or not."""
+    leaves = captured.per_rank
+    return [
+        leaf.known.row(name, leaf.tensor, layout.WHOLE, "", leaves.numbering)
+        for name, leaf in leaves.tensors.items()
+    ]
+
+
+def _leaf_of(captured: Captured, piece: Piece, per_rank: bool) -> Leaf:
+    leaves = captured.per_rank if per_rank else captured.shared
+    return leaves.tensors[piece.row.name]
+
+
+def _start_of(piece: Piece, leaf: Leaf) -> int | None:
+    held = leaf.known.box
+    if held is None or piece.box.size == 0:
+        return None
+    runs = list(boxes.contiguous_runs(piece.box, held, piece.box))
+    if len(runs) > 1:
+        return None
+    return runs[0][0] * dtypes.item_size_bytes(piece.row.dtype)
