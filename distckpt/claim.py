@@ -28,7 +28,9 @@ def ensure_claimed(job: Job) -> None:
     probe = Probe(job.directory, answer["epoch"], answer["nonce"])
     # C2 (every rank): can I write, and is it the chief's directory?
     tried = Ran(
-        lambda: job.on_disk("probing the directory", lambda: probe.try_on(job.rank))
+        lambda: job.on_disk(
+            job.decisions, "probing the directory", lambda: probe.try_on(job.rank)
+        )
     )
     # C3, C4 (chief)
     answer = agree(job.decisions, Phase.PROBE, tried, lambda votes: _finish(job, votes))

@@ -28,10 +28,9 @@ from distckpt.errors import (
     RanksFailed,
     StorageTimeout,
 )
-from distckpt.liveness import Liveness, Place
+from distckpt.liveness import Liveness, Round
 from distckpt.messages import Phase, Vote
-from distckpt.waiting import Waiting, Whereabouts
-from distckpt.worker import Worker
+from distckpt.waiting import Lane, Waiting
 
 Answer: TypeAlias = dict[str, Any]
 Decide: TypeAlias = Callable[[Sequence[Vote]], Answer]
@@ -60,11 +59,13 @@ class Channel(Protocol):
     """A way to reach all ranks of a manager, in one order.
 
     Attributes:
+        lane: Of the thread that makes the calls.
         rank: This rank in the manager's group.
         world_size: Number of ranks.
         members: What torch's default group calls each of them.
     """
 
+    lane: Lane
     rank: int
     world_size: int
     members: tuple[int, ...]
@@ -105,8 +106,8 @@ class SoloChannel:
     rank = 0
     world_size = 1
 
-    def __init__(self, worker: Worker, member: int = 0) -> None:
-        self._worker = worker
+    def __init__(self, lane: Lane, member: int = 0) -> None:
+        self.lane = lane
         self.members: tuple[int, ...] = (member,)
 
     def consult(
@@ -119,7 +120,7 @@ class SoloChannel:
     ) -> Answer:
         """See ``Channel.consult``."""
         try:
-            return self._worker.finish(lambda: decide([vote]))
+            return self.lane.worker.finish(lambda: decide([vote]))
         except StorageTimeout as error:
             judged = hung(error)
             if judged is error:
@@ -134,13 +135,11 @@ class GroupChannel:
     """All ranks of a private gloo group; group rank 0 is the chief.
 
     Args:
-        name: Tells the channels of one manager apart.
+        lane: Of the thread that makes the calls; its name tells the channels apart.
         group: A gloo backend, used by nobody else.
         rank: This rank in it.
         members: What torch's default group calls its ranks.
         timeout: How long to wait for another rank.
-        worker: Does the chief's work.
-        whereabouts: Kept up to date.
 
     Attributes:
         liveness: Tells who is missing; None until the ranks are connected.
@@ -148,19 +147,15 @@ class GroupChannel:
 
     def __init__(
         self,
-        name: str,
+        lane: Lane,
         group: Any,
         rank: int,
         members: Sequence[int],
         timeout: timedelta,
-        worker: Worker,
-        whereabouts: Whereabouts,
     ) -> None:
-        self._name = name
+        self.lane = lane
         self._group = group
         self._timeout_seconds = timeout.total_seconds()
-        self._worker = worker
-        self._whereabouts = whereabouts
         self._broken = ""
         self.liveness: Liveness | None = None
         self.rank = rank
@@ -179,8 +174,7 @@ class GroupChannel:
         if self._broken:
             raise ManagerBroken(self._broken)
         text = f"waiting in phase {vote.phase.name}"
-        place = self._whereabouts.come_to(self._name, text)
-        waiting = self._waiting(vote.phase, place, patient)
+        waiting = self._waiting(vote.phase, self.lane.come_to(text), patient)
         try:
             if self.rank == 0:
                 return self._consult_as_chief(waiting, vote, decide, hung)
@@ -191,16 +185,16 @@ class GroupChannel:
                 self._break(messages.describe(error))
             raise
         finally:
-            self._whereabouts.be_at(f"past phase {vote.phase.name}")
+            self.lane.be_at(f"past phase {vote.phase.name}")
 
     def _break(self, reason: str) -> None:
         if not self._broken:
             self._broken = reason
             _keep_for_ever(self._group)
 
-    def _waiting(self, phase: Phase, place: Place, patient: bool = False) -> Waiting:
+    def _waiting(self, phase: Phase, round_: Round, patient: bool = False) -> Waiting:
         who = f"rank {self.rank} of {self.world_size}"
-        return Waiting(who, phase, self._timeout_seconds, place, self.liveness, patient)
+        return Waiting(who, phase, self._timeout_seconds, round_, self.liveness, patient)
 
     def _consult_as_chief(
         self, waiting: Waiting, vote: Vote, decide: Decide, hung: Judge
@@ -209,11 +203,11 @@ class GroupChannel:
         assert packed is not None
         details = self._gather_details(waiting, vote, packed)
         votes = messages.unpack_votes(packed, details)
-        self._whereabouts.decide(f"deciding in phase {vote.phase.name}")
+        self.lane.decide(f"deciding in phase {vote.phase.name}")
         try:
             _check_same_phase(votes)
             # Not on this thread: a call that hangs must not hold up the others.
-            answer = self._worker.finish(lambda: decide(votes))
+            answer = self.lane.worker.finish(lambda: decide(votes))
         except DistckptError as error:
             judged = hung(error) if isinstance(error, StorageTimeout) else error
             self._answer(vote.phase, messages.encode_error(judged))
@@ -234,7 +228,7 @@ class GroupChannel:
         return answer
 
     def _answer(self, phase: Phase, data: bytes) -> None:
-        waiting = self._waiting(phase, self._whereabouts.place)
+        waiting = self._waiting(phase, Round(self.lane.name, self.lane.reached))
         room = _FRAME_BYTES - _FRAME.size
         fits = len(data) <= room
         self._broadcast_frame(waiting, _ANSWER, len(data), data if fits else b"")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from distckpt import paths, readers, shard_file
-from distckpt.checkpoint import Captured
+from distckpt import readers, shard_file
 from distckpt.chief import Chief
 from distckpt.comm import Answer
 from distckpt.errors import (
@@ -18,7 +17,6 @@ from distckpt.errors import (
 from distckpt.job import Job, Ran, agree
 from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
-from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
@@ -27,11 +25,28 @@ _LAST_LOOK_SECONDS = 0.2
 
 
 def write_and_commit(
-    job: Job, attempt: Attempt, step: int | None, captured: Captured, plan: SavePlan
-) -> None:
+    job: Job,
+    attempt: Attempt,
+    step: int | None,
+    plan: SavePlan,
+    write: Callable[[], shard_file.Written],
+    *,
+    yields: bool = False,
+) -> Answer:
     """Write this rank's file and commit together; after return the checkpoint is there.
 
     Called by: every rank. Collectives: one round.
+
+    Args:
+        job: The manager's.
+        attempt: What is saved.
+        step: At which step.
+        plan: What all ranks agreed to write.
+        write: Writes this rank's file; may run on another thread.
+        yields: Whether whoever else wants the processor goes first.
+
+    Returns:
+        How the lists of checkpoints change, for ``updated_lists``.
 
     Raises:
         SaveFailed: Some ranks failed; no checkpoint was made.
@@ -40,15 +55,12 @@ def write_and_commit(
         FencedError: The directory belongs to another manager.
     """
     # S5 (every rank): write my file, durably.
-    written = Ran(
-        lambda: job.on_disk(
-            f"writing {attempt.prefix}", lambda: _write(job, attempt, captured, plan)
-        )
-    )
+    what = f"writing {attempt.prefix}"
+    written = Ran(lambda: job.on_disk(job.commits, what, write, yields=yields))
     chief = _ChiefsPart(job, attempt, step, plan)
     try:
         # S6 (every rank): vote; S7 (chief): commit; S8 (every rank): receive the outcome.
-        answer = agree(
+        return agree(
             job.commits,
             Phase.WRITE,
             written,
@@ -64,24 +76,6 @@ def write_and_commit(
             False if no_vote or never_began else _look_whether_committed(job, attempt)
         )
         raise _with_outcome(error, job.path(attempt.prefix), committed) from error
-    job.take_lists(_updated_lists(job, answer))
-
-
-def _write(
-    job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
-) -> shard_file.Written:
-    file = job.own_file
-    if file is None or not file.is_of(captured, plan.layouts):
-        file = job.own_file = OwnFile(captured, plan.layouts, job.rank)
-    return shard_file.write(
-        job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
-        file.entries(captured),
-        outline=file.outline,
-        attempt=attempt.published,
-        rank=job.rank,
-        world_size=job.world_size,
-        per_rank_values=captured.per_rank.values,
-    )
 
 
 def _vote_on_file(file: shard_file.Written) -> Vote:
@@ -181,7 +175,8 @@ def _changes(job: Job, chief: Chief, saved: str) -> Answer:
     }
 
 
-def _updated_lists(job: Job, changes: Answer) -> Answer:
+def updated_lists(job: Job, changes: Answer) -> Answer:
+    """Return the lists of checkpoints as they are after a commit."""
     removed = {*changes["removed"]}
     kept = [prefix for prefix in job.checkpoints if prefix not in removed]
     return {"latest": changes["latest"], "checkpoints": [*kept, *changes["added"]]}

@@ -37,6 +37,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 _STORAGE_SHARE = 0.75
+_IN_NO_CALL = "in no call of this manager"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +91,19 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         CorruptStateError, StorageError: The directory's state cannot be read.
     """
     # A rank whose filesystem hangs gives up before the others give up waiting for it.
-    worker = Worker(_STORAGE_SHARE * arguments.wait.total_seconds())
-    whereabouts = Whereabouts(worker)
-    decisions, commits = open_channels(
-        process_group, arguments.wait, ("decisions", "commits"), worker, whereabouts
-    )
+    limit_seconds = _STORAGE_SHARE * arguments.wait.total_seconds()
+    whereabouts = Whereabouts()
+    lanes = [
+        whereabouts.lane("decisions", Worker(limit_seconds), _IN_NO_CALL),
+        whereabouts.lane("commits", Worker(limit_seconds), "saving nothing"),
+    ]
+    decisions, commits = open_channels(process_group, arguments.wait, lanes)
     try:
         connect = invite([decisions, commits], whereabouts)
-        made = Ran(
-            lambda: _make_job(arguments, decisions, commits, worker, whereabouts, connect())
-        )
+        made = Ran(lambda: _make_job(arguments, decisions, commits, connect()))
         job = _agree_on_job(arguments, made, decisions)
-        worker.raise_interrupt()
+        decisions.lane.worker.raise_interrupt()
+        decisions.lane.be_idle()
         return job
     except BaseException as error:
         # An answer of the chief ends it on every rank; else somebody may be waiting.
@@ -151,8 +153,6 @@ def _make_job(
     arguments: Arguments,
     decisions: Channel,
     commits: Channel,
-    worker: Worker,
-    whereabouts: Whereabouts,
     liveness: Liveness | None,
 ) -> Job:
     if arguments.wait is not arguments.timeout:
@@ -183,8 +183,6 @@ def _make_job(
         directory=readers.checked_path(arguments.directory),
         decisions=decisions,
         commits=commits,
-        worker=worker,
-        whereabouts=whereabouts,
         liveness=liveness,
         gate=gate,
         read_step=_step_reader(arguments.step_counter),

@@ -23,8 +23,7 @@ from distckpt.line import Address
 from distckpt.liveness import ChiefLiveness, Liveness
 from distckpt.messages import Phase, Vote
 from distckpt.record import digest
-from distckpt.waiting import Whereabouts
-from distckpt.worker import Worker
+from distckpt.waiting import Lane, Whereabouts
 
 # How many groups this process has made over the same ranks: the next one's keys in the
 # store must be new, and the same on all of them.
@@ -34,9 +33,7 @@ _num_made: Counter[tuple[int, ...]] = Counter()
 def open_channels(
     process_group: dist.ProcessGroup | None,
     timeout: timedelta,
-    names: Sequence[str],
-    worker: Worker,
-    whereabouts: Whereabouts,
+    lanes: Sequence[Lane],
 ) -> list[Channel]:
     """Make channels over all ranks of a process group: collective.
 
@@ -44,9 +41,7 @@ def open_channels(
         process_group: Its members are the manager's ranks; None means the default
             group, or this process alone where none is initialized. Any backend.
         timeout: How long any wait may take.
-        names: One for each channel.
-        worker: Does the chief's work.
-        whereabouts: Kept up to date.
+        lanes: Of the threads that get one each.
 
     Raises:
         PeerTimeout: Not every rank came.
@@ -55,25 +50,17 @@ def open_channels(
         if process_group is not None:
             msg = "process_group was given, but torch.distributed is not initialized."
             raise ConfigError(msg)
-        return [SoloChannel(worker) for _ in names]
+        return [SoloChannel(lane) for lane in lanes]
     rank = dist.get_rank(process_group)
     if rank < 0:
         msg = f"rank {dist.get_rank()} is not a member of the given process_group."
         raise ConfigError(msg)
     members = tuple(dist.get_process_group_ranks(process_group))
     if len(members) == 1:
-        return [SoloChannel(worker, members[0]) for _ in names]
+        return [SoloChannel(lane, members[0]) for lane in lanes]
     return [
-        GroupChannel(
-            name,
-            _new_group(members, rank, timeout),
-            rank,
-            members,
-            timeout,
-            worker,
-            whereabouts,
-        )
-        for name in names
+        GroupChannel(lane, _new_group(members, rank, timeout), rank, members, timeout)
+        for lane in lanes
     ]
 
 

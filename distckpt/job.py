@@ -9,17 +9,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from distckpt.checkpoint import Checkpoint
+from distckpt.arena import Arena
+from distckpt.checkpoint import Captured, Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, Channel, Decide, Judge, as_it_is
 from distckpt.errors import DistckptError, ManagerBroken
+from distckpt.flight import Flight
 from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
-from distckpt.policy import IntervalGate
-from distckpt.waiting import Whereabouts, broken_by
-from distckpt.worker import Worker
+from distckpt.policy import IntervalGate, Pace
+from distckpt.waiting import broken_by
 
 _Result = TypeVar("_Result")
 
@@ -32,9 +33,8 @@ class Job:
         checkpoint: The tracked objects.
         directory: The run directory, spelled the same on all ranks.
         decisions: Channel of the caller's thread.
-        commits: Channel of what follows capture, which may get a thread of its own.
-        worker: Does the work that may hang in the filesystem.
-        whereabouts: What this rank does, for the others to know.
+        commits: Channel of what follows capture: of the same thread, or of one that
+            brings an asynchronous save to its end.
         liveness: Who is still there; None with one rank.
         gate: The step interval, alike on all ranks.
         read_step: Returns the training step; None without a step counter.
@@ -47,14 +47,15 @@ class Job:
         undefined: Why tensors hold a mixture, if a restore failed half-way.
         layouts: All ranks' tables at the last save, and who writes what.
         own_file: What this rank wrote then.
+        arena: Where asynchronous saves are copied to.
+        flight: The one that is under way.
+        pace: How often ``save()`` is called.
     """
 
     checkpoint: Checkpoint
     directory: str
     decisions: Channel
     commits: Channel
-    worker: Worker
-    whereabouts: Whereabouts
     liveness: Liveness | None
     gate: IntervalGate
     read_step: Callable[[], int] | None
@@ -67,6 +68,9 @@ class Job:
     undefined: str = ""
     layouts: Layouts | None = None
     own_file: OwnFile | None = None
+    arena: Arena | None = None
+    flight: Flight | None = None
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def rank(self) -> int:
@@ -93,23 +97,33 @@ class Job:
             raise broken_by(self.liveness.verdict, who)
 
     def on_disk(
-        self, what: str, body: Callable[[], _Result], fills_tensors: bool = False
+        self,
+        channel: Channel,
+        what: str,
+        body: Callable[[], _Result],
+        *,
+        fills_tensors: bool = False,
+        yields: bool = False,
     ) -> _Result:
         """Do this rank's own storage work; the others are told that it gets on.
 
         Args:
+            channel: Of the thread that waits for it.
             what: For errors on other ranks: what this one is doing.
             body: Runs on another thread.
             fills_tensors: Whether it writes into live tensors.
+            yields: Whether whoever else wants the processor goes first.
 
         Raises:
             StorageTimeout: A call into the filesystem hangs. The body ends with it, if
                 it ever comes back.
             ManagerBroken: Another rank is gone meanwhile; the body ends likewise.
         """
-        self.whereabouts.be_at(what)
+        channel.lane.be_at(what)
         body = _on_the_same_device(body)
-        return self.worker.run(body, self._while_waiting, fills_tensors)
+        return channel.lane.worker.run(
+            body, self._while_waiting, fills_tensors=fills_tensors, yields=yields
+        )
 
     def _while_waiting(self, has_progressed: bool) -> None:
         if has_progressed and self.liveness is not None:
@@ -155,6 +169,13 @@ def _on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
             return body()
 
     return body_in_stream
+
+
+def own_file_of(job: Job, captured: Captured, layouts: Layouts) -> OwnFile:
+    """Return what this rank writes, made once for as long as that does not change."""
+    if job.own_file is None or not job.own_file.is_of(captured, layouts):
+        job.own_file = OwnFile(captured, layouts, job.rank)
+    return job.own_file
 
 
 class Ran(Generic[_Result]):

@@ -35,6 +35,7 @@ class KnownTensor:
         size_bytes: Bytes of that.
         address: Where they lie, row-major, if the host can reach them there; else 0.
         is_sharded: Whether it is a ``DTensor``.
+        device: Where they lie.
 
     Raises:
         UnsupportedError: It cannot be stored.
@@ -51,6 +52,7 @@ class KnownTensor:
         "_stride",
         "address",
         "box",
+        "device",
         "dtype",
         "identity",
         "is_sharded",
@@ -65,6 +67,7 @@ class KnownTensor:
         self.shape = tuple(tensor.shape)
         self.identity = tensors.identity_of(tensor)
         self.is_sharded = tensors.is_sharded(tensor)
+        self.device = memory.device.type
         self.size_bytes = 0
         if self.box is not None:
             self.size_bytes = self.box.size * dtypes.item_size_bytes(self.dtype)
@@ -109,11 +112,10 @@ class KnownTensor:
             self._row_of = row_of
         return self._row
 
-    def memory_of(self, tensor: Any) -> torch.UntypedStorage:
-        """Return what keeps the memory at ``address`` alive."""
-        memory = tensor._local_tensor if self.is_sharded else tensor
-        storage: torch.UntypedStorage = memory.untyped_storage()
-        return storage
+    def memory_of(self, tensor: Any) -> torch.Tensor:
+        """Return the plain tensor that has what this rank holds."""
+        memory: torch.Tensor = tensor._local_tensor if self.is_sharded else tensor
+        return memory
 
 
 def _nothing() -> None:

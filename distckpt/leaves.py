@@ -63,6 +63,7 @@ class Leaves:
         per_rank: Whether they are this rank's own, rather than the job's.
         numbering: What the manager calls the ranks of a sharded tensor's mesh.
         known: What is known of the tensors from earlier.
+        optimized: Ids of tensors that only the step of an optimizer changes.
     """
 
     tensors: dict[str, Leaf] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Leaves:
     per_rank: bool = False
     numbering: Numbering = field(default_factory=Numbering)
     known: KnownTensors = field(default_factory=KnownTensors)
+    optimized: set[int] = field(default_factory=set)
 
     def add_parameter(
         self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None

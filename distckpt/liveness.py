@@ -40,18 +40,27 @@ class Place(NamedTuple):
     """Where in the protocol a rank is.
 
     Attributes:
-        channel: Name of the channel that it waits in; "" if it waits for nobody.
-        round: Which round of that channel, from 1 on.
-        decides: Whether it is the chief, has all votes, and works on the answer.
         text: For people: the phase, the file.
         reached: The last round that it has come to, of each channel.
+        deciding: The channels in which it is the chief, has all votes, and works on the
+            answer.
+    """
+
+    text: str
+    reached: dict[str, int]
+    deciding: tuple[str, ...] = ()
+
+
+class Round(NamedTuple):
+    """One round of votes and answer that a rank waits in.
+
+    Attributes:
+        channel: Name of the channel.
+        number: Which round of it, from 1 on.
     """
 
     channel: str
-    round: int
-    decides: bool
-    text: str
-    reached: dict[str, int]
+    number: int
 
 
 class Verdict(NamedTuple):
@@ -94,18 +103,18 @@ class Liveness:
         """Tell the ranks that wait that this one gets on with its work."""
         self._loop.note_progress()
 
-    def call_roll(self, place: Place, broken: bool = False) -> Verdict | str:
+    def call_roll(self, round_: Round, broken: bool = False) -> Verdict | str:
         """Find out who is missing; returns within a second.
 
         Args:
-            place: Where this rank waits.
+            round_: What this rank waits in.
             broken: Whether a connection broke, rather than the deadline passed.
 
         Returns:
             The verdict; or ``WAIT`` if the chief works on the answer, or ``HERE`` if all
             ranks are in this round, so that what is waited for must be on its way.
         """
-        return self._loop.call_roll(place, broken)
+        return self._loop.call_roll(round_, broken)
 
     def leave(self, reason: str = "") -> None:
         """Say goodbye and end the thread; with a reason, nobody waits for this rank."""
@@ -158,6 +167,7 @@ class _Loop(ABC):
         # What the chief says to a roll call that this rank asked for.
         self._word: str | None = None
         self._word_is_there = threading.Event()
+        self._one_asks = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -195,13 +205,14 @@ class _Loop(ABC):
             self._told_progress = now
             self._send({"progress": True})
 
-    def call_roll(self, place: Place, broken: bool) -> Verdict | str:
-        self._word = None
-        self._word_is_there.clear()
-        if self.verdict is None:  # from here on a verdict is a word, too
-            self._ask(place, broken)
-            self._word_is_there.wait(_WORD_SECONDS)
-        return self.verdict or self._word or self._no_word()
+    def call_roll(self, round_: Round, broken: bool) -> Verdict | str:
+        with self._one_asks:
+            self._word = None
+            self._word_is_there.clear()
+            if self.verdict is None:  # from here on a verdict is a word, too
+                self._ask(round_, broken)
+                self._word_is_there.wait(_WORD_SECONDS)
+            return self.verdict or self._word or self._no_word()
 
     # What the sides do differently
 
@@ -210,7 +221,7 @@ class _Loop(ABC):
         """Send to whom this side is connected."""
 
     @abstractmethod
-    def _ask(self, place: Place, broken: bool) -> None:
+    def _ask(self, round_: Round, broken: bool) -> None:
         """Have the roll called for this rank."""
 
     @abstractmethod
@@ -266,8 +277,8 @@ class _RankLoop(_Loop):
     def _send(self, message: Mapping[str, object]) -> None:
         self._line.send(message)
 
-    def _ask(self, place: Place, broken: bool) -> None:
-        self._line.send({"ask": [*place], "broken": broken})
+    def _ask(self, round_: Round, broken: bool) -> None:
+        self._line.send({"ask": [*round_], "broken": broken})
 
     def _no_word(self) -> Verdict:
         text = (
@@ -323,7 +334,7 @@ class _Asker:
     """Somebody who has waited for too long; the peer is None for the chief itself."""
 
     peer: _Peer | None
-    place: Place
+    round: Round
     broken: bool
 
 
@@ -358,8 +369,8 @@ class _ChiefLoop(_Loop):
         for peer in list(self._peers.values()):
             peer.line.send(message)
 
-    def _ask(self, place: Place, broken: bool) -> None:
-        self._submit(lambda: self._join_roll(_Asker(None, place, broken)))
+    def _ask(self, round_: Round, broken: bool) -> None:
+        self._submit(lambda: self._join_roll(_Asker(None, round_, broken)))
 
     def _no_word(self) -> str:
         return HERE  # this process is too busy to tell; the one who asks asks only once
@@ -399,7 +410,7 @@ class _ChiefLoop(_Loop):
                 self._roll.places[peer.rank] = Place(*message["place"])
                 self._end_roll_if_complete(self._roll)
         elif "ask" in message:
-            self._join_roll(_Asker(peer, Place(*message["ask"]), message["broken"]))
+            self._join_roll(_Asker(peer, Round(*message["ask"]), message["broken"]))
         elif "progress" in message:
             self.note_progress()  # tells all ranks, not more often than one would
         elif "goodbye" in message and self._drop(peer):
@@ -473,12 +484,11 @@ class _ChiefLoop(_Loop):
             text = " ".join(_first(self._closed.values()))
             self._judge(Verdict(True, tuple(sorted(missing)), text))
         # Many ask at the same time, all for the same round.
-        behind: dict[tuple[str, int], list[int]] = {}
+        behind: dict[Round, list[int]] = {}
         for asker in roll.askers:
-            key = (asker.place.channel, asker.place.round)
-            if key not in behind:
-                behind[key] = _ranks_behind(*key, roll.places)
-            self._answer(asker, behind[key], roll.places)
+            if asker.round not in behind:
+                behind[asker.round] = _ranks_behind(asker.round, roll.places)
+            self._answer(asker, behind[asker.round], roll.places)
 
     def _answer(
         self, asker: _Asker, behind: Sequence[int], places: Mapping[int, Place]
@@ -496,7 +506,7 @@ class _ChiefLoop(_Loop):
             text = "a connection between two ranks broke, though all ranks are alive."
             self._judge(Verdict(True, (), text))
         else:
-            word = WAIT if places[0].decides else HERE
+            word = WAIT if asker.round.channel in places[0].deciding else HERE
             if asker.peer is None:
                 self._take_word(word)
             else:
@@ -526,12 +536,12 @@ class _ChiefLoop(_Loop):
         return f"rank {rank}" if peer is None else peer.name
 
 
-def _ranks_behind(channel: str, round_: int, places: Mapping[int, Place]) -> list[int]:
+def _ranks_behind(round_: Round, places: Mapping[int, Place]) -> list[int]:
     """List who has not come to a round yet; being through it is having come."""
     return [
         rank
         for rank, place in sorted(places.items())
-        if place.reached.get(channel, 0) < round_
+        if place.reached.get(round_.channel, 0) < round_.number
     ]
 
 

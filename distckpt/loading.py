@@ -50,7 +50,7 @@ class _Target(NamedTuple):
     def part(self, stored: Stored, start: int) -> Part:
         """Say that an entry goes into its memory, from a byte on."""
         buffer = window(self.known.address + start, stored.size_bytes)
-        return Part(stored, buffer, self.known.memory_of(self.tensor))
+        return Part(stored, buffer, self.known.memory_of(self.tensor).untyped_storage())
 
 
 class Loading:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from distckpt import readers
+from distckpt.background import EXIT_SECONDS, bring_in
 from distckpt.checkpoint import Checkpoint
 from distckpt.comm import Answer
 from distckpt.construct import DEFAULT_TIMEOUT, Arguments, construct
@@ -191,17 +192,34 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        return self._run(lambda: restore_or_initialize(self._job))
+        return self._run(self._restore)
+
+    def _restore(self) -> str | None:
+        if self._job.flight is not None:
+            bring_in(self._job)
+        return restore_or_initialize(self._job)
+
+    def wait_staged(self) -> None:
+        """Wait until the state of the last asynchronous save is copied.
+
+        After return everything may be changed. Needed after ``staging="lazy"`` where
+        something other than the ``step()`` of an optimizer changes what one optimizes.
+
+        Called by: any rank. Collectives: none.
+        """
+        if self._job.flight is not None:
+            self._job.flight.wait_staged()
 
     def sync(self) -> None:
         """Wait for what is outstanding, on all ranks.
 
-        After return all deletions are done and all ranks hold the same
-        ``latest_checkpoint``.
+        After return an asynchronous save is committed, all deletions are done and all
+        ranks hold the same ``latest_checkpoint``.
 
-        Called by: every rank. Collectives: one round.
+        Called by: every rank. Collectives: one round, one more with a save under way.
 
         Raises:
+            SaveFailed, OutcomeUnknown, FencedError: What became of that save.
             StorageError: Deletions are still running at the deadline.
             ManagerBroken: Another rank is gone; restart the job.
         """
@@ -209,6 +227,8 @@ class CheckpointManager:
 
     def _sync(self) -> None:
         job = self._job
+        if job.flight is not None:
+            bring_in(job)
 
         def decide(votes: Sequence[Vote]) -> Answer:
             assert job.chief is not None
@@ -236,6 +256,7 @@ class CheckpointManager:
             finally:
                 self._let_go(ManagerBroken("this manager is closed."))
                 self._job.close_channels()
+                self._job.arena = None
         elif isinstance(self._unusable, FencedError):
             # All ranks were told in the same round, so nobody is left waiting.
             self._let_go(ManagerBroken("this manager is closed."))
@@ -253,6 +274,9 @@ class CheckpointManager:
         if error is None:
             self.close()
         else:
+            if self._job.flight is not None:
+                # It can come to its end without this thread; a second Ctrl-C leaves it.
+                self._job.flight.done.wait(EXIT_SECONDS)
             # The other ranks may be anywhere: no collective, or the error that matters
             # would show only at the deadline. Those that wait for this one are told.
             reason = f"its program raised {describe(error)}"
@@ -271,7 +295,6 @@ class CheckpointManager:
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
             raise type(self._unusable)(str(self._unusable)) from self._unusable
-        worker = self._job.worker
         try:
             result = call()
         except FencedError as error:
@@ -286,7 +309,8 @@ class CheckpointManager:
                 self._let_go(unusable, f"{error!r} in a call of the manager")
             raise
         finally:
-            self._job.whereabouts.be_at("in no call of this manager")
+            self._job.decisions.lane.be_idle()
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
-            worker.raise_interrupt()
+            self._job.decisions.lane.worker.raise_interrupt()
+            self._job.commits.lane.worker.raise_interrupt()
         return result

@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from distckpt import errors, strict_json
-from distckpt.errors import DistckptError, RanksFailed, StorageError
+from distckpt.errors import ConfigError, DistckptError, RanksFailed, StorageError
 
 _MAX_TEXT = 2048
 
@@ -34,6 +34,7 @@ class Phase(IntEnum):
     APPLY = 12
     INITIALIZE = 13
     SYNC = 14
+    LAND = 15
 
 
 class Status(IntEnum):
@@ -193,6 +194,20 @@ def raise_failures(
     if issubclass(error_class, RanksFailed):
         raise error_class(message, failures)
     raise error_class(message)
+
+
+def check_called_alike(votes: Sequence[Vote]) -> None:
+    """Raise ``ConfigError`` if ranks have called the manager in different ways."""
+    chiefs = (votes[0].step, votes[0].digest_a)
+    differing = [vote for vote in votes if (vote.step, vote.digest_a) != chiefs]
+    if differing:
+        others = ", ".join(f"rank {v.rank} at step {v.step}" for v in differing[:16])
+        msg = (
+            f"save() was called differently on {len(differing)} of {len(votes)} ranks: the "
+            f"chief at step {votes[0].step}; {others}, or with other arguments. Every rank "
+            "must call save() at the same step in the same way."
+        )
+        raise ConfigError(msg)
 
 
 def encode_answer(payload: Mapping[str, Any]) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 from distckpt import boxes, dtypes, layout, shard_file, tensors
+from distckpt.boxes import Box
 from distckpt.checkpoint import Captured
 from distckpt.known import window
 from distckpt.layout import Layouts, Piece, Row
@@ -27,6 +29,26 @@ class _Part(NamedTuple):
     piece: Piece
     per_rank: bool
     start: int | None
+
+
+class Move(NamedTuple):
+    """One entry of the file that is copied.
+
+    Attributes:
+        name: Of the tensor.
+        leaf: What it is of.
+        box: Which region of the tensor it is.
+        start: As in ``_Part``.
+        position: Where it goes, in bytes from the start of the file's data.
+        size_bytes: How long it is.
+    """
+
+    name: str
+    leaf: Leaf
+    box: Box
+    start: int | None
+    position: int
+    size_bytes: int
 
 
 class OwnFile:
@@ -75,6 +97,16 @@ class OwnFile:
                 load = partial(window, address + start, size)
             entries.append(Entry(piece, load, per_rank))
         return entries
+
+    def moves(self, captured: Captured) -> Iterator[Move]:
+        """Walk what a snapshot copies, in file order; entries without bytes left out."""
+        position = 0
+        sizes = self.outline.sizes
+        for (piece, per_rank, start), size in zip(self._parts, sizes, strict=True):
+            if size:
+                leaf = _leaf_of(captured, piece, per_rank)
+                yield Move(piece.row.name, leaf, piece.box, start, position, size)
+            position += size
 
 
 def _per_rank_rows(captured: Captured) -> list[Row]:

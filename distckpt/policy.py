@@ -7,6 +7,7 @@ Source: ``tensorflow/python/checkpoint/checkpoint_management.py`` (2.16),
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from distckpt.errors import ConfigError
 from distckpt.record import Entry, Record
 
 _SECONDS_PER_HOUR = 3600.0
+_MAX_CALLS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +144,19 @@ class IntervalGate:
         if step == self.last_step:
             return False
         return not check_interval or step >= self.last_step + self.interval
+
+
+class Pace:
+    """How often ``save()`` is called."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._looked_at = 0
+        self._looked_when = time.monotonic()
+
+    def calls_in(self, seconds: float) -> int:
+        """Return how many calls to expect, from those since this was asked last."""
+        now = time.monotonic()
+        calls, elapsed = self.num_calls - self._looked_at, now - self._looked_when
+        self._looked_at, self._looked_when = self.num_calls, now
+        return max(1, min(_MAX_CALLS, int(calls * seconds / max(elapsed, 1e-3))))

@@ -217,9 +217,9 @@ def _plan(job: Job, trial: _Try) -> Loading:
         loading.open_own(nodes)
         return loading
 
-    loading = job.on_disk(what, begin)
+    loading = job.on_disk(job.decisions, what, begin)
     loading.plan(nodes)  # runs user code, too
-    job.on_disk(what, loading.open_files)
+    job.on_disk(job.decisions, what, loading.open_files)
     return loading
 
 
@@ -235,7 +235,8 @@ def _read(job: Job, trial: _Try, loading: Loading) -> None:
         f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
-    job.on_disk(f"reading {trial.attempt.prefix}", loading.read, fills_tensors=True)
+    what = f"reading {trial.attempt.prefix}"
+    job.on_disk(job.decisions, what, loading.read, fills_tensors=True)
 
 
 def _apply(job: Job, trial: _Try, loading: Loading) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
-from distckpt import paths, strict_json
+from distckpt import paths, shard_file, strict_json
+from distckpt.background import bring_in, take_off
+from distckpt.checkpoint import Captured
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
-from distckpt.commit import write_and_commit
+from distckpt.commit import updated_lists, write_and_commit
 from distckpt.errors import (
     ConfigError,
     OutcomeUnknown,
@@ -18,16 +22,39 @@ from distckpt.errors import (
     SaveFailed,
     StorageError,
 )
-from distckpt.job import Job, Ran, agree
-from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.flight import Flight
+from distckpt.job import Job, Ran, agree, own_file_of
+from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
-from distckpt.save_plan import capture_and_plan
+from distckpt.save_plan import SavePlan, capture_and_plan
+
+_logger = logging.getLogger(__name__)
+
+
+Staging: TypeAlias = Literal["eager", "lazy"]
+WhenBusy: TypeAlias = Literal["wait", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointOptions:
-    """How one save is done; nothing can be chosen yet."""
+    """How one save is done.
+
+    Attributes:
+        enable_async: Return when the state is copied; the rest goes on behind the training
+            loop. What came of it shows at a later call: of ``save()``, about a second
+            after, of ``sync()``, ``close()`` or ``restore_or_initialize()``.
+        staging: ``"eager"``: all is copied when ``save()`` returns. ``"lazy"``: what only
+            the ``step()`` of a tracked optimizer changes (its parameters and its state) is
+            copied while forward and backward run, and the next ``step()`` of any optimizer
+            waits for it. Whatever else changes these must call ``wait_staged()`` first.
+        when_busy: What to do while an earlier save is still under way: ``"wait"`` for it,
+            or ``"skip"`` this one.
+    """
+
+    enable_async: bool = False
+    staging: Staging = "eager"
+    when_busy: WhenBusy = "wait"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +64,48 @@ class Request:
     step: int | None
     number: int | None
     check_interval: bool
+    options: CheckpointOptions
 
-    def digest(self) -> bytes:
+    def vote(self, phase: Phase) -> Vote:
         """Return what is compared between ranks."""
-        fields = [self.step, self.number, self.check_interval]
-        return bytes.fromhex(digest(strict_json.dumps(fields).encode()))
+        options = [*astuple(self.options)]
+        fields = [self.step, self.number, self.check_interval, *options]
+        compared = bytes.fromhex(digest(strict_json.dumps(fields).encode()))
+        return Vote(phase, step=self.step, digest_a=compared)
 
 
 def save(
     job: Job, number: Any, check_interval: Any, options: CheckpointOptions | None
 ) -> str | None:
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
+    job.pace.num_calls += 1
     step_read = Ran(job.step)
     # Where all ranks ask at any step, a step counter that raises is a vote like any error.
     # Elsewhere they may not ask now; this rank's error is its own.
     if step_read.error is not None and not job.gate.is_open:
         raise step_read.error
     if step_read.error is None and not job.gate.allows(step_read.result, check_interval):
+        _look_after_flight(job)
         return None
     if job.undefined:
         raise RestoreFailed(job.undefined)
-    attempt = _decide(
-        job, lambda: _request(step_read.value(), number, check_interval, options)
-    )
-    step = step_read.result
-    counter = job.checkpoint.save_counter
+    request = Ran(lambda: _request(step_read.value(), number, check_interval, options))
+    if job.flight is not None and not _clear_the_way(job, request):
+        return None
+    attempt = _decide(job, request)
+    step, options = request.result.step, request.result.options
+    counter, last_step = job.checkpoint.save_counter, job.gate.last_step
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
         captured, plan = capture_and_plan(job, attempt)  # S3
-        write_and_commit(job, attempt, step, captured, plan)  # S5 to S8
+        if options.enable_async:
+            flight = Flight(attempt, counter, last_step, step)
+            take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
+        else:
+            write = partial(_write, job, attempt, captured, plan)
+            changes = write_and_commit(job, attempt, step, plan, write)  # S5 to S8
+            job.take_lists(updated_lists(job, changes))
     except OutcomeUnknown:
         raise  # the number may be in use
     except Exception:
@@ -78,13 +117,58 @@ def save(
     return job.path(attempt.prefix)
 
 
+def _write(
+    job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
+) -> shard_file.Written:
+    file = own_file_of(job, captured, plan.layouts)
+    return shard_file.write(
+        job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
+        file.entries(captured),
+        outline=file.outline,
+        attempt=attempt.published,
+        rank=job.rank,
+        world_size=job.world_size,
+        per_rank_values=captured.per_rank.values,
+    )
+
+
+# An asynchronous save under way
+
+
+def _look_after_flight(job: Job) -> None:
+    """Ask now and then what has become of it; all ranks at the same call."""
+    if job.flight is not None:
+        job.flight.calls_left -= 1
+        if job.flight.calls_left <= 0:
+            bring_in(job, wait=False)
+
+
+def _clear_the_way(job: Job, request: Ran[Request]) -> bool:
+    """Bring in the one under way before another save; False to skip that one."""
+    waits = request.error is None and request.result.options.when_busy == "wait"
+    call = Ran(lambda: request.value().vote(Phase.LAND))
+    flight = job.flight
+    if bring_in(job, call, wait=waits):
+        return True
+    if job.chief is not None and flight is not None:
+        step, under_way = request.result.step, flight.attempt.prefix
+        _logger.warning("no save at step %s: %s is still under way", step, under_way)
+    return False
+
+
 # S1, S2: question and answer
 
 
 def _request(step: int | None, number: Any, check_interval: Any, options: Any) -> Request:
-    if options is not None and not isinstance(options, CheckpointOptions):
+    if options is None:
+        options = CheckpointOptions()
+    if not isinstance(options, CheckpointOptions):
         msg = f"options must be CheckpointOptions, got {options!r:.100}."
         raise ConfigError(msg)
+    for name, known in (("staging", get_args(Staging)), ("when_busy", get_args(WhenBusy))):
+        if getattr(options, name) not in known:
+            msg = f"options: {name} must be one of {known}, got {options!r:.200}."
+            raise ConfigError(msg)
     if number is not None:
         try:
             number = operator.index(number)
@@ -97,23 +181,24 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
     if step is not None and not -(2**63) < step < 2**63:
         msg = f"the training step must fit into 64 bits, step_counter says {step}."
         raise ConfigError(msg)
-    return Request(step, number, bool(check_interval))
+    enable_async = bool(options.enable_async)
+    options = CheckpointOptions(enable_async, options.staging, options.when_busy)
+    return Request(step, number, bool(check_interval), options)
 
 
-def _decide(job: Job, make_request: Callable[[], Request]) -> Attempt:
+def _decide(job: Job, request: Ran[Request]) -> Attempt:
     """Ask the chief; it makes the pending directory of a new attempt."""
-    attempt = _ask(job, make_request)
+    attempt = _ask(job, request)
     if attempt is None:
         # The first call of this manager: all ranks made it alike, so now claim.
         ensure_claimed(job)
-        attempt = _ask(job, make_request)
+        attempt = _ask(job, request)
     assert attempt is not None
     return attempt
 
 
-def _ask(job: Job, make_request: Callable[[], Request]) -> Attempt | None:
+def _ask(job: Job, request: Ran[Request]) -> Attempt | None:
     # Bad arguments of one rank must reach all of them, so they are a vote too.
-    request = Ran(make_request)
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "save() was refused", SaveFailed)
@@ -124,23 +209,14 @@ def _ask(job: Job, make_request: Callable[[], Request]) -> Attempt | None:
         Phase.DECIDE,
         request,
         decide,
-        says=lambda r: Vote(Phase.DECIDE, step=r.step, digest_a=r.digest()),
+        says=lambda r: r.vote(Phase.DECIDE),
     )
     return None if answer["attempt"] is None else paths.parse_published(answer["attempt"])
 
 
 def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
     assert job.chief is not None
-    differing = [vote for vote in votes if vote.digest_a != request.digest()]
-    if differing:
-        others = ", ".join(f"rank {v.rank} at step {v.step}" for v in differing[:16])
-        msg = (
-            f"save() was called differently on {len(differing)} of {len(votes)} ranks: "
-            f"the chief at step {request.step} with checkpoint_number={request.number}, "
-            f"check_interval={request.check_interval}; {others}, or with other "
-            "arguments. Every rank must call save() at the same step in the same way."
-        )
-        raise ConfigError(msg)
+    check_called_alike(votes)
     if not job.claimed:
         return {"attempt": None}
     job.chief.check_not_fenced()

@@ -69,7 +69,7 @@ def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
 
     def body() -> _State:
         # Ctrl-C while the save was begun: nothing is written yet, so it can end here.
-        job.worker.raise_interrupt()
+        job.decisions.lane.worker.raise_interrupt()
         captured = capture(job.checkpoint, job.decisions.members)
         return _State(captured, captured.shared.table())
 

@@ -311,13 +311,27 @@ def box_bytes(tensor: torch.Tensor, box: Box) -> memoryview:
     """
     if box.size == 0:
         return memoryview(b"")  # of no rank's part, if the tensor is sharded
+    return _bytes_of(_region_of(tensor, box).cpu().contiguous())
+
+
+def copy_box(tensor: torch.Tensor, box: Box, target: torch.Tensor) -> None:
+    """Copy the bytes of a region, row-major, into so many bytes; see ``box_bytes``.
+
+    From a device into pinned memory the copy is only put into the current stream.
+    """
+    region = _region_of(tensor, box)
+    with torch.no_grad():
+        target = target.view(region.dtype).view(region.shape)
+        target.copy_(region, non_blocking=target.is_pinned())
+
+
+def _region_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     region, own = held(tensor)
     assert own is not None, "this rank is not in the tensor's mesh"
     spans = zip(box.offset, box.shape, own.offset, strict=True)
     for dim, (start, length, origin) in enumerate(spans):
         region = region.narrow(dim, start - origin, length)
-    region = _as_integers(region.resolve_conj().resolve_neg()).cpu().contiguous()
-    return _bytes_of(region)
+    return _as_integers(region.resolve_conj().resolve_neg())
 
 
 @contextmanager

@@ -338,11 +338,13 @@ class OptimizerNode:
                 leaves.add_value(self._empty_group(index), settings)
             leaves.add_values([f"{self.path}/settings/{n}" for n, _ in named], settings)
             for name, parameter in named:
+                leaves.optimized.add(id(parameter))
                 # Not state[parameter]: that would add an empty entry.
                 state = self._optimizer.state.get(parameter, {})
                 for key, value in state.items():
                     full = join(f"{self.path}/state/{name}", key)
                     _refuse_local_parts(full, value, parameter)
+                    leaves.optimized.add(id(value))
                     if not isinstance(value, torch.Tensor):
                         leaves.add_value(full, value)
                     elif tensors.is_sharded(parameter) and not tensors.is_sharded(value):

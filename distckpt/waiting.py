@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from distckpt.errors import ManagerBroken, PeerLost, PeerTimeout
-from distckpt.liveness import HERE, Liveness, Place, Verdict
+from distckpt.liveness import HERE, Liveness, Place, Round, Verdict
 from distckpt.messages import Phase
 from distckpt.worker import Worker
 
@@ -21,44 +21,82 @@ _LAST_GRACE_SECONDS = 0.3
 
 
 class Whereabouts:
-    """Where this rank is: set by the thread that makes the calls, told by another one.
+    """Where this rank is with all its threads, for the thread that tells others."""
 
-    Args:
-        worker: Whose call into the filesystem belongs to the picture.
+    def __init__(self) -> None:
+        self._lanes: list[Lane] = []
 
-    Attributes:
-        place: In which round of which channel; or what it does instead.
-    """
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._reached: dict[str, int] = {}
-        self.place = Place("", 0, False, "in no call of this manager", self._reached)
-
-    def be_at(self, text: str) -> None:
-        """Note what this rank does while it waits for nobody."""
-        self.place = Place("", 0, False, text, self._reached)
-
-    def come_to(self, channel: str, text: str) -> Place:
-        """Note that this rank has come to the next round of a channel."""
-        reached = self._reached.get(channel, 0) + 1
-        # A new one: the other thread may be telling the last.
-        self._reached = {**self._reached, channel: reached}
-        self.place = Place(channel, reached, False, text, self._reached)
-        return self.place
-
-    def decide(self, text: str) -> None:
-        """Note that this rank, the chief, works on the answer of the round it is in."""
-        self.place = self.place._replace(decides=True, text=text)
+    def lane(self, name: str, worker: Worker, idle: str) -> Lane:
+        """Add a thread's way through the protocol; see ``Lane``."""
+        lane = Lane(name, worker, idle)
+        self._lanes.append(lane)
+        return lane
 
     def __call__(self) -> Place:
         """Tell where this rank is, with what its storage work is in."""
-        place, call = self.place, self._worker.current_call
+        first, *others = self._lanes
+        texts = [first.text(), *(lane.text() for lane in others if not lane.is_idle)]
+        return Place(
+            "; ".join(texts),
+            {lane.name: lane.reached for lane in self._lanes},
+            tuple(lane.name for lane in self._lanes if lane.decides),
+        )
+
+
+class Lane:
+    """One thread's way through the protocol: where it is, and who works for it.
+
+    Set by that thread, told by another one.
+
+    Args:
+        name: Of its channel.
+        worker: Does its storage work.
+        idle: What it does when it does nothing.
+
+    Attributes:
+        name: The same.
+        worker: The same.
+        reached: The last round of the channel that it has come to.
+        decides: Whether this rank is the chief, has all votes, and works on the answer.
+        is_idle: Whether it does nothing.
+    """
+
+    def __init__(self, name: str, worker: Worker, idle: str) -> None:
+        self.name = name
+        self.worker = worker
+        self.reached = 0
+        self.decides = False
+        self.is_idle = True
+        self._idle = idle
+        self._text = idle
+
+    def be_at(self, text: str) -> None:
+        """Note what it does while it waits for nobody."""
+        self.is_idle = self.decides = False
+        self._text = text
+
+    def be_idle(self) -> None:
+        """Note that it is through with what it did."""
+        self.is_idle, self.decides = True, False
+        self._text = self._idle
+
+    def come_to(self, text: str) -> Round:
+        """Note that it has come to the next round of its channel."""
+        self.be_at(text)
+        self.reached += 1
+        return Round(self.name, self.reached)
+
+    def decide(self, text: str) -> None:
+        """Note that this rank, the chief, works on the answer of the round it is in."""
+        self._text, self.decides = text, True
+
+    def text(self) -> str:
+        """Say where it is, for people."""
+        text, call = self._text, self.worker.current_call
         if call is None:
-            return place
+            return text
         seconds = time.monotonic() - call.since
-        text = f"{place.text}, since {seconds:.1f} s in {call.operation} {call.path}"
-        return place._replace(text=text)
+        return f"{text}, since {seconds:.1f} s in {call.operation} {call.path}"
 
 
 class Waiting:
@@ -68,7 +106,7 @@ class Waiting:
         who: This rank, for messages.
         phase: What it waits in.
         timeout_seconds: How long at most.
-        place: The same, for the roll call.
+        round_: The same, for the roll call.
         liveness: Tells who is missing; None before the ranks are connected.
         patient: Whether the time counts from the last progress of any rank.
     """
@@ -78,14 +116,14 @@ class Waiting:
         who: str,
         phase: Phase,
         timeout_seconds: float,
-        place: Place,
+        round_: Round,
         liveness: Liveness | None,
         patient: bool,
     ) -> None:
         self._who = who
         self._phase = phase
         self._timeout_seconds = timeout_seconds
-        self._place = place
+        self._round = round_
         self._liveness = liveness
         self._patient = patient
         self._since = time.monotonic()
@@ -122,7 +160,7 @@ class Waiting:
         )
         if self._liveness is None:
             raise self._error(Verdict(False, (), late))
-        found = self._liveness.call_roll(self._place)
+        found = self._liveness.call_roll(self._round)
         if isinstance(found, Verdict):
             raise self._error(found)
         if found != HERE:
@@ -143,7 +181,7 @@ class Waiting:
         reason = str(error).partition(". This is typically")[0]
         found: Verdict | str = HERE
         if self._liveness is not None:
-            found = self._liveness.call_roll(self._place, broken=True)
+            found = self._liveness.call_roll(self._round, broken=True)
         if not isinstance(found, Verdict):
             found = Verdict(True, (), "another rank has probably died.")
         return self._error(found._replace(text=f"{found.text} ({reason})"))

@@ -9,10 +9,12 @@ for it first, so never more than one of a manager's threads is at work.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from distckpt import calls
@@ -21,6 +23,7 @@ from distckpt.errors import StorageTimeout
 _Result = TypeVar("_Result")
 
 _POLL_SECONDS = 0.05
+_LOW_PRIORITY = 10
 # Of all managers: a task stays here for as long as its thread has it.
 _filling: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -75,7 +78,9 @@ class Worker:
         self,
         body: Callable[[], _Result],
         each_time: Callable[[bool], None],
+        *,
         fills_tensors: bool = False,
+        yields: bool = False,
     ) -> _Result:
         """Run what may be given up: writing or reading this rank's tensors.
 
@@ -83,6 +88,7 @@ class Worker:
             body: The work.
             fills_tensors: Whether it writes into live tensors. What is left behind of
                 such work could do so when another manager has filled them: it waits.
+            yields: Whether whoever else wants the processor goes first.
             each_time: Called some twenty times a second while waiting, and told whether
                 the work has made progress; what it raises ends the waiting, and the
                 work with its next call into the filesystem.
@@ -90,7 +96,7 @@ class Worker:
         Raises:
             StorageTimeout: As ``finish``.
         """
-        task = _Task(body)
+        task = _Task(body, yields)
         try:
             for other in list(_filling) if fills_tensors else ():
                 self._wait(other)
@@ -144,11 +150,19 @@ class Worker:
         return None if self._last is None else self._last.calls.current
 
 
+def yield_to_others() -> None:
+    """Let whoever else wants the processor go before this thread, from now on."""
+    # Linux alone has a priority for each thread; to lower one's own is always allowed.
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
+
+
 class _Task(Generic[_Result]):
     """One body on one thread."""
 
-    def __init__(self, body: Callable[[], _Result]) -> None:
+    def __init__(self, body: Callable[[], _Result], yields: bool = False) -> None:
         self._body: Callable[[], _Result] | None = body
+        self._yields = yields
         self._result: _Result | None = None
         self._error: BaseException | None = None
         self._begun = threading.Event()
@@ -158,6 +172,8 @@ class _Task(Generic[_Result]):
     def run(self) -> None:
         """Run the body; called by the thread."""
         self._begun.set()
+        if self._yields:
+            yield_to_others()
         try:
             assert self._body is not None
             with calls.watch_this_thread(self.calls):

@@ -20,19 +20,20 @@ LAYERS = {
     1: {"values", "record", "sharding", "messages", "modules", "line"} | {"calls"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker"},
+    | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm"},
-    6: {"verify", "tracked", "groups"},
+    6: {"verify", "tracked", "groups", "flight"},
     7: {"loading"},
     8: {"checkpoint"},
     9: {"own_file"},
-    10: {"job"},
+    10: {"job", "snapshot"},
     11: {"claim", "construct", "save_plan"},
     12: {"commit", "restore"},
-    13: {"save"},
-    14: {"manager"},
-    15: {"cli"},
+    13: {"background"},
+    14: {"save"},
+    15: {"manager"},
+    16: {"cli"},
 }
 
 # What the command and the crash tests need answers at once: importing torch takes seconds.
@@ -47,7 +48,7 @@ TORCH_FREE = {
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
 PLAIN_OS = {
     *{"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"},
-    *{"register_at_fork"},
+    *{"register_at_fork", "setpriority", "PRIO_PROCESS"},
 }
 PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
 # Modules that touch files by themselves.

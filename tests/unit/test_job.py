@@ -6,6 +6,7 @@ from distckpt.comm import SoloChannel
 from distckpt.errors import SaveFailed, UnsupportedError
 from distckpt.job import Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.waiting import Lane
 from distckpt.worker import Worker
 
 
@@ -15,7 +16,8 @@ def _decide(votes):
 
 
 def _agree(body, says=None):
-    return agree(SoloChannel(Worker(10.0)), Phase.WRITE, Ran(body), _decide, says=says)
+    channel = SoloChannel(Lane("decisions", Worker(10.0), "idle"))
+    return agree(channel, Phase.WRITE, Ran(body), _decide, says=says)
 
 
 def test_a_result_speaks_through_its_vote():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -454,6 +456,25 @@ def test_assignment_of_equal_tables_is_the_same_object():
     first = assignment_of([Table(rows)], [0, 0])
     assert assignment_of([Table(rows)], [0, 0]) is first
     assert assignment_of([Table(rows)], [0, 0, 0]) is not first
+
+
+def test_assignment_that_threads_share_answers_each_as_if_alone():
+    """Two managers of one process may plan the same tables at the same time."""
+    mesh = mesh_of((4, 2), range(8))
+    rows = [sharded(f"w{i}", (64 + i, 640), mesh, ["R", "S0"]) for i in range(40)]
+    table = Table([*rows, Row("plain", "float32", (640, 640), SPLIT)])
+
+    def plan(assignment):
+        return [assignment.pieces_of_rank(rank) for rank in range(8)], [
+            assignment.pieces_of(row.name) for row in table
+        ]
+
+    alone = plan(Assignment([table], [0] * 8))
+    for _ in range(5):
+        together = Assignment([table], [0] * 8)
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(plan, together) for _ in range(4)]
+        assert all(one.result() == alone for one in found)
 
 
 def test_row_named_otherwise_is_checked_by_its_name():

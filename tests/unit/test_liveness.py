@@ -16,9 +16,10 @@ import pytest
 
 from distckpt import line, liveness
 from distckpt.line import Address
-from distckpt.liveness import HERE, WAIT, Place
+from distckpt.liveness import HERE, WAIT, Place, Round
 
-HERE_IN_ROUND_3 = Place("decisions", 3, False, "waiting in phase WRITE", {"decisions": 3})
+ROUND_3 = Round("decisions", 3)
+HERE_IN_ROUND_3 = Place("waiting in phase WRITE", {"decisions": 3})
 
 
 class Rank:
@@ -66,15 +67,17 @@ def _wait_for_verdict(rank, seconds=2.0):
 @pytest.mark.parametrize("asker", [0, 2])
 def test_all_in_one_round_is_no_verdict(job, asker):
     ranks = job(3)
-    assert ranks[asker].liveness.call_roll(HERE_IN_ROUND_3) == HERE
+    assert ranks[asker].liveness.call_roll(ROUND_3) == HERE
     assert all(rank.liveness.verdict is None for rank in ranks)
 
 
 @pytest.mark.parametrize("asker", [0, 2])
 def test_a_chief_at_work_is_waited_for(job, asker):
     ranks = job(3)
-    ranks[0].place = HERE_IN_ROUND_3._replace(decides=True)
-    assert ranks[asker].liveness.call_roll(HERE_IN_ROUND_3) == WAIT
+    ranks[0].place = HERE_IN_ROUND_3._replace(deciding=("decisions",))
+    assert ranks[asker].liveness.call_roll(ROUND_3) == WAIT
+    ranks[0].place = HERE_IN_ROUND_3._replace(deciding=("commits",))
+    assert ranks[asker].liveness.call_roll(ROUND_3) == HERE
 
 
 @pytest.mark.parametrize("asker", [0, 1])
@@ -82,7 +85,7 @@ def test_who_does_not_answer_is_named_to_all(job, asker):
     ranks = job(4)
     ranks[2].asleep.set()
     started = time.monotonic()
-    verdict = ranks[asker].liveness.call_roll(HERE_IN_ROUND_3)
+    verdict = ranks[asker].liveness.call_roll(ROUND_3)
     assert time.monotonic() - started < 0.9
     assert (verdict.died, verdict.ranks) == (False, (2,))
     assert "rank 2 (pid" in verdict.text and "no answer" in verdict.text
@@ -93,8 +96,8 @@ def test_who_does_not_answer_is_named_to_all(job, asker):
 def test_who_is_elsewhere_is_named_with_what_it_does(job):
     ranks = job(3)
     at = {"decisions": 2, "commits": 9}
-    ranks[1].place = Place("", 0, False, "in none of this manager's calls", at)
-    verdict = ranks[2].liveness.call_roll(HERE_IN_ROUND_3)
+    ranks[1].place = Place("in none of this manager's calls", at)
+    verdict = ranks[2].liveness.call_roll(ROUND_3)
     assert (verdict.died, verdict.ranks) == (False, (1,))
     assert "in none of this manager's calls" in verdict.text
 
@@ -102,29 +105,29 @@ def test_who_is_elsewhere_is_named_with_what_it_does(job):
 @pytest.mark.parametrize(
     "place",
     [
-        Place("decisions", 4, False, "further on", {"decisions": 4}),
-        Place("", 0, False, "through", {"decisions": 3}),
-        Place("commits", 2, False, "in the other channel", {"decisions": 3, "commits": 2}),
+        Place("further on", {"decisions": 4}),
+        Place("through", {"decisions": 3}),
+        Place("in the other channel", {"decisions": 3, "commits": 2}),
     ],
 )
 def test_who_is_through_is_not_missing(job, place):
     ranks = job(3)
     ranks[1].place = place
-    assert ranks[2].liveness.call_roll(HERE_IN_ROUND_3) == HERE
+    assert ranks[2].liveness.call_roll(ROUND_3) == HERE
 
 
 def test_a_silent_chief_is_named_by_who_asks(job):
     ranks = job(3)
     ranks[0].asleep.set()
     started = time.monotonic()
-    verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3)
+    verdict = ranks[1].liveness.call_roll(ROUND_3)
     assert time.monotonic() - started < 0.9
     assert verdict.ranks == (0,) and not verdict.died
 
 
 def test_a_broken_connection_between_living_ranks_is_a_loss(job):
     ranks = job(2)
-    verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3, broken=True)
+    verdict = ranks[1].liveness.call_roll(ROUND_3, broken=True)
     assert (verdict.died, verdict.ranks) == (True, ())
 
 
@@ -143,7 +146,7 @@ def test_closing_is_no_loss_but_whoever_waits_is_told(job):
     ranks[2].liveness.leave()
     time.sleep(0.1)
     assert ranks[0].liveness.verdict is None
-    verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3)
+    verdict = ranks[1].liveness.call_roll(ROUND_3)
     assert verdict.ranks == (2,) and "closed its manager" in verdict.text
 
 
@@ -151,7 +154,7 @@ def test_who_is_silent_goes_before_who_has_closed(job):
     ranks = job(4)
     ranks[2].liveness.leave()
     ranks[3].asleep.set()
-    verdict = ranks[1].liveness.call_roll(HERE_IN_ROUND_3)
+    verdict = ranks[1].liveness.call_roll(ROUND_3)
     assert (verdict.died, verdict.ranks) == (False, (3,))
 
 
@@ -159,7 +162,7 @@ def test_who_answers_and_then_closes_counts_once(job):
     """Or the roll would end early, and name a rank that has had no time to answer."""
     ranks = job(4)
     ranks[3].asleep.set()
-    asked = threading.Thread(target=ranks[1].liveness.call_roll, args=(HERE_IN_ROUND_3,))
+    asked = threading.Thread(target=ranks[1].liveness.call_roll, args=(ROUND_3,))
     asked.start()
     time.sleep(0.1)  # ranks 1 and 2 have answered
     ranks[2].liveness.leave()
@@ -190,7 +193,7 @@ def test_a_rank_may_try_again_until_all_have_joined(job):
     first.leave()
     other = Rank()
     other.liveness = liveness.join(chief.address, 2, other.where)
-    assert again.liveness.call_roll(HERE_IN_ROUND_3) == HERE
+    assert again.liveness.call_roll(ROUND_3) == HERE
     for rank in (again, other, here):
         rank.liveness.leave()
 
@@ -234,7 +237,7 @@ import os, sys, time
 from distckpt import liveness
 from distckpt.line import Address
 port = int(sys.argv[1])
-here = liveness.Place("decisions", 3, False, "there", {"decisions": 3})
+here = liveness.Place("there", {"decisions": 3})
 held = liveness.join(Address(("127.0.0.1",), port, "secret"), 1, lambda: here)
 if os.fork() == 0:
     time.sleep(30)  # as a data loader's worker would

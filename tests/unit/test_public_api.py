@@ -100,6 +100,7 @@ def test_the_managers_methods_and_properties_are_these():
         "restore_or_initialize",
         "save",
         "sync",
+        "wait_staged",
     }
     assert _parameters(distckpt.CheckpointManager.save) == [
         ("checkpoint_number", None),

@@ -1,0 +1,170 @@
+"""What of an asynchronous save goes on behind the training loop, and how it is brought in.
+
+Its outcome shows on all ranks at the same call: the first one at which the chief knows it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+from distckpt import paths, shard_file
+from distckpt.arena import Arena
+from distckpt.checkpoint import Captured
+from distckpt.comm import Answer
+from distckpt.commit import updated_lists, write_and_commit
+from distckpt.errors import ManagerBroken, OutcomeUnknown, SaveFailed
+from distckpt.flight import Flight
+from distckpt.job import Job, Ran, agree, own_file_of
+from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
+from distckpt.save_plan import SavePlan
+from distckpt.shard_header import Draft
+from distckpt.snapshot import Snapshot
+from distckpt.worker import yield_to_others
+
+# How long a process that ends waits for a save under way.
+EXIT_SECONDS = 30.0
+# For the outcome of a save, when its manager broke elsewhere.
+_LAST_SECONDS = 1.0
+# How often to look whether a save is through.
+_ASK_SECONDS = 1.0
+
+
+def take_off(
+    job: Job, flight: Flight, captured: Captured, plan: SavePlan, *, lazily: bool
+) -> None:
+    """S4: copy what is saved; all the rest goes on behind the caller.
+
+    Args:
+        job: The manager's.
+        flight: The save; the job's from now on.
+        captured: What this rank has to save.
+        plan: What all ranks agreed to write.
+        lazily: Leave what only the steps of optimizers change to be copied later.
+    """
+    # Not raised here: the other ranks must hear of it, so it will be this one's vote.
+    staged = Ran(lambda: _stage(job, flight, captured, plan, lazily))
+    if lazily and staged.error is None:
+        flight.hold_streams = staged.result.hold_stream
+        flight.hold_optimizers()
+    job.flight = flight
+    atexit.register(flight.done.wait, EXIT_SECONDS)
+    fly = partial(_fly, job, flight, plan, staged)
+    thread = threading.Thread(target=fly, name="distckpt-save", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had: better done now than not at all
+        fly()
+    if staged.error is not None and not isinstance(staged.error, Exception):
+        raise staged.error  # Ctrl-C
+
+
+def _stage(
+    job: Job, flight: Flight, captured: Captured, plan: SavePlan, lazily: bool
+) -> Snapshot:
+    file = own_file_of(job, captured, plan.layouts)
+    draft = Draft(
+        file.outline,
+        attempt=flight.attempt.published,
+        rank=job.rank,
+        world_size=job.world_size,
+        per_rank_values=captured.per_rank.values,
+    )
+    size = shard_file.image_bytes(draft, file.outline)
+    leaves = (captured.shared, captured.per_rank)
+    pinned = any(leaf.known.device == "cuda" for p in leaves for leaf in p.tensors.values())
+    if job.arena is None or not job.arena.suits(size, pinned):
+        job.arena = None  # never two of them
+        job.arena = Arena(size, pinned)
+    later = captured.shared.optimized | captured.per_rank.optimized if lazily else ()
+    return Snapshot(job.arena, file.moves(captured), draft, file.outline, later)
+
+
+def _fly(job: Job, flight: Flight, plan: SavePlan, staged: Ran[Snapshot]) -> None:
+    """Bring a save to its end; on a thread of its own."""
+    yield_to_others()
+    attempt = flight.attempt
+    name = paths.shard_file(job.rank, job.world_size)
+    path = job.path(attempt.pending, name)
+    copied = Ran(lambda: staged.value().copy_rest())
+    flight.staged.set()
+
+    def write() -> shard_file.Written:
+        copied.value()
+        return staged.result.write(path)
+
+    try:
+        flight.answer = write_and_commit(
+            job, attempt, flight.step, plan, write, yields=True
+        )
+    except BaseException as error:
+        flight.error = error
+    finally:
+        job.commits.lane.be_idle()
+        flight.done.set()
+
+
+def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> bool:
+    """Learn together what came of the asynchronous save under way: collective.
+
+    Args:
+        job: The manager's.
+        call: What this rank's call of ``save()`` says of itself, to be compared.
+        wait: Wait until the outcome is there.
+
+    Returns:
+        Whether it is through, and committed; False if it goes on.
+
+    Raises:
+        DistckptError: It was not committed. All is as if it had never begun.
+    """
+    flight = job.flight
+    assert flight is not None
+    call = call or Ran(lambda: Vote(Phase.LAND))
+    if wait and call.error is None:
+        flight.done.wait()
+    try:
+        answer = agree(
+            job.decisions, Phase.LAND, call, lambda v: _judge(job, v), says=lambda v: v
+        )
+    except ManagerBroken as error:
+        # The save may know more: whether it was committed.
+        flight.done.wait(_LAST_SECONDS)
+        if isinstance(flight.error, ManagerBroken):
+            raise flight.error from error
+        raise
+    if not answer["landed"]:
+        flight.calls_left = answer["calls"]
+        return False
+    flight.done.wait()
+    job.flight = None
+    atexit.unregister(flight.done.wait)
+    flight.release_optimizers()
+    if flight.error is not None:
+        _undo(job, flight)
+        raise flight.error
+    assert flight.answer is not None
+    job.take_lists(updated_lists(job, flight.answer))
+    return True
+
+
+def _judge(job: Job, votes: Sequence[Vote]) -> Answer:
+    raise_failures(votes, "save() was refused", SaveFailed)
+    check_called_alike(votes)
+    assert job.flight is not None
+    return {
+        "landed": job.flight.done.is_set(),
+        "calls": job.pace.calls_in(_ASK_SECONDS),
+    }
+
+
+def _undo(job: Job, flight: Flight) -> None:
+    """Set numbering and interval back to where they were before the save."""
+    if job.gate.last_step == flight.step:
+        job.gate.last_step = flight.last_step
+    # After an unknown outcome the number may be in use.
+    is_free = not isinstance(flight.error, OutcomeUnknown)
+    if is_free and job.checkpoint.save_counter == flight.counter + 1:
+        job.checkpoint.save_counter = flight.counter

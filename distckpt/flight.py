@@ -1,0 +1,71 @@
+"""An asynchronous save under way on this rank: begun, and not yet brought in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from distckpt.comm import Answer
+from distckpt.paths import Attempt
+
+
+class Flight:
+    """One save on its way from the call to its commit.
+
+    A thread of its own brings it there. What came of it is told to the user only when all
+    ranks know it, by the call that brings it in (``background.py``).
+
+    Args:
+        attempt: What is saved.
+        counter: The save counter before.
+        last_step: The step of the save before, for the interval.
+        step: The step of this one.
+
+    Attributes:
+        staged: Set when nothing of the user's memory is needed any more.
+        done: Set when the outcome is there.
+        answer: How the lists of checkpoints change, if it was committed.
+        error: Why not.
+        calls_left: After how many more calls of ``save()`` to ask whether it is done.
+        hold_streams: Keeps a device's later work behind the copies.
+    """
+
+    def __init__(
+        self, attempt: Attempt, counter: int, last_step: int | None, step: int | None
+    ) -> None:
+        self.attempt = attempt
+        self.counter = counter
+        self.last_step = last_step
+        self.step = step
+        self.staged = threading.Event()
+        self.done = threading.Event()
+        self.answer: Answer | None = None
+        self.error: BaseException | None = None
+        self.calls_left = 1
+        self.hold_streams: Callable[[], None] = _nothing
+        self._hook: Any = None
+
+    def wait_staged(self) -> None:
+        """Wait until the user may change everything."""
+        self.hold_streams()
+        self.staged.wait()
+
+    def hold_optimizers(self) -> None:
+        """Let the next step of any optimizer wait for the copies."""
+        # Of any: what a tracked one optimizes may be another's, too.
+        self._hook = register_optimizer_step_pre_hook(
+            lambda optimizer, args, kwargs: self.wait_staged()
+        )
+
+    def release_optimizers(self) -> None:
+        """Take the hook away again; not from within a step."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _nothing() -> None:
+    """Hold nothing."""
