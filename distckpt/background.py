@@ -17,10 +17,9 @@ from distckpt.comm import Answer
 from distckpt.commit import updated_lists, write_and_commit
 from distckpt.errors import ManagerBroken, OutcomeUnknown, SaveFailed
 from distckpt.flight import Flight
-from distckpt.job import Job, Ran, agree, own_file_of
+from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.save_plan import SavePlan
-from distckpt.shard_header import Draft
 from distckpt.snapshot import Snapshot
 from distckpt.worker import yield_to_others
 
@@ -30,6 +29,8 @@ EXIT_SECONDS = 30.0
 _LAST_SECONDS = 1.0
 # How often to look whether a save is through.
 _ASK_SECONDS = 1.0
+# How long a change may take that is under way when its tensor is copied.
+_SETTLE_SECONDS = 1.0
 
 
 def take_off(
@@ -48,10 +49,11 @@ def take_off(
     staged = Ran(lambda: _stage(job, flight, captured, plan, lazily))
     if lazily and staged.error is None:
         flight.hold_streams = staged.result.hold_stream
+        flight.let_go = staged.result.let_go
         flight.hold_optimizers()
     job.flight = flight
-    atexit.register(flight.done.wait, EXIT_SECONDS)
-    fly = partial(_fly, job, flight, plan, staged)
+    atexit.register(flight.wait_done, EXIT_SECONDS)
+    fly = partial(_fly, job, flight, plan, staged, lazily)
     thread = threading.Thread(target=fly, name="distckpt-save", daemon=True)
     try:
         thread.start()
@@ -65,13 +67,7 @@ def _stage(
     job: Job, flight: Flight, captured: Captured, plan: SavePlan, lazily: bool
 ) -> Snapshot:
     file = own_file_of(job, captured, plan.layouts)
-    draft = Draft(
-        file.outline,
-        attempt=flight.attempt.published,
-        rank=job.rank,
-        world_size=job.world_size,
-        per_rank_values=captured.per_rank.values,
-    )
+    draft = draft_of(job, flight.attempt, captured, file)
     size = shard_file.image_bytes(draft, file.outline)
     leaves = (captured.shared, captured.per_rank)
     pinned = any(leaf.known.device == "cuda" for p in leaves for leaf in p.tensors.values())
@@ -82,7 +78,9 @@ def _stage(
     return Snapshot(job.arena, file.moves(captured), draft, file.outline, later)
 
 
-def _fly(job: Job, flight: Flight, plan: SavePlan, staged: Ran[Snapshot]) -> None:
+def _fly(
+    job: Job, flight: Flight, plan: SavePlan, staged: Ran[Snapshot], lazily: bool
+) -> None:
     """Bring a save to its end; on a thread of its own."""
     yield_to_others()
     attempt = flight.attempt
@@ -93,7 +91,12 @@ def _fly(job: Job, flight: Flight, plan: SavePlan, staged: Ran[Snapshot]) -> Non
 
     def write() -> shard_file.Written:
         copied.value()
-        return staged.result.write(path)
+        written = staged.result.write(path)
+        if lazily:
+            # A change that began while its tensor was copied may still go on.
+            flight.released.wait(_SETTLE_SECONDS)
+            staged.result.check_unchanged()
+        return written
 
     try:
         flight.answer = write_and_commit(
@@ -123,7 +126,9 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
     flight = job.flight
     assert flight is not None
     call = call or Ran(lambda: Vote(Phase.LAND))
+    flight.release()
     if wait and call.error is None:
+        flight.wait_staged()
         flight.done.wait()
     try:
         answer = agree(
@@ -140,7 +145,7 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         return False
     flight.done.wait()
     job.flight = None
-    atexit.unregister(flight.done.wait)
+    atexit.unregister(flight.wait_done)
     flight.release_optimizers()
     if flight.error is not None:
         _undo(job, flight)

@@ -12,6 +12,7 @@ import torch
 from distckpt.arena import Arena
 from distckpt.checkpoint import Captured, Checkpoint
 from distckpt.chief import Chief
+from distckpt.collector import collector_paused
 from distckpt.comm import Answer, Channel, Decide, Judge, as_it_is
 from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.flight import Flight
@@ -19,7 +20,9 @@ from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
+from distckpt.paths import Attempt
 from distckpt.policy import IntervalGate, Pace
+from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
 
 _Result = TypeVar("_Result")
@@ -174,8 +177,20 @@ def _on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
 def own_file_of(job: Job, captured: Captured, layouts: Layouts) -> OwnFile:
     """Return what this rank writes, made once for as long as that does not change."""
     if job.own_file is None or not job.own_file.is_of(captured, layouts):
-        job.own_file = OwnFile(captured, layouts, job.rank)
+        with collector_paused():
+            job.own_file = OwnFile(captured, layouts, job.rank)
     return job.own_file
+
+
+def draft_of(job: Job, attempt: Attempt, captured: Captured, file: OwnFile) -> Draft:
+    """Draft the header of this rank's file."""
+    return Draft(
+        file.outline,
+        attempt=attempt.published,
+        rank=job.rank,
+        world_size=job.world_size,
+        per_rank_values=captured.per_rank.values,
+    )
 
 
 class Ran(Generic[_Result]):

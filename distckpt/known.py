@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ class KnownTensors:
         self._known: dict[str, KnownTensor] = {}
         self._numbering: tuple[Any, Numbering] | None = None
         self._names: dict[str, tuple[list[str], list[type], list[str]]] = {}
-        self._table = Table()
+        self._table: tuple[object, Table] | None = None
 
     def describe(self, name: str, tensor: torch.Tensor) -> KnownTensor:
         """Describe a tensor.
@@ -142,11 +142,17 @@ class KnownTensors:
             known = self._known[name] = KnownTensor(tensor, name)
         return known
 
-    def table(self, rows: Sequence[Row]) -> Table:
-        """Make a table of rows; if it is the last one, that, with all it has worked out."""
-        if len(rows) != len(self._table) or self._table != tuple(rows):
-            self._table = Table(rows)
-        return self._table
+    def table(self, signature: object, rows: Callable[[], Iterable[Row]]) -> Table:
+        """Return the table of all that is tracked.
+
+        Args:
+            signature: Equal if nothing has changed: then it is the last table, with all
+                that has been worked out of it.
+            rows: Makes its rows.
+        """
+        if self._table is None or self._table[0] != signature:
+            self._table = signature, Table(rows())
+        return self._table[1]
 
     def forget_all_but(self, names: Mapping[str, object]) -> None:
         """Forget tensors that are not there any more, when there are many."""
@@ -159,22 +165,39 @@ class KnownTensors:
             self._numbering = members, Numbering(members)
         return self._numbering[1]
 
-    def canonical_names(
-        self, path: str, module: nn.Module, keys: Iterable[str]
-    ) -> list[str]:
-        """Return the names of a state dict's entries, without wrappers' prefixes."""
+    def full_names(self, path: str, module: nn.Module, keys: Iterable[str]) -> list[str]:
+        """Return the full names of a state dict's entries, without wrappers' prefixes.
+
+        Args:
+            path: Where the module is tracked.
+            module: It, unwrapped.
+            keys: Of its state dict.
+        """
         keys = list(keys)
         types = [type(member) for member in module.modules()]
         known = self._names.get(path)
         if known is None or known[0] != keys or known[1] != types:
             canonical = modules.CanonicalNames(module)
-            known = self._names[path] = keys, types, [canonical[key] for key in keys]
+            full = [f"{path}/{escaped(canonical[key])}" for key in keys]
+            known = self._names[path] = keys, types, full
         return known[2]
 
 
-def window(address: int, size_bytes: int) -> Any:
-    """Return a buffer over memory; whoever asks keeps that memory alive.
+def escaped(text: str) -> str:
+    """Spell text as one part of a name (RFC 6901)."""
+    return text.replace("~", "~0").replace("/", "~1")
 
-    Ten times cheaper than a numpy array's.
-    """
-    return (ctypes.c_char * size_bytes).from_address(address)
+
+# Returns a buffer over the memory at an address; whoever asks keeps that memory alive.
+Window: TypeAlias = Callable[[int], Any]
+
+
+def window_of(size_bytes: int) -> Window:
+    """Return what gives buffers of one length: ten times cheaper than a numpy array."""
+    window: Window = (ctypes.c_char * size_bytes).from_address
+    return window
+
+
+def window(address: int, size_bytes: int) -> Any:
+    """Return a buffer over memory; see ``Window``."""
+    return window_of(size_bytes)(address)

@@ -15,8 +15,8 @@ import torch
 
 from distckpt import tensors, values
 from distckpt.errors import UnsupportedError
-from distckpt.known import KnownTensor, KnownTensors
-from distckpt.layout import SPLIT, WHOLE, Table
+from distckpt.known import KnownTensor, KnownTensors, escaped
+from distckpt.layout import SPLIT, WHOLE, Row, Table
 from distckpt.tensors import Numbering
 from distckpt.values import TensorRef
 
@@ -30,7 +30,7 @@ def join(*parts: object) -> str:
 def key_text(key: object, path: str) -> str:
     """Spell one key of a container."""
     if type(key) is str:
-        return key.replace("~", "~0").replace("/", "~1")
+        return escaped(key)
     if type(key) is int:
         return f"~i{key}"
     msg = f"{path}: a key of type {type(key).__name__}; only str and int keys are tracked."
@@ -108,7 +108,8 @@ class Leaves:
     def _add(
         self, name: str, tensor: torch.Tensor, kind: str, owner: torch.Tensor | None = None
     ) -> None:
-        self._check_new(name)
+        if name in self.tensors or name in self.values:
+            self._check_new(name)
         known = self.known.describe(name, tensor)
         if self.per_rank and known.is_sharded:
             msg = (
@@ -141,17 +142,25 @@ class Leaves:
 
     def table(self) -> Table:
         """Describe the tensors; one that shares its memory with another says so."""
+        leaves = self.tensors.values()
+        # What tables follow from; nearly always the same as last time.
+        signature = (
+            [*self.tensors],
+            [leaf.known for leaf in leaves],
+            [leaf.kind for leaf in leaves],
+            [leaf.identity for leaf in leaves],
+            self.numbering,
+        )
+        return self.known.table(signature, self._rows)
+
+    def _rows(self) -> Iterator[Row]:
         first_with: dict[object, str] = {}
-        rows = []
         for name, leaf in self.tensors.items():
             first = name
             if leaf.identity is not None:
                 first = first_with.setdefault(leaf.identity, name)
             same_as = "" if first == name else first
-            rows.append(
-                leaf.known.row(name, leaf.tensor, leaf.kind, same_as, self.numbering)
-            )
-        return self.known.table(rows)
+            yield leaf.known.row(name, leaf.tensor, leaf.kind, same_as, self.numbering)
 
 
 def tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:

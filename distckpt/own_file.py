@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 from distckpt import boxes, dtypes, layout, shard_file, tensors
 from distckpt.boxes import Box
 from distckpt.checkpoint import Captured
-from distckpt.known import window
+from distckpt.known import Window, window_of
 from distckpt.layout import Layouts, Piece, Row
 from distckpt.leaves import Leaf
-from distckpt.shard_file import Entry
+from distckpt.shard_file import Load
 from distckpt.shard_header import Outline
+from distckpt.storage import Buffer
 
 
 class _Part(NamedTuple):
@@ -24,11 +24,13 @@ class _Part(NamedTuple):
         per_rank: Whether it is this rank's own.
         start: Where it begins in what this rank holds of the tensor, in bytes; None if
             it does not lie there in one run.
+        window: What gives a buffer of its length at an address.
     """
 
     piece: Piece
     per_rank: bool
     start: int | None
+    window: Window
 
 
 class Move(NamedTuple):
@@ -77,32 +79,27 @@ class OwnFile:
         self._parts = []
         for piece, per_rank in items:
             leaf = _leaf_of(captured, piece, per_rank)
-            self._parts.append(_Part(piece, per_rank, _start_of(piece, leaf)))
+            window = window_of(piece.size_bytes)
+            self._parts.append(_Part(piece, per_rank, _start_of(piece, leaf), window))
 
     def is_of(self, captured: Captured, layouts: Layouts) -> bool:
         """Tell whether it is what these would make."""
         rows = _per_rank_rows(captured)
         return layouts is self._layouts and rows == self._per_rank_rows
 
-    def entries(self, captured: Captured) -> list[Entry]:
-        """Return what is to be written; good while the tensors stay as they are."""
-        entries = []
-        sizes = self.outline.sizes
-        for (piece, per_rank, start), size in zip(self._parts, sizes, strict=True):
-            leaf = _leaf_of(captured, piece, per_rank)
-            address = leaf.known.address
-            if start is None or not address or not size:
-                load = partial(tensors.box_bytes, leaf.tensor, piece.box)
-            else:
-                load = partial(window, address + start, size)
-            entries.append(Entry(piece, load, per_rank))
-        return entries
+    def loader(self, captured: Captured) -> Load:
+        """Return what gives the bytes; good while the tensors stay as they are."""
+
+        def load(first: int, stop: int) -> list[Buffer]:
+            return [_bytes_of(captured, part) for part in self._parts[first:stop]]
+
+        return load
 
     def moves(self, captured: Captured) -> Iterator[Move]:
         """Walk what a snapshot copies, in file order; entries without bytes left out."""
         position = 0
         sizes = self.outline.sizes
-        for (piece, per_rank, start), size in zip(self._parts, sizes, strict=True):
+        for (piece, per_rank, start, _), size in zip(self._parts, sizes, strict=True):
             if size:
                 leaf = _leaf_of(captured, piece, per_rank)
                 yield Move(piece.row.name, leaf, piece.box, start, position, size)
@@ -121,6 +118,15 @@ def _per_rank_rows(captured: Captured) -> list[Row]:
 def _leaf_of(captured: Captured, piece: Piece, per_rank: bool) -> Leaf:
     leaves = captured.per_rank if per_rank else captured.shared
     return leaves.tensors[piece.row.name]
+
+
+def _bytes_of(captured: Captured, part: _Part) -> Buffer:
+    piece, per_rank, start, window = part
+    leaf = _leaf_of(captured, piece, per_rank)
+    address = leaf.known.address
+    if start is None or not address:
+        return tensors.box_bytes(leaf.tensor, piece.box)
+    return window(address + start)
 
 
 def _start_of(piece: Piece, leaf: Leaf) -> int | None:

@@ -23,7 +23,7 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.flight import Flight
-from distckpt.job import Job, Ran, agree, own_file_of
+from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
@@ -121,15 +121,9 @@ def _write(
     job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
 ) -> shard_file.Written:
     file = own_file_of(job, captured, plan.layouts)
-    return shard_file.write(
-        job.path(attempt.pending, paths.shard_file(job.rank, job.world_size)),
-        file.entries(captured),
-        outline=file.outline,
-        attempt=attempt.published,
-        rank=job.rank,
-        world_size=job.world_size,
-        per_rank_values=captured.per_rank.values,
-    )
+    draft = draft_of(job, attempt, captured, file)
+    path = job.path(attempt.pending, paths.shard_file(job.rank, job.world_size))
+    return shard_file.write_outlined(path, draft, file.outline, file.loader(captured))
 
 
 # An asynchronous save under way

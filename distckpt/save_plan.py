@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from distckpt import strict_json
 from distckpt.checkpoint import Captured, capture
+from distckpt.collector import collector_paused
 from distckpt.comm import Answer
 from distckpt.errors import (
     ConfigError,
@@ -70,8 +71,9 @@ def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
     def body() -> _State:
         # Ctrl-C while the save was begun: nothing is written yet, so it can end here.
         job.decisions.lane.worker.raise_interrupt()
-        captured = capture(job.checkpoint, job.decisions.members)
-        return _State(captured, captured.shared.table())
+        with collector_paused():
+            captured = capture(job.checkpoint, job.decisions.members)
+            return _State(captured, captured.shared.table())
 
     digests: list[Vote] = []  # the chief's
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import xxhash
 
@@ -41,6 +41,7 @@ _SPAN_BYTES = 4 * 2**20
 # What is handed to one call, after its checksums or before them.
 _BATCH_BYTES = 2**20
 _BATCH_BUFFERS = 512
+_READ_BYTES = 256 * 1024
 
 
 class Entry(NamedTuple):
@@ -86,16 +87,33 @@ def order(piece: Piece) -> int:
     return -dtypes.item_size_bytes(piece.row.dtype)
 
 
+# Returns the bytes of some entries of an outline, from one index to before another, just
+# when they are needed.
+Load: TypeAlias = Callable[[int, int], Iterable[Buffer]]
+
+
 def write(
-    path: str,
-    entries: Sequence[Entry],
-    *,
-    attempt: str,
-    rank: int,
-    world_size: int,
-    per_rank_values: dict[str, Any],
-    outline: Outline | None = None,
+    path: str, entries: Iterable[Entry], *, per_rank_values: dict[str, Any], **whose: Any
 ) -> Written:
+    """Write one shard file with these entries; see ``write_outlined``.
+
+    Args:
+        path: Inside the attempt's pending directory.
+        entries: What to write; equal names are an error.
+        per_rank_values: This rank's own plain values, encoded.
+        **whose: ``attempt``, ``rank`` and ``world_size``, as for a ``Draft``.
+    """
+    ordered = sorted(entries, key=lambda entry: order(entry.piece))
+    outline = Outline([(entry.piece, entry.per_rank) for entry in ordered])
+    draft = Draft(outline, per_rank_values=per_rank_values, **whose)
+
+    def load(first: int, stop: int) -> list[Buffer]:
+        return [entry.load() for entry in ordered[first:stop]]
+
+    return write_outlined(path, draft, outline, load)
+
+
+def write_outlined(path: str, draft: Draft, outline: Outline, load: Load) -> Written:
     """Write one shard file and make its content and its name durable.
 
     After return the file survives a power loss. No file of this name may exist, and
@@ -105,32 +123,18 @@ def write(
 
     Args:
         path: Inside the attempt's pending directory.
-        entries: What to write; equal names are an error.
-        attempt: Published name of the attempt, so that a file cannot stand in another.
-        rank: Who writes.
-        world_size: Of how many.
-        per_rank_values: This rank's own plain values, encoded.
-        outline: Of these entries, which are in order then.
+        draft: The header.
+        outline: What to write.
+        load: Returns its bytes.
 
     Raises:
         StorageError: Names operation and path.
     """
-    if outline is None:
-        entries = sorted(entries, key=lambda entry: order(entry.piece))
-        outline = Outline([(entry.piece, entry.per_rank) for entry in entries])
-    draft = Draft(
-        outline,
-        attempt=attempt,
-        rank=rank,
-        world_size=world_size,
-        per_rank_values=per_rank_values,
-    )
     with storage.NewFile(path, draft.size_bytes + outline.data_bytes) as file:
         position = draft.size_bytes
         checksums = bytearray()
-        for batch in _batched(path, entries, outline):
-            for buffer in batch:
-                checksums += _checksums(buffer, outline.block_bytes)
+        for batch in _batched(path, outline, load):
+            checksums += _checksums_of(batch, outline.block_bytes)
             file.write_at(position, batch)
             position += sum(map(len, batch))
         head = draft.encode(bytes(checksums))
@@ -177,43 +181,56 @@ def write_image(path: str, image: memoryview, draft: Draft, outline: Outline) ->
     return Written(size, digest(head))
 
 
-def _checksums(buffer: Buffer, block_bytes: int) -> bytes:
-    if len(buffer) <= block_bytes:
-        return xxhash.xxh3_64_digest(buffer)
+def _checksums(buffer: memoryview, block_bytes: int) -> bytes:
     return b"".join(
         xxhash.xxh3_64_digest(buffer[start : start + block_bytes])
         for start in range(0, len(buffer), block_bytes)
     )
 
 
-def _batched(
-    path: str, entries: Sequence[Entry], outline: Outline
-) -> Iterator[list[Buffer]]:
+def _checksums_of(buffers: Sequence[Buffer], block_bytes: int) -> bytes:
+    if len(buffers) == 1:
+        return _checksums(memoryview(buffers[0]).cast("B"), block_bytes)
+    # Several make up a batch only if each is no longer than one block.
+    return b"".join(map(xxhash.xxh3_64_digest, buffers))
+
+
+def _batched(path: str, outline: Outline, load: Load) -> Iterator[list[Buffer]]:
     """Gather small entries into one vectored write, and cut large ones.
 
     So little at a time that what was read for the checksums is still in the cache when it
     is written.
     """
-    batch: list[Buffer] = []
-    size = 0
     step = _step_bytes(outline.block_bytes)
-    for entry, entry_bytes in zip(entries, outline.sizes, strict=True):
-        if size + entry_bytes > _BATCH_BYTES or len(batch) == _BATCH_BUFFERS:
-            if batch:
-                yield batch
-                batch, size = [], 0
-            calls.check_wanted("write", path)
-        buffer = entry.load()
-        assert len(buffer) == entry_bytes, entry.piece
-        if entry_bytes > _BATCH_BYTES:
-            buffer = memoryview(buffer).cast("B")
-            for start in range(0, entry_bytes, step):
+    for first, stop in _batches(outline.sizes, outline.block_bytes):
+        calls.check_wanted("write", path)
+        buffers = [buffer for buffer in load(first, stop) if len(buffer)]
+        assert sum(map(len, buffers)) == sum(outline.sizes[first:stop]), outline
+        if len(buffers) > 1:
+            yield buffers
+        elif buffers:
+            buffer = memoryview(buffers[0]).cast("B")
+            for start in range(0, len(buffer), step):
                 yield [buffer[start : start + step]]
-        elif entry_bytes:
-            batch.append(buffer)
-            size += entry_bytes
-    if batch:
-        yield batch
+
+
+def _batches(sizes: Sequence[int], block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut entries into runs that are written together: many small ones, or one."""
+    first = total = 0
+    for index, size in enumerate(sizes):
+        if index > first and (
+            size > block_bytes
+            or total + size > _BATCH_BYTES
+            or index - first == _BATCH_BUFFERS
+        ):
+            yield first, index
+            first, total = index, 0
+        total += size
+        if size > block_bytes:
+            yield first, index + 1
+            first, total = index + 1, 0
+    if first < len(sizes):
+        yield first, len(sizes)
 
 
 def _step_bytes(block_bytes: int) -> int:
@@ -334,13 +351,12 @@ class ShardReader:
             msg = f"{self.path}: ends inside tensor {parts[-1].stored.name!r}."
             raise ShardFileError(msg)
         found = b"".join(map(xxhash.xxh3_64_digest, buffers))
+        self.num_block_reads += len(parts)
         start = first.first_block * CHECKSUM_BYTES
-        if found == self.header.checksums[start : start + len(found)]:
-            self.num_block_reads += len(parts)
-            return
-        for index, part in enumerate(parts):
-            at = index * CHECKSUM_BYTES
-            self._compare(part.stored, 0, found[at : at + CHECKSUM_BYTES])
+        if found != self.header.checksums[start : start + len(found)]:
+            for index, part in enumerate(parts):
+                at = index * CHECKSUM_BYTES
+                self._compare(part.stored, 0, found[at : at + CHECKSUM_BYTES])
 
     def read_runs(
         self, stored: Stored, runs: Iterable[tuple[int, int, int]], buffer: memoryview
@@ -408,30 +424,38 @@ class ShardReader:
     def _read_blocks(self, stored: Stored, start: int, buffer: memoryview) -> None:
         block = self.header.block_bytes
         index = start // block
-        # A few MiB at a time, so that hashing finds the bytes still in the cache.
-        stride = _step_bytes(block)
+        # So little at a time that hashing finds the bytes in the nearest cache. Measured:
+        # a fifth longer than reading alone with 256 KiB, half as long again with 1 MiB.
+        stride = max(block, _READ_BYTES // block * block)
         for at in range(0, len(buffer), stride):
             part = buffer[at : at + stride]
             position = self._data_start + stored.start + start + at
             if self._file.read_into(position, part) < len(part):
                 msg = f"{self.path}: ends inside tensor {stored.name!r}."
                 raise ShardFileError(msg)
-            for begin in range(0, len(part), block):
-                found = xxhash.xxh3_64_digest(part[begin : begin + block])
-                self._compare(stored, index, found)
-                index += 1
+            found = _checksums(part, block)
+            self.num_block_reads += len(found) // CHECKSUM_BYTES
+            self._compare(stored, index, found)
+            index += len(found) // CHECKSUM_BYTES
 
     def _compare(self, stored: Stored, index: int, found: bytes) -> None:
-        self.num_block_reads += 1
+        """Compare the checksums of blocks of one entry, from an index on."""
         start = (stored.first_block + index) * CHECKSUM_BYTES
-        expected = self.header.checksums[start : start + CHECKSUM_BYTES]
-        if found != expected:
-            msg = (
-                f"{self.path}: tensor {stored.key!r}, block {index} (bytes "
-                f"{index * self.header.block_bytes} on): checksum {found.hex()}, expected "
-                f"{expected.hex()}. The bytes are not those that were written."
-            )
-            raise ChecksumError(msg)
+        expected = self.header.checksums[start : start + len(found)]
+        if found == expected:
+            return
+        at = 0
+        while found[at : at + CHECKSUM_BYTES] == expected[at : at + CHECKSUM_BYTES]:
+            at += CHECKSUM_BYTES
+            index += 1
+        msg = (
+            f"{self.path}: tensor {stored.key!r}, block {index} (bytes "
+            f"{index * self.header.block_bytes} on): checksum "
+            f"{found[at : at + CHECKSUM_BYTES].hex()}, expected "
+            f"{expected[at : at + CHECKSUM_BYTES].hex()}. The bytes are not those that "
+            "were written."
+        )
+        raise ChecksumError(msg)
 
     def verify(self) -> int:
         """Read every byte and verify it; returns the number of bytes."""

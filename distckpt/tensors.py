@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -131,16 +132,33 @@ def _local_of(tensor: Any) -> torch.Tensor:
 
 
 def _box_of(tensor: Any) -> Box | None:
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    mesh_shape = tuple(tensor.device_mesh.shape)
-    shape = tuple(tensor.shape)
-    return sharding.box_at(shape, mesh_shape, _placements_of(tensor), tuple(coordinate))
+    shape, placements = tuple(tensor.shape), _placements_of(tensor)
+    return _box_at(shape, tuple(mesh.shape), placements, tuple(coordinate))
+
+
+# Many tensors have the same shape.
+_box_at = lru_cache(maxsize=4096)(sharding.box_at)
 
 
 def _placements_of(tensor: Any) -> tuple[str, ...]:
-    return tuple(_spell(placement, tensor.dim()) for placement in tensor.placements)
+    return _spelled(*_with_types(tensor.placements), tensor_dims=tensor.dim())
+
+
+def _with_types(placements: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+    # In some versions of torch a strided shard is equal to a plain one.
+    return tuple(placements), tuple(map(type, placements))
+
+
+# Thousands of tensors are placed in few ways.
+@lru_cache(maxsize=256)
+def _spelled(
+    placements: tuple[Any, ...], types: tuple[type, ...], tensor_dims: int
+) -> tuple[str, ...]:
+    return tuple(_spell(placement, tensor_dims) for placement in placements)
 
 
 def _spell(placement: Any, tensor_dims: int) -> str:
@@ -220,28 +238,12 @@ def _why_not(tensor: torch.Tensor) -> str:
 
 
 def _why_not_sharded(tensor: Any) -> str:
-    placed = f"placements {list(tensor.placements)}"
-    if any(placement.is_partial() for placement in tensor.placements):
-        return (
-            f"it is a partial result ({placed}): each rank holds a summand, none the "
-            "value. Call redistribute() or full_tensor() on it first."
-        )
-    placements = _placements_of(tensor)
-    if "" in placements:
-        return f"its {placed} are not all of a kind that distckpt knows."
-    mesh_shape = tuple(tensor.device_mesh.shape)
-    reason = sharding.why_not(placements, len(mesh_shape), tensor.dim())
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    reason = _why_not_placed(
+        tuple(mesh.shape), *_with_types(tensor.placements), tensor_dims=len(shape)
+    )
     if reason:
-        return f"it has {placed}: {reason}"
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if placements[mesh_dim].startswith(sharding.STRIDED):
-            expected = sharding.split_factor(placements, mesh_shape, mesh_dim)
-            if placement.split_factor != expected:
-                return (
-                    f"it has {placed} on a mesh of shape {mesh_shape}; only the order of "
-                    f"FSDP2 over tensor parallelism is supported, with the split factor "
-                    f"{expected}."
-                )
+        return reason
     box = _box_of(tensor)
     if box is None:
         return ""
@@ -251,9 +253,41 @@ def _why_not_sharded(tensor: Any) -> str:
         return f"of the part that this rank holds: {reason}"
     if tuple(local.shape) != box.shape:
         return (
-            f"this rank holds {list(local.shape)} of its {list(tensor.shape)}, where "
-            f"{placed} on a mesh of shape {mesh_shape} make it {list(box.shape)}."
+            f"this rank holds {list(local.shape)} of its {list(shape)}, where "
+            f"placements {list(tensor.placements)} on a mesh of shape "
+            f"{tuple(mesh.shape)} make it {list(box.shape)}."
         )
+    return ""
+
+
+@lru_cache(maxsize=256)
+def _why_not_placed(
+    mesh_shape: tuple[int, ...],
+    torch_placements: tuple[Any, ...],
+    types: tuple[type, ...],
+    tensor_dims: int,
+) -> str:
+    placed = f"placements {list(torch_placements)}"
+    if any(placement.is_partial() for placement in torch_placements):
+        return (
+            f"it is a partial result ({placed}): each rank holds a summand, none the "
+            "value. Call redistribute() or full_tensor() on it first."
+        )
+    placements = _spelled(torch_placements, types, tensor_dims)
+    if "" in placements:
+        return f"its {placed} are not all of a kind that distckpt knows."
+    reason = sharding.why_not(placements, len(mesh_shape), tensor_dims)
+    if reason:
+        return f"it has {placed}: {reason}"
+    for mesh_dim, placement in enumerate(torch_placements):
+        if placements[mesh_dim].startswith(sharding.STRIDED):
+            expected = sharding.split_factor(placements, mesh_shape, mesh_dim)
+            if placement.split_factor != expected:
+                return (
+                    f"it has {placed} on a mesh of shape {mesh_shape}; only the order of "
+                    f"FSDP2 over tensor parallelism is supported, with the split factor "
+                    f"{expected}."
+                )
     return ""
 
 

@@ -171,6 +171,7 @@ class _Entry(NamedTuple):
         name: Full name.
         value: A tensor, or extra state.
         is_live: Whether the value is a parameter or buffer of the module itself.
+        is_parameter: Whether it is a parameter.
         owner: The module's own tensor of that name, if the value is a sharded one that
             only shares its memory: of an empty part no memory tells what it is.
     """
@@ -179,6 +180,7 @@ class _Entry(NamedTuple):
     name: str
     value: Any
     is_live: bool
+    is_parameter: bool
     owner: torch.Tensor | None
 
 
@@ -196,39 +198,40 @@ class ModuleNode:
     def _entries(self, known: KnownTensors) -> Iterator[_Entry]:
         """Walk the state dict, all of it storable."""
         module = self._module
-        live = {id(p) for p in modules.parameters(module)}
-        live.update(id(b) for b in modules.buffers(module))
+        parameters = {id(p) for p in modules.parameters(module)}
+        buffers = {id(b) for b in modules.buffers(module)}
         owners: dict[str, torch.Tensor] | None = None
-        names = known.canonical_names(self.path, module, self._state)
-        for (key, value), canonical in zip(self._state.items(), names, strict=True):
-            name = f"{self.path}/{key_text(canonical, self.path)}"
-            is_live = id(value) in live
+        names = known.full_names(self.path, module, self._state)
+        for name, (key, value) in zip(names, self._state.items(), strict=True):
+            is_parameter = id(value) in parameters
+            is_live = is_parameter or id(value) in buffers
             owner = None
             if not is_live and isinstance(value, torch.Tensor):
                 known.describe(name, value)
                 if tensors.is_sharded(value):
-                    owners = owners or modules.tensors_by_name(module)
-                    owner = owners.get(canonical)
-            yield _Entry(key, name, value, is_live, owner)
+                    owners = owners or {
+                        join(self.path, own): tensor
+                        for own, tensor in modules.tensors_by_name(module).items()
+                    }
+                    owner = owners.get(name)
+            yield _Entry(key, name, value, is_live, is_parameter, owner)
 
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
-        parameters = {id(p) for p in modules.parameters(self._module)}
         memories: set[object] | None = None
-        for entry in self._entries(leaves.known):
-            name, value = entry.name, entry.value
+        for _, name, value, _, is_parameter, owner in self._entries(leaves.known):
+            if is_parameter or owner is not None:
+                leaves.add_parameter(name, value, owner)
+                continue
             if not isinstance(value, torch.Tensor):
                 leaves.add_value(name, value)
                 continue
-            is_parameter = id(value) in parameters or entry.owner is not None
-            if not is_parameter:
-                # It may be a view of one; what it is shows in its memory.
-                if memories is None:
-                    own = modules.parameters(self._module)
-                    memories = {tensors.identity_of(p) for p in own}
-                is_parameter = tensors.identity_of(value) in memories
-            if is_parameter:
-                leaves.add_parameter(name, value, entry.owner)
+            # It may be a view of a parameter; what it is shows in its memory.
+            if memories is None:
+                own = modules.parameters(self._module)
+                memories = {tensors.identity_of(p) for p in own}
+            if tensors.identity_of(value) in memories:
+                leaves.add_parameter(name, value)
             else:
                 leaves.add_tensor(name, value)
 
@@ -236,7 +239,7 @@ class ModuleNode:
         """Read into live memory; what is not live goes through load_state_dict."""
         memories: set[int] | None = None
         loaded: dict[str, Any] = {}
-        for key, name, value, is_live, owner in self._entries(plan.known):
+        for key, name, value, is_live, _, owner in self._entries(plan.known):
             if not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
                     loaded[key] = plan.take_value(name, partial(_tensors_in, value, name))
