@@ -13,7 +13,7 @@ from functools import partial
 from distckpt import paths, shard_file
 from distckpt.arena import Arena
 from distckpt.checkpoint import Captured
-from distckpt.comm import Answer
+from distckpt.comm import Answer, How
 from distckpt.commit import updated_lists, write_and_commit
 from distckpt.errors import ManagerBroken, OutcomeUnknown, SaveFailed
 from distckpt.flight import Flight
@@ -132,7 +132,12 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         flight.done.wait()
     try:
         answer = agree(
-            job.decisions, Phase.LAND, call, lambda v: _judge(job, v), says=lambda v: v
+            job.decisions,
+            Phase.LAND,
+            call,
+            lambda votes: _judge(job, votes),
+            says=lambda vote: vote,
+            how=How(at_once=True),
         )
     except ManagerBroken as error:
         # The save may know more: whether it was committed.

@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -44,15 +46,52 @@ def as_it_is(error: DistckptError) -> DistckptError:
     return error
 
 
+class How(NamedTuple):
+    """In which manner ranks consult each other.
+
+    Attributes:
+        patient: Wait for as long as any rank makes progress.
+        hung: Makes what all ranks raise if the chief leaves its work undone.
+        at_once: The chief decides without any storage work, even while other such work of
+            the manager goes on.
+    """
+
+    patient: bool = False
+    hung: Judge = as_it_is
+    at_once: bool = False
+
+
+AS_USUAL = How()
+
+
 # An answer nearly always fits into one message of fixed size; a longer one follows.
 _FRAME_BYTES = 512
 _FRAME = struct.Struct("<BI")
 _ANSWER, _SEND_DETAILS = 0, 1
 
+# Often at first: nearly always the others are there, and what is waited for takes less
+# than a millisecond. Then less and less often.
 _FIRST_POLL_SECONDS = 50e-6
+_FIRST_POLLS = 60
 _LAST_POLL_SECONDS = 2e-3
+# How many shipments are under way at once: gloo works at two, others are made ready.
+SHIPMENTS_UNDER_WAY = 3
 # gloo's own limit for one operation. Ours come first, and they can be moved.
 _OPERATION_TIMEOUT = timedelta(days=7)
+
+
+class Shipment(NamedTuple):
+    """Bytes that one rank has and all others get.
+
+    Attributes:
+        root: The rank that has them.
+        memory: One-dimensional bytes on the host: what it has, or room for them.
+        arrived: Called once they are there; on that rank, once they are sent.
+    """
+
+    root: int
+    memory: torch.Tensor
+    arrived: Callable[[], None]
 
 
 class Channel(Protocol):
@@ -70,26 +109,32 @@ class Channel(Protocol):
     world_size: int
     members: tuple[int, ...]
 
-    def consult(
-        self,
-        vote: Vote,
-        decide: Decide,
-        *,
-        patient: bool = False,
-        hung: Judge = as_it_is,
-    ) -> Answer:
+    def consult(self, vote: Vote, decide: Decide, how: How = AS_USUAL) -> Answer:
         """Vote, let the chief decide, and return its answer: collective.
 
         Args:
             vote: This rank's word.
             decide: Called on the chief alone, with one vote a rank; returns the answer,
                 or raises what every rank then raises.
-            patient: Wait for as long as any rank makes progress.
-            hung: Makes what all ranks raise if the chief leaves its work undone.
+            how: In which manner.
 
         Raises:
             DistckptError: What ``decide`` raised, on every rank.
             ManagerBroken: A peer was lost, or is elsewhere; the channel is dead.
+        """
+
+    def exchange(self, phase: Phase, shipments: Iterator[Shipment]) -> None:
+        """Send bytes from each rank to all others: collective.
+
+        Args:
+            phase: Where in the protocol.
+            shipments: Of the same roots and sizes, in the same order, on every rank. Each
+                is asked for when there is room for it under way; what it raises breaks
+                the channel, because the others wait for it.
+
+        Raises:
+            ManagerBroken: A peer was lost, or is elsewhere; the channel is dead, and
+                whatever is under way keeps its memory.
         """
 
     def close(self, reason: str = "") -> None:
@@ -110,22 +155,22 @@ class SoloChannel:
         self.lane = lane
         self.members: tuple[int, ...] = (member,)
 
-    def consult(
-        self,
-        vote: Vote,
-        decide: Decide,
-        *,
-        patient: bool = False,
-        hung: Judge = as_it_is,
-    ) -> Answer:
+    def consult(self, vote: Vote, decide: Decide, how: How = AS_USUAL) -> Answer:
         """See ``Channel.consult``."""
+        if how.at_once:
+            return decide([vote])
         try:
             return self.lane.worker.finish(lambda: decide([vote]))
         except StorageTimeout as error:
-            judged = hung(error)
+            judged = how.hung(error)
             if judged is error:
                 raise
             raise judged from error
+
+    def exchange(self, phase: Phase, shipments: Iterator[Shipment]) -> None:
+        """See ``Channel.exchange``: there is nobody to send to."""
+        for shipment in shipments:
+            shipment.arrived()
 
     def close(self, reason: str = "") -> None:
         """See ``Channel.close``."""
@@ -162,22 +207,15 @@ class GroupChannel:
         self.members = tuple(members)
         self.world_size = len(members)
 
-    def consult(
-        self,
-        vote: Vote,
-        decide: Decide,
-        *,
-        patient: bool = False,
-        hung: Judge = as_it_is,
-    ) -> Answer:
+    def consult(self, vote: Vote, decide: Decide, how: How = AS_USUAL) -> Answer:
         """See ``Channel.consult``."""
         if self._broken:
             raise ManagerBroken(self._broken)
         text = f"waiting in phase {vote.phase.name}"
-        waiting = self._waiting(vote.phase, self.lane.come_to(text), patient)
+        waiting = self._waiting(vote.phase, self.lane.come_to(text), how.patient)
         try:
             if self.rank == 0:
-                return self._consult_as_chief(waiting, vote, decide, hung)
+                return self._consult_as_chief(waiting, vote, decide, how)
             return self._consult_as_rank(waiting, vote)
         except BaseException as error:
             # All but an answer of the chief: a collective may be left outstanding.
@@ -186,6 +224,38 @@ class GroupChannel:
             raise
         finally:
             self.lane.be_at(f"past phase {vote.phase.name}")
+
+    def exchange(self, phase: Phase, shipments: Iterator[Shipment]) -> None:
+        """See ``Channel.exchange``."""
+        if self._broken:
+            raise ManagerBroken(self._broken)
+        round_ = self.lane.come_to(f"exchanging in phase {phase.name}")
+        waiting = self._waiting(phase, round_, patient=True)
+        under_way: deque[tuple[Any, Shipment]] = deque()
+        try:
+            while True:
+                if len(under_way) == SHIPMENTS_UNDER_WAY:
+                    _arrive(waiting, *under_way.popleft())
+                shipment = next(shipments, None)
+                if shipment is None:
+                    break
+                work = _post(waiting, partial(self._ship, shipment))
+                under_way.append((work, shipment))
+            while under_way:
+                _arrive(waiting, *under_way.popleft())
+        except BaseException as error:
+            # Collectives are left outstanding, or the others wait for some.
+            self._break(messages.describe(error))
+            raise
+        finally:
+            self.lane.be_at(f"past phase {phase.name}")
+
+    def _ship(self, shipment: Shipment) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = shipment.root
+        options.rootTensor = 0
+        options.timeout = _OPERATION_TIMEOUT
+        return self._group.broadcast([shipment.memory], options)
 
     def _break(self, reason: str) -> None:
         if not self._broken:
@@ -197,7 +267,7 @@ class GroupChannel:
         return Waiting(who, phase, self._timeout_seconds, round_, self.liveness, patient)
 
     def _consult_as_chief(
-        self, waiting: Waiting, vote: Vote, decide: Decide, hung: Judge
+        self, waiting: Waiting, vote: Vote, decide: Decide, how: How
     ) -> Answer:
         packed = self._gather(waiting, vote.pack())
         assert packed is not None
@@ -206,10 +276,13 @@ class GroupChannel:
         self.lane.decide(f"deciding in phase {vote.phase.name}")
         try:
             _check_same_phase(votes)
-            # Not on this thread: a call that hangs must not hold up the others.
-            answer = self.lane.worker.finish(lambda: decide(votes))
+            if how.at_once:
+                answer = decide(votes)
+            else:
+                # Not on this thread: a call that hangs must not hold up the others.
+                answer = self.lane.worker.finish(lambda: decide(votes))
         except DistckptError as error:
-            judged = hung(error) if isinstance(error, StorageTimeout) else error
+            judged = how.hung(error) if isinstance(error, StorageTimeout) else error
             self._answer(vote.phase, messages.encode_error(judged))
             if judged is error:
                 raise
@@ -219,7 +292,7 @@ class GroupChannel:
             text = f"on the chief: {messages.describe(error)}"
             failed: DistckptError = RanksFailed(text, {0: text})
             if not isinstance(error, Exception):
-                failed = hung(failed)  # Ctrl-C again: what was begun goes on alone
+                failed = how.hung(failed)  # Ctrl-C again: what was begun goes on alone
             self._answer(vote.phase, messages.encode_error(failed))
             if isinstance(error, Exception):
                 raise failed from error
@@ -300,9 +373,24 @@ class GroupChannel:
 
 def _wait(waiting: Waiting, start: Callable[[], Any]) -> None:
     """Post a collective and poll it, so that the deadline is ours, not gloo's."""
-    pause = _FIRST_POLL_SECONDS
+    _poll(waiting, _post(waiting, start))
+
+
+def _arrive(waiting: Waiting, work: Any, shipment: Shipment) -> None:
+    _poll(waiting, work)
+    shipment.arrived()
+
+
+def _post(waiting: Waiting, start: Callable[[], Any]) -> Any:
     try:
-        work = start()
+        return start()
+    except RuntimeError as error:
+        raise waiting.connection_broke(error) from error
+
+
+def _poll(waiting: Waiting, work: Any) -> None:
+    pause, num_polls = _FIRST_POLL_SECONDS, 0
+    try:
         while not work.is_completed():
             try:
                 waiting.go_on()
@@ -311,7 +399,9 @@ def _wait(waiting: Waiting, start: Callable[[], Any]) -> None:
                     break
                 raise
             time.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL_SECONDS)
+            num_polls += 1
+            if num_polls > _FIRST_POLLS:
+                pause = min(2 * pause, _LAST_POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
         raise waiting.connection_broke(error) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from distckpt import readers, shard_file
 from distckpt.chief import Chief
-from distckpt.comm import Answer
+from distckpt.comm import Answer, How
 from distckpt.errors import (
     DistckptError,
     ManagerBroken,
@@ -66,8 +66,7 @@ def write_and_commit(
             written,
             or_abandon(job, attempt, chief.decide),
             says=_vote_on_file,
-            patient=True,
-            hung=chief.judge_undone,
+            how=How(patient=True, hung=chief.judge_undone),
         )
     except ManagerBroken as error:
         no_vote = written.error is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distckpt import identity, paths, policy, readers, strict_json, values
+from distckpt import identity, paths, policy, readers, storage, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.comm import Answer, Channel
@@ -23,8 +24,10 @@ from distckpt.errors import (
     DistckptError,
     ManagerBroken,
     RestoreFailed,
+    StorageError,
     UnsupportedError,
 )
+from distckpt.exchange_plan import is_faster_once
 from distckpt.groups import invite, open_channels
 from distckpt.job import Job, Ran, agree
 from distckpt.liveness import Liveness
@@ -37,7 +40,10 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 _STORAGE_SHARE = 0.75
-_IN_NO_CALL = "in no call of this manager"
+# What is replicated is read by each rank, or once for all.
+AUTO, EACH, ONCE = "auto", "each", "once"
+_BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
+_BOOT_ID_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Arguments:
     init_fn: Any
     timeout: Any
     takeover: Any
+    read_replicated: Any = AUTO
 
     @property
     def wait(self) -> timedelta:
@@ -77,6 +84,7 @@ class Arguments:
             self.checkpoint_name,
             self.checkpoint_interval,
             bool(self.takeover),
+            self.read_replicated,
         ]
         return bytes.fromhex(digest(strict_json.dumps(values.encode(fields)).encode()))
 
@@ -91,18 +99,20 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         CorruptStateError, StorageError: The directory's state cannot be read.
     """
     # A rank whose filesystem hangs gives up before the others give up waiting for it.
-    limit_seconds = _STORAGE_SHARE * arguments.wait.total_seconds()
+    # One for both lanes: what a call that hangs has left behind must be over before any
+    # other work of this manager begins.
+    worker = Worker(_STORAGE_SHARE * arguments.wait.total_seconds())
     whereabouts = Whereabouts()
     lanes = [
-        whereabouts.lane("decisions", Worker(limit_seconds), _IN_NO_CALL),
-        whereabouts.lane("commits", Worker(limit_seconds), "saving nothing"),
+        whereabouts.lane("decisions", worker, "in no call of this manager"),
+        whereabouts.lane("commits", worker, "saving nothing"),
     ]
     decisions, commits = open_channels(process_group, arguments.wait, lanes)
     try:
         connect = invite([decisions, commits], whereabouts)
         made = Ran(lambda: _make_job(arguments, decisions, commits, connect()))
         job = _agree_on_job(arguments, made, decisions)
-        decisions.lane.worker.raise_interrupt()
+        worker.raise_interrupt()
         decisions.lane.be_idle()
         return job
     except BaseException as error:
@@ -135,18 +145,37 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             # The other ranks wait for the chief while it waits for the lock.
             max_lock_wait_seconds=job.timeout_seconds / 2,
         )
-        return job.lists()
+        num_hosts = len({vote.digest_b for vote in votes})
+        return {**job.lists(), "hosts": num_hosts}
 
     answer = agree(
         decisions,
         Phase.CONSTRUCT,
         made,
         decide,
-        says=lambda _: Vote(Phase.CONSTRUCT, digest_a=arguments.digest()),
+        says=lambda _: Vote(
+            Phase.CONSTRUCT, digest_a=arguments.digest(), digest_b=_host(arguments)
+        ),
     )
     job = made.result
     job.take_lists(answer)
+    job.reads_once = job.world_size > 1 and (
+        arguments.read_replicated == ONCE
+        or (
+            arguments.read_replicated == AUTO
+            and is_faster_once(job.world_size, answer["hosts"])
+        )
+    )
     return job
+
+
+def _host(arguments: Arguments) -> bytes:
+    """Return what tells this rank's host from others, where that matters."""
+    boot_id = b""
+    if arguments.read_replicated == AUTO:
+        with suppress(StorageError), storage.OpenFile(_BOOT_ID_FILE) as file:
+            boot_id = file.read(0, _BOOT_ID_BYTES)
+    return identity.host(boot_id)
 
 
 def _make_job(
@@ -172,6 +201,12 @@ def _make_job(
         raise ConfigError(msg)
     if arguments.init_fn is not None and not callable(arguments.init_fn):
         msg = f"init_fn must be callable, got {arguments.init_fn!r:.100}."
+        raise ConfigError(msg)
+    if arguments.read_replicated not in (AUTO, EACH, ONCE):
+        msg = (
+            f"read_replicated must be {AUTO!r}, {EACH!r} or {ONCE!r}, got "
+            f"{arguments.read_replicated!r:.100}."
+        )
         raise ConfigError(msg)
     arguments.retention()
     gate = policy.IntervalGate(arguments.checkpoint_interval)

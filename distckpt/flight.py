@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class Flight:
         error: Why not.
         calls_left: After how many more calls of ``save()`` to ask whether it is done.
         hold_streams: Keeps a device's later work behind the copies.
+        let_go: Called when everything is copied and the user's thread changes nothing.
+        released: Set then.
     """
 
     def __init__(
@@ -46,12 +49,28 @@ class Flight:
         self.error: BaseException | None = None
         self.calls_left = 1
         self.hold_streams: Callable[[], None] = _nothing
+        self.let_go: Callable[[], None] = _nothing
+        self.released = threading.Event()
         self._hook: Any = None
 
     def wait_staged(self) -> None:
         """Wait until the user may change everything."""
         self.hold_streams()
         self.staged.wait()
+        self.release()
+
+    def release(self) -> None:
+        """Let the user change everything, if all is copied; from the user's thread."""
+        if self.staged.is_set() and not self.released.is_set():
+            self.let_go()
+            self.released.set()
+
+    def wait_done(self, seconds: float) -> None:
+        """Wait for the outcome, but not for ever; from the user's thread."""
+        deadline = time.monotonic() + seconds
+        self.staged.wait(seconds)
+        self.release()
+        self.done.wait(max(0.0, deadline - time.monotonic()))
 
     def hold_optimizers(self) -> None:
         """Let the next step of any optimizer wait for the copies."""

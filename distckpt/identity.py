@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Mapping
@@ -31,6 +32,17 @@ def current(environ: Mapping[str, str] = os.environ) -> Identity:
     """
     restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Identity(_run(environ)[:256], int(restart) if restart.isdecimal() else 0)
+
+
+def host(boot_id: bytes) -> bytes:
+    """Return 12 bytes that are equal on the ranks of one host, and differ between hosts.
+
+    Args:
+        boot_id: What the kernel calls itself since it was booted; empty if unknown. Hosts
+            may have the same name, and containers of one host their own.
+    """
+    name = socket.gethostname().encode()
+    return hashlib.sha256(boot_id + b" " + name).digest()[:12]
 
 
 def _run(environ: Mapping[str, str]) -> str:

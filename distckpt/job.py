@@ -13,7 +13,7 @@ from distckpt.arena import Arena
 from distckpt.checkpoint import Captured, Checkpoint
 from distckpt.chief import Chief
 from distckpt.collector import collector_paused
-from distckpt.comm import Answer, Channel, Decide, Judge, as_it_is
+from distckpt.comm import AS_USUAL, Answer, Channel, Decide, How
 from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.flight import Flight
 from distckpt.layout import Layouts
@@ -45,6 +45,7 @@ class Job:
         timeout_seconds: Deadline of every wait for another rank.
         chief: The chief's side; None on the other ranks.
         claimed: Whether the directory is ours to write.
+        reads_once: Whether what all ranks want is read by one of them, for all.
         latest: Prefix of the newest checkpoint.
         checkpoints: Prefixes of the managed ones, oldest first.
         undefined: Why tensors hold a mixture, if a restore failed half-way.
@@ -66,6 +67,7 @@ class Job:
     timeout_seconds: float
     chief: Chief | None = None
     claimed: bool = False
+    reads_once: bool = False
     latest: str | None = None
     checkpoints: list[str] = field(default_factory=list)
     undefined: str = ""
@@ -123,7 +125,7 @@ class Job:
             ManagerBroken: Another rank is gone meanwhile; the body ends likewise.
         """
         channel.lane.be_at(what)
-        body = _on_the_same_device(body)
+        body = on_the_same_device(body)
         return channel.lane.worker.run(
             body, self._while_waiting, fills_tensors=fills_tensors, yields=yields
         )
@@ -158,7 +160,7 @@ class Job:
         return self.chief.settle(self.timeout_seconds)
 
 
-def _on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
+def on_the_same_device(body: Callable[[], _Result]) -> Callable[[], _Result]:
     """Keep the caller's device and stream, which belong to its thread.
 
     Copies from the device then wait for what the caller has put into its stream.
@@ -224,8 +226,7 @@ def agree(
     *,
     says: Callable[[_Result], Vote] | None = None,
     status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
-    patient: bool = False,
-    hung: Judge = as_it_is,
+    how: How = AS_USUAL,
 ) -> Answer:
     """Vote on what a phase came to, and return the chief's answer: collective.
 
@@ -239,8 +240,7 @@ def agree(
         decide: The chief's decision from all votes.
         says: Makes the vote from the result; by default it says that all is well.
         status_of: How this rank's error is to be judged.
-        patient: Wait for as long as any rank makes progress.
-        hung: What the chief's storage that hangs meanwhile is to be taken for.
+        how: In which manner; see ``comm.How``.
     """
     if isinstance(ran.error, ManagerBroken):
         raise ran.error  # nobody is left to vote with
@@ -251,7 +251,7 @@ def agree(
     else:
         vote = failure(phase, original, status_of(original))
     try:
-        answer = channel.consult(vote, decide, patient=patient, hung=hung)
+        answer = channel.consult(vote, decide, how)
     except DistckptError as error:
         if original is None or original is error:
             raise

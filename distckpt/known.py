@@ -61,8 +61,7 @@ class KnownTensor:
     )
 
     def __init__(self, tensor: torch.Tensor, name: str) -> None:
-        tensors.check_storable(tensor, name)
-        memory, self.box = tensors.held(tensor)
+        memory, self.box = tensors.held_storable(tensor, name)
         self.dtype = tensors.dtype_name(tensor.dtype)
         self.shape = tuple(tensor.shape)
         self.identity = tensors.identity_of(tensor)

@@ -14,10 +14,11 @@ import torch
 from distckpt import tensors
 from distckpt.boxes import contiguous_runs, overlap
 from distckpt.errors import FormatError, MismatchError
+from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
 from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
-from distckpt.read_plan import ReadPlan, ReadPlans
+from distckpt.read_plan import ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
 from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.shard_file import Part, ShardReader
@@ -31,11 +32,15 @@ class Remembered:
     Attributes:
         known: What is known of its tensors.
         read_plans: What was read last.
+        common_plans: What all ranks have read together last.
+        exchange_plan: Who of them has read what.
     """
 
     def __init__(self) -> None:
         self.known = KnownTensors()
         self.read_plans = ReadPlans()
+        self.common_plans = ReadPlans()
+        self.exchange_plan: ExchangePlan | None = None
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()  # a copy of a checkpoint tracks other tensors
@@ -62,7 +67,12 @@ class Loading:
     else is promised to it. The files are closed by ``close``, or by an error before
     ``read``.
 
+    What all ranks want whole can be left to ``exchange.py``: then ``read`` reads the rest.
+
     Attributes:
+        wants: Equal on ranks that want the same whole tensors; zeros if nothing is left
+            to an exchange.
+        common: How what they want is exchanged; None likewise.
         unexpected: Names in the checkpoint that nothing here has asked for. A mismatch
             only if no other rank does either. Known once planned.
     """
@@ -87,6 +97,8 @@ class Loading:
         self._shared = RestorePlan(saved, remembered.known)
         self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
         self._reads: ReadPlan | None = None
+        self.wants = bytes(16)
+        self.common: ExchangePlan | None = None
         self.unexpected: list[str] = []
 
     def open_own(self, nodes: Nodes) -> None:
@@ -122,24 +134,51 @@ class Loading:
             self._shared.raise_problems(self._what)
             self.unexpected = self._shared.saved.left_over()
 
-    def open_files(self) -> None:
+    def open_files(self, exchange: bool = False) -> None:
         """Open and check every file that will be read.
+
+        Args:
+            exchange: Leave what this rank wants whole to an exchange, in which it reads a
+                part of that. Called again without, it is as if that had never been.
 
         Raises:
             FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
             StorageError: A file cannot be opened.
         """
-        known = self._remembered.known
         with self._closed_on_error():
-            wanted = []
-            for name, tensor in self._shared.reads.items():
-                box = known.describe(name, tensor).box
-                if box is not None and box.size > 0:
-                    wanted.append((name, box))
+            wanted, common = self._wanted(exchange)
             assignment = self._manifest.assignment
             self._reads = self._remembered.read_plans.plan(assignment, wanted)
             for rank in self._reads.sources:
                 self._reader(rank)
+            self.wants, self.common = bytes(16), None
+            if exchange:
+                self.wants = wants_digest([name for name, _ in common])
+                self.common = self._exchange_plan(common)
+                for rank in self.common.files_of(self._rank):
+                    self._reader(rank)
+
+    def _wanted(self, exchange: bool) -> tuple[list[Wanted], list[Wanted]]:
+        """List what this rank wants for itself, and what all ranks may want alike."""
+        wanted: list[Wanted] = []
+        common: list[Wanted] = []
+        for name, tensor in self._shared.reads.items():
+            known = self._remembered.known.describe(name, tensor)
+            if known.box is not None and known.box.size > 0:
+                is_whole = exchange and not (known.is_sharded and tensors.is_cut(tensor))
+                (common if is_whole else wanted).append((name, known.box))
+        return wanted, common
+
+    def _exchange_plan(self, common: list[Wanted]) -> ExchangePlan:
+        assignment = self._manifest.assignment
+        reads = self._remembered.common_plans.plan(assignment, common)
+        plan = self._remembered.exchange_plan
+        if plan is None or not plan.is_of(reads):
+            plan = ExchangePlan(
+                reads, assignment.rows, self._manifest.world_size, self._world_size
+            )
+            self._remembered.exchange_plan = plan
+        return plan
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -201,6 +240,35 @@ class Loading:
                 self._readers[rank].read_entries(parts)
         for name, sources in pieced.items():
             self._fill(self._shared.reads[name], sources)
+
+    def read_parcel(self, parcel: Parcel, buffer: memoryview) -> None:
+        """Read what this rank sends to all, verifying each block.
+
+        Args:
+            parcel: What; this rank reads it.
+            buffer: Filled whole. Undefined after an error.
+
+        Raises:
+            ChecksumError, ShardFileError, StorageError: See ``read``.
+        """
+        reader = self._readers[parcel.file_rank]
+        by_box = reader.header.entries.by_box
+        entries = []
+        with _blamed_on(parcel.file_rank):
+            for unit in parcel.units:
+                stored = by_box[unit.source.entry]
+                part = buffer[unit.at : unit.at + unit.size_bytes]
+                if unit.size_bytes == stored.size_bytes:
+                    entries.append(Part(stored, part, buffer))
+                else:
+                    reader.read_into(stored, unit.offset, part)
+            entries.sort(key=lambda entry: entry.stored.start)
+            reader.read_entries(entries)
+
+    def target(self, name: str) -> tuple[torch.Tensor, KnownTensor]:
+        """Return a tensor to be filled that is not this rank's own, and what it is."""
+        target = self._target(self._shared, name)
+        return target.tensor, target.known
 
     def _read_own(self) -> None:
         """Fill the tensors that are this rank's own."""

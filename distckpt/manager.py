@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -61,6 +61,11 @@ class CheckpointManager:
         timeout: How long to wait for a rank that shows no sign of progress; a call into
             the filesystem may take three quarters of it.
         takeover: Fence another live job that holds the directory.
+        read_replicated: How a restore reads what all ranks want alike. ``"each"``: every
+            rank for itself; ranks of one host find it in the page cache. ``"once"``: each
+            rank a part of it, which it sends to all others; for storage that is slow for
+            many hosts. ``"auto"``: the faster one, by the numbers of hosts and ranks;
+            with one host always each (docs/decisions/0014).
 
     Raises:
         ConfigError, UnsupportedError: A bad argument, on every rank.
@@ -81,6 +86,7 @@ class CheckpointManager:
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         takeover: bool = False,
+        read_replicated: Literal["auto", "each", "once"] = "auto",
     ) -> None:
         self._unusable: DistckptError | None = None
         arguments = Arguments(
@@ -94,6 +100,7 @@ class CheckpointManager:
             init_fn=init_fn,
             timeout=timeout,
             takeover=takeover,
+            read_replicated=read_replicated,
         )
         self._job = construct(arguments, process_group)
 
@@ -312,5 +319,4 @@ class CheckpointManager:
             self._job.decisions.lane.be_idle()
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
             self._job.decisions.lane.worker.raise_interrupt()
-            self._job.commits.lane.worker.raise_interrupt()
         return result

@@ -133,6 +133,8 @@ def _start_of(piece: Piece, leaf: Leaf) -> int | None:
     held = leaf.known.box
     if held is None or piece.box.size == 0:
         return None
+    if held == piece.box:
+        return 0
     runs = list(boxes.contiguous_runs(piece.box, held, piece.box))
     if len(runs) > 1:
         return None

@@ -11,7 +11,7 @@ from distckpt import paths, strict_json
 from distckpt.checkpoint import nodes_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
-from distckpt.comm import Answer
+from distckpt.comm import Answer, How
 from distckpt.errors import (
     FormatError,
     MismatchError,
@@ -19,6 +19,7 @@ from distckpt.errors import (
     StorageError,
     StorageTimeout,
 )
+from distckpt.exchange import Exchange
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
@@ -74,8 +75,12 @@ class Candidates:
             if any(vote.status in hard for vote in votes):
                 raise_failures(votes, what, RestoreFailed)
             if all(vote.ok for vote in votes):
-                self._refuse_unexpected(entry, votes)
-                return {"do": _GO}
+                is_alike = all(vote.digest_a == votes[0].digest_a for vote in votes)
+                if votes[0].phase is Phase.PLAN:
+                    self._refuse_unexpected(entry, votes)
+                    return {"do": _GO, "alike": is_alike}
+                if is_alike:
+                    return {"do": _GO}
         except MismatchError as error:
             # Perhaps it was only tried because a newer one is bad, or after that one's
             # tensors had been read in part.
@@ -83,6 +88,7 @@ class Candidates:
             raise MismatchError("\n".join(filter(None, notes))) from error
         reasons = {vote.rank: failure_of(vote) for vote in votes if not vote.ok}
         text = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in reasons.items())
+        text = text or "what one rank has read is not what others have got of it"
         blamed = {failure_of(vote)[1] for vote in votes if vote.status is Status.CORRUPT}
         confirmed = [self._confirm(entry, shard_rank) for shard_rank in blamed]
         if any(confirmed):
@@ -167,29 +173,35 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
 
     def agreed(
         phase: Phase, ran: Ran[_Result], says: Callable[[_Result], Vote] | None = None
-    ) -> bool:
-        answer = agree(
+    ) -> Answer:
+        return agree(
             job.decisions,
             phase,
             ran,
             judge,
             says=says,
             status_of=_status_of,
-            patient=True,
+            how=How(patient=True),
         )
-        return bool(answer["do"] == _GO)
 
     planned = Ran(lambda: _plan(job, trial))
     try:
-        if not agreed(Phase.PLAN, planned, _vote_on_plan):  # R3
+        answer = agreed(Phase.PLAN, planned, _vote_on_plan)  # R3
+        if answer["do"] != _GO:
             return False
-        loading = planned.result
-        if not agreed(Phase.READ, Ran(lambda: _read(job, trial, loading))):  # R4
+        plan = planned.result
+        if job.reads_once and not answer["alike"]:
+            # Every rank for itself, then; which takes more files.
+            answer = agreed(Phase.PLAN, Ran(lambda: _give_up_exchange(job, trial, plan)))
+            if answer["do"] != _GO:
+                return False
+        read = Ran(lambda: _read(job, trial, plan))
+        if agreed(Phase.READ, read, _vote_on_read)["do"] != _GO:  # R4
             return False
-        _apply(job, trial, loading)  # R5
+        _apply(job, trial, plan.loading)  # R5
     finally:
         if planned.error is None:
-            planned.result.close()
+            planned.result.loading.close()
     return True
 
 
@@ -204,7 +216,20 @@ def _status_of(error: BaseException) -> Status:
     return Status.MISMATCH
 
 
-def _plan(job: Job, trial: _Try) -> Loading:
+@dataclass(slots=True)
+class _Planned:
+    """What R3 comes to on this rank.
+
+    Attributes:
+        loading: What is read.
+        exchange: How what all ranks want is read once; None if all read for themselves.
+    """
+
+    loading: Loading
+    exchange: Exchange | None = None
+
+
+def _plan(job: Job, trial: _Try) -> _Planned:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
     directory = job.path(trial.attempt.published)
     what = f"opening {trial.attempt.prefix}"
@@ -219,24 +244,47 @@ def _plan(job: Job, trial: _Try) -> Loading:
 
     loading = job.on_disk(job.decisions, what, begin)
     loading.plan(nodes)  # runs user code, too
-    job.on_disk(job.decisions, what, loading.open_files)
-    return loading
+    job.on_disk(job.decisions, what, lambda: loading.open_files(job.reads_once))
+    planned = _Planned(loading)
+    if loading.common is not None and loading.common.parcels:
+        try:
+            planned.exchange = Exchange(job, loading, loading.common)
+        except BaseException:
+            loading.close()
+            raise
+    return planned
 
 
-def _vote_on_plan(loading: Loading) -> Vote:
+def _vote_on_plan(plan: _Planned) -> Vote:
     # Ranks may track different objects: only all of them together know what is too much.
-    names = loading.unexpected
-    return Vote(Phase.PLAN, detail=strict_json.dumps(names).encode() if names else b"")
+    names = plan.loading.unexpected
+    detail = strict_json.dumps(names).encode() if names else b""
+    return Vote(Phase.PLAN, digest_a=plan.loading.wants, detail=detail)
 
 
-def _read(job: Job, trial: _Try, loading: Loading) -> None:
-    """R4: fill the tensors, verifying each block."""
+def _give_up_exchange(job: Job, trial: _Try, plan: _Planned) -> None:
+    """R3 once more: ranks want different things; open all that this one needs."""
+    plan.exchange = None
+    what = f"opening {trial.attempt.prefix}"
+    job.on_disk(job.decisions, what, plan.loading.open_files)
+
+
+def _read(job: Job, trial: _Try, plan: _Planned) -> bytes:
+    """R4: fill the tensors, verifying each block; returns a digest of what was sent."""
     job.undefined = (
         f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
     what = f"reading {trial.attempt.prefix}"
-    job.on_disk(job.decisions, what, loading.read, fills_tensors=True)
+    if plan.exchange is not None:
+        plan.exchange.run(what)
+        return plan.exchange.digest
+    job.on_disk(job.decisions, what, plan.loading.read, fills_tensors=True)
+    return bytes(16)
+
+
+def _vote_on_read(digest: bytes) -> Vote:
+    return Vote(Phase.READ, digest_a=digest)
 
 
 def _apply(job: Job, trial: _Try, loading: Loading) -> None:

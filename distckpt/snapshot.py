@@ -16,20 +16,35 @@ from distckpt.shard_file import Written
 from distckpt.shard_header import Draft, Outline
 
 
-class _Later(NamedTuple):
-    """A move that was left for later.
+class _Watched(NamedTuple):
+    """A tensor that is copied later, and how often it had been changed when that was said.
 
     Attributes:
-        move: It.
-        memory: The plain tensor that it is of.
-        version: How often that had been changed by then.
+        name: Its name.
+        tensor: It.
+        memory: The plain tensor that it is of; the same if it is not sharded. Changes of
+            either count at that one alone.
+        versions: How often both had been changed.
         owner: Keeps the memory, should the tensor be given another one.
     """
 
-    move: Move
+    name: str
+    tensor: torch.Tensor
     memory: torch.Tensor
-    version: int
+    versions: tuple[int, int]
     owner: torch.UntypedStorage
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it has been changed since; told only when the change is through."""
+        return (self.tensor._version, self.memory._version) != self.versions
+
+
+def _watched(move: Move) -> _Watched:
+    tensor = move.leaf.tensor
+    memory = move.leaf.known.memory_of(tensor)
+    versions = (tensor._version, memory._version)
+    return _Watched(move.name, tensor, memory, versions, memory.untyped_storage())
 
 
 class Snapshot:
@@ -57,7 +72,9 @@ class Snapshot:
         self._image = arena.bytes[: shard_file.image_bytes(draft, outline)]
         self._draft = draft
         self._outline = outline
-        self._rest: list[_Later] = []
+        self._rest: list[Move] = []
+        self._watched: list[_Watched] = []
+        self._changed: list[str] | None = None
         self._events: list[torch.cuda.Event] = []
         self._beside: torch.cuda.Event | None = None
         on_device, is_any_on_device = [], False
@@ -66,10 +83,10 @@ class Snapshot:
             may_wait = id(move.leaf.tensor) in later
             if may_wait and known.device == "cuda":
                 on_device.append(move)
+                self._watched.append(_watched(move))
             elif may_wait and known.address and move.start is not None:
-                memory = known.memory_of(move.leaf.tensor)
-                later_on = _Later(move, memory, memory._version, memory.untyped_storage())
-                self._rest.append(later_on)
+                self._rest.append(move)
+                self._watched.append(_watched(move))
             else:
                 # From a device: in the caller's stream, so before whatever comes next.
                 self._copy(move)
@@ -88,20 +105,44 @@ class Snapshot:
         Raises:
             SaveFailed: A tensor was changed meanwhile: the copy is good for nothing.
         """
-        for later in self._rest:
-            self._copy(later.move)
-        changed = [later for later in self._rest if later.memory._version != later.version]
+        for move in self._rest:
+            self._copy(move)
         self._rest = []
         for event in self._events:
             event.synchronize()
+        self.check_unchanged()
+
+    def let_go(self) -> None:
+        """Let everything be changed, from now on: all is copied.
+
+        Called by: the thread that changes things, so that no change is under way.
+        """
+        if self._changed is None:
+            self._changed = self._find_changed()
+            self._watched = []
+
+    def check_unchanged(self) -> None:
+        """Look once more for changes that came before everything was let go.
+
+        A tensor counts a change when it is through: one that had begun while the tensor
+        was copied shows only later.
+
+        Raises:
+            SaveFailed: See ``copy_rest``.
+        """
+        found = self._find_changed()
+        # By now it may be let go, and changed by right.
+        changed = found if self._changed is None else self._changed
         if changed:
-            names = [later.move.name for later in changed[:5]]
             msg = (
-                f"{len(changed)} tensors ({', '.join(names)}, ...) were changed before "
-                "they were copied, and not by the step of an optimizer. Call "
+                f"{len(changed)} tensors ({', '.join(changed[:5])}, ...) were changed "
+                "before they were copied, and not by the step of an optimizer. Call "
                 'wait_staged() before whatever changes them, or use staging="eager".'
             )
             raise SaveFailed(msg)
+
+    def _find_changed(self) -> list[str]:
+        return [watched.name for watched in self._watched if watched.is_changed]
 
     def hold_stream(self) -> None:
         """Keep what the caller puts into its stream of a device behind the copies."""

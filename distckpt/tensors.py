@@ -126,9 +126,13 @@ def held(tensor: torch.Tensor) -> Held:
 
 
 def _local_of(tensor: Any) -> torch.Tensor:
-    with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()
-    return local.detach()
+    local: Any = getattr(tensor, "_local_tensor", None)
+    if type(local) is not torch.Tensor:
+        # As torch documents it; it also waits for a collective that is under way.
+        with torch.no_grad():
+            local = tensor.to_local()
+    plain: torch.Tensor = local.detach()
+    return plain
 
 
 def _box_of(tensor: Any) -> Box | None:
@@ -201,19 +205,37 @@ def dtype_of_name(name: str) -> torch.dtype:
     return dtype
 
 
-def check_storable(tensor: torch.Tensor, name: str) -> None:
-    """Raise ``UnsupportedError`` for a tensor whose bytes are not all that it is."""
-    reason = _why_not(tensor)
+def held_storable(tensor: torch.Tensor, name: str) -> Held:
+    """Return what this rank holds of a tensor, if it can be stored.
+
+    Raises:
+        UnsupportedError: Its bytes are not all that it is.
+    """
+    reason = _why_not_whole(tensor)
+    mine = Held(tensor, None)
+    if not reason:
+        mine = held(tensor)
+        reason = _why_not_local(tensor, mine) if is_sharded(tensor) else ""
     if reason:
         msg = f"tensor {name!r} cannot be stored: {reason}"
         raise UnsupportedError(msg)
+    return mine
 
 
-def _why_not(tensor: torch.Tensor) -> str:
+def _why_not_whole(tensor: torch.Tensor) -> str:
     if torch.nn.parameter.is_lazy(tensor):
         return "it is lazy and not initialized yet; run a forward pass first."
     if is_sharded(tensor):
-        return _why_not_sharded(tensor)
+        layout: Any = tensor
+        return _why_not_placed(
+            tuple(layout.device_mesh.shape),
+            *_with_types(layout.placements),
+            tensor_dims=tensor.dim(),
+        )
+    return _why_not_plain(tensor)
+
+
+def _why_not_plain(tensor: torch.Tensor) -> str:
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return (
             f"it is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor "
@@ -237,25 +259,17 @@ def _why_not(tensor: torch.Tensor) -> str:
     return ""
 
 
-def _why_not_sharded(tensor: Any) -> str:
-    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    reason = _why_not_placed(
-        tuple(mesh.shape), *_with_types(tensor.placements), tensor_dims=len(shape)
-    )
-    if reason:
-        return reason
-    box = _box_of(tensor)
-    if box is None:
+def _why_not_local(tensor: Any, mine: Held) -> str:
+    if mine.box is None:
         return ""
-    local = _local_of(tensor)
-    reason = _why_not(local)
+    reason = _why_not_plain(mine.memory)
     if reason:
         return f"of the part that this rank holds: {reason}"
-    if tuple(local.shape) != box.shape:
+    if tuple(mine.memory.shape) != mine.box.shape:
         return (
-            f"this rank holds {list(local.shape)} of its {list(shape)}, where "
+            f"this rank holds {list(mine.memory.shape)} of its {list(tensor.shape)}, where "
             f"placements {list(tensor.placements)} on a mesh of shape "
-            f"{tuple(mesh.shape)} make it {list(box.shape)}."
+            f"{tuple(tensor.device_mesh.shape)} make it {list(mine.box.shape)}."
         )
     return ""
 

@@ -77,11 +77,12 @@ class Stage:
         *,
         everywhere: bool = EVERYTHING,
         spoil: Callable[[], None] | None = None,
+        each: int = 4,
     ) -> list[Crash]:
-        """List the kills of one rank at all calls that it makes in a scenario."""
+        """List the kills of one rank at the calls that it makes in a scenario: all or each."""
         job = (self._world_size, scenario, victim)
         calls = count_calls(self._scratch, self._template, *job, spoil)
-        chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::4]
+        chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::each]
         return [
             Crash(scenario, self._world_size, victim, point, spoil=spoil)
             for point in chosen
@@ -160,7 +161,8 @@ def _outcome_said(scenario: Scenario, seen: Sequence[Told]) -> str:
     """Tell what a rank was told about its save."""
     if not scenario.saves:
         return "nothing"
-    saved = seen[0]
+    # By the call itself, or by the next one.
+    saved = seen[:2][-1] if scenario.staging else seen[0]
     if saved.kind == "ok":
         return "committed"
     return {True: "committed", False: "not committed", None: "unknown"}[saved.committed]

@@ -24,6 +24,7 @@ from job_scenario import (
     Figures,
     Notes,
     PowerCut,
+    Scenario,
     Template,
     changes_the_disk,
     check_come_back,
@@ -69,14 +70,19 @@ class Stage:
     def _image(self, name: str) -> str:
         return os.path.join(self._scratch, f"{name}.image")
 
-    def cuts(self, spoil: Callable[[], None] | None = None) -> list[Crash]:
+    def cuts(
+        self,
+        spoil: Callable[[], None] | None = None,
+        scenarios: Sequence[Scenario] = SCENARIOS,
+        each: int = 4,
+    ) -> list[Crash]:
         """List the calls of both ranks at which the power is to be cut, and where."""
         found = []
-        for scenario in SCENARIOS:
+        for scenario in scenarios:
             for victim in (0, 1):
                 calls = count_calls(self._scratch, self._template, 2, scenario, victim)
                 calls = [point for point in calls if changes_the_disk(point)]
-                chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::4]
+                chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::each]
                 found += [(scenario, 2, victim, point) for point in chosen]
         modes = (LOG_LOST, LOG_FLUSHED)
         return [

@@ -178,7 +178,7 @@ def test_calls_that_differ_between_ranks_are_refused_on_all(tmp_path):
     one, other = values_of(run_ranks(_call_differently, 2, str(tmp_path)))
     assert one == other
     assert len(one) == 4
-    assert "the chief at step 5 " in one[0]
+    assert "the chief at step 5;" in one[0]
     assert "rank 1 at step 6" in one[0]
     for text in one[1:]:
         assert "rank 1 at step 5" in text

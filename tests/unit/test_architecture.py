@@ -16,19 +16,19 @@ import distckpt
 # names out lazily.
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
-    | {"per_rank", "rendezvous"},
+    | {"per_rank", "rendezvous", "collector"},
     1: {"values", "record", "sharding", "messages", "modules", "line"} | {"calls"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
-    5: {"readers", "chief", "leaves", "restore_plan", "comm"},
+    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan"},
     6: {"verify", "tracked", "groups", "flight"},
     7: {"loading"},
     8: {"checkpoint"},
     9: {"own_file"},
     10: {"job", "snapshot"},
-    11: {"claim", "construct", "save_plan"},
+    11: {"claim", "construct", "save_plan", "exchange"},
     12: {"commit", "restore"},
     13: {"background"},
     14: {"save"},
@@ -41,7 +41,7 @@ TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
-    *{"calls", "read_plan"},
+    *{"calls", "read_plan", "exchange_plan"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
 }
 

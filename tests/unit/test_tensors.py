@@ -315,7 +315,7 @@ def test_sharded_tensor_of_an_unusual_part_is_refused(on_a_mesh, local, more, te
     tensor = on_a_mesh(torch.ones(3), **more)
     tensor = DTensor(local, tensor._spec, requires_grad=False)
     with pytest.raises(UnsupportedError, match=f"'w' cannot be stored: .*{text}"):
-        tensors.check_storable(tensor, "w")
+        tensors.held_storable(tensor, "w")
 
 
 def test_sharded_tensor_with_an_unknown_placement_is_refused(on_a_mesh):
@@ -326,9 +326,9 @@ def test_sharded_tensor_with_an_unknown_placement_is_refused(on_a_mesh):
         pass
 
     with pytest.raises(UnsupportedError, match="not all of a kind"):
-        tensors.check_storable(on_a_mesh(torch.ones(3), [Mine(0)]), "w")
+        tensors.held_storable(on_a_mesh(torch.ones(3), [Mine(0)]), "w")
     with pytest.raises(UnsupportedError, match=r"partial result .*redistribute\(\)"):
-        tensors.check_storable(on_a_mesh(torch.ones(3), [Partial()]), "w")
+        tensors.held_storable(on_a_mesh(torch.ones(3), [Partial()]), "w")
 
 
 def test_subclass_of_a_sharded_tensor_is_refused(on_a_mesh):
@@ -341,7 +341,7 @@ def test_subclass_of_a_sharded_tensor_is_refused(on_a_mesh):
     sharded = on_a_mesh(torch.ones(3))
     tensor = Mine(sharded.to_local(), sharded._spec, requires_grad=False)
     with pytest.raises(UnsupportedError, match="Mine, a tensor subclass"):
-        tensors.check_storable(tensor, "w")
+        tensors.held_storable(tensor, "w")
 
 
 def test_sharded_tensor_is_described_and_read_by_its_part(on_a_mesh):
