@@ -320,6 +320,7 @@ class ShardReader:
         Raises:
             ChecksumError, ShardFileError, StorageError: See ``read_into``.
         """
+        self._file.expect_in_order()
         batch: list[Part] = []
         size = end = 0
         for part in parts:
@@ -459,6 +460,7 @@ class ShardReader:
 
     def verify(self) -> int:
         """Read every byte and verify it; returns the number of bytes."""
+        self._file.expect_in_order()
         total = 0
         step = _step_bytes(self.header.block_bytes)
         # No larger than an entry: the length of a block is what the file says.

@@ -276,6 +276,12 @@ class OpenFile:
             raise
         self.size_bytes = status.st_size
 
+    def expect_in_order(self) -> None:
+        """Tell the system that the file will be read from its start to its end."""
+        # Advice: one that is not taken does no harm.
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill a buffer from an offset on; returns fewer bytes only at the file's end."""
         done = 0

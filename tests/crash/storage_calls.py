@@ -27,7 +27,9 @@ _COMPOSED = {"write_new_file", "read_file", "OpenFile.read"}
 LOOKING = {
     "OpenFile.__init__",
     "OpenFile.close",
+    "OpenFile.expect_in_order",
     "OpenFile.read_into",
+    "OpenFile.read_vector",
     "exists",
     "free_bytes",
     "is_directory",
@@ -58,6 +60,7 @@ class Call:
         """Do one half of a call: write half of the bytes, remove half of the files."""
         if self.name == "NewFile.write_at":
             file, offset, buffers = self.arguments
+            file._set_direct(False)  # which takes neither any memory nor any length
             data = b"".join(map(bytes, buffers))
             os.pwrite(file._descriptor, data[: len(data) // 2], offset)
         else:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, RngState
+from distckpt import Checkpoint, CheckpointManager, CheckpointOptions, PerRank, RngState
 
 pytestmark = [
     pytest.mark.gpu,
@@ -267,3 +267,33 @@ def test_ranks_that_share_a_device_restore_their_own_parts(tmp_path):
     Checkpoint(model=live, optimizer=live_optimizer).restore(path)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(live.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("staging", ["eager", "lazy"])
+def test_asynchronous_save_holds_what_was_there_at_the_call(tmp_path, staging):
+    """Everything changes at the earliest moment, in the same stream, without waiting."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8)), nn.BatchNorm1d(2048))
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = CheckpointOptions(enable_async=True, staging=staging)
+    batch = torch.randn(16, 2048, device="cuda")
+    model(batch).sum().backward()
+    optimizer.step()
+    checkpoint = Checkpoint(model=model, optimizer=optimizer)
+    with _manager(checkpoint, str(tmp_path / "run")) as manager:
+        for _ in range(5):
+            model(batch).sum().backward()  # still in the stream when the save begins
+            expected = {name: value.clone() for name, value in model.state_dict().items()}
+            path = manager.save(options=options)
+            model(batch).sum().backward()  # changes the buffers
+            optimizer.step()  # waits, if it must
+            manager.sync()
+            copy = nn.Sequential(
+                *(nn.Linear(2048, 2048) for _ in range(8)), nn.BatchNorm1d(2048)
+            )
+            other = torch.optim.AdamW(copy.parameters())
+            Checkpoint(model=copy, optimizer=other).restore(path)
+            saved = copy.state_dict()
+            for name, value in expected.items():
+                assert _raw(saved[name]) == _raw(value), name

@@ -48,3 +48,22 @@ def run_dir():
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="distckpt-", dir=parent) as directory:
         yield os.path.join(directory, "run")
+
+
+@pytest.fixture
+def on_a_mesh(tmp_path):
+    """Return a function that makes a sharded tensor of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = tmp_path / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+
+    def make(local, placements=None, **more):
+        placed = [Shard(0)] if placements is None else placements
+        return DTensor.from_local(local, mesh, placed, run_check=False, **more)
+
+    yield make
+    dist.destroy_process_group()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import socket
 
@@ -394,3 +397,153 @@ def test_full_disk_that_is_cleared_is_written_again(small_disk):
     storage.remove_file(path)
     storage.write_new_file(path, bytes(10**4))
     assert os.path.getsize(path) == 10**4
+
+
+# Written past the page cache, begun early, reserved
+
+
+def _aligned(content):
+    """Put bytes where a direct write can begin, padded; returns a view of them."""
+    size = -(-len(content) // storage.DIRECT_BYTES) * storage.DIRECT_BYTES
+    memory = mmap.mmap(-1, size)
+    memory[: len(content)] = content
+    return memoryview(memory)
+
+
+def _write_direct(path, content):
+    with storage.NewFile(str(path), len(content), direct=True) as file:
+        file.write_at(0, [_aligned(content)])
+        file.finish(len(content))
+
+
+def test_direct_write_is_cut_to_the_size_of_the_content(tmp_path):
+    """What fills the last block up is no part of the file."""
+    content = os.urandom(3 * 2**20 + 77)
+    _write_direct(tmp_path / "f", content)
+    assert (tmp_path / "f").read_bytes() == content
+
+
+@pytest.mark.parametrize("refuses", ["the flag", "the write"])
+def test_filesystem_that_writes_nothing_directly_gets_it_otherwise(
+    tmp_path, monkeypatch, refuses
+):
+    """Some refuse the flag, some take it and refuse the first write."""
+    real_write, real_fcntl, refused = os.pwritev, fcntl.fcntl, []
+
+    def set_flags(descriptor, command, *flags):
+        if flags and flags[0] & os.O_DIRECT and refuses == "the flag":
+            refused.append("flag")
+            raise OSError(errno.EINVAL, "no")
+        return real_fcntl(descriptor, command, *flags)
+
+    def write(descriptor, *arguments):
+        if real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append("write")
+            raise OSError(errno.EINVAL, "no")
+        return real_write(descriptor, *arguments)
+
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(os, "pwritev", write)
+    content = os.urandom(40 * 2**20 + 77)
+    _write_direct(tmp_path / "f", content)
+    assert (tmp_path / "f").read_bytes() == content
+    assert len(refused) == 1
+
+
+class _Libc:
+    """Stands for a filesystem that answers these calls in its own way."""
+
+    def __init__(self, number):
+        self._number = number
+        self.asked = []
+
+    def __getattr__(self, name):
+        if name not in ("fallocate", "sync_file_range"):
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.asked.append(name)
+            ctypes.set_errno(self._number)
+            return -1
+
+        return call
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_filesystem_without_these_calls_is_written_all_the_same(
+    tmp_path, monkeypatch, number
+):
+    """They make things faster or errors earlier, nothing else."""
+    monkeypatch.setattr(storage, "_LIBC", libc := _Libc(number))
+    content = bytes(40 * 2**20)
+    with storage.NewFile(str(tmp_path / "f"), len(content)) as file:
+        file.write_at(0, [content])
+        file.finish(len(content))
+    assert os.path.getsize(tmp_path / "f") == len(content)
+    assert libc.asked == ["fallocate", "sync_file_range"]  # not again and again
+
+
+def test_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
+    """The disk has said that it has lost bytes; a later fsync might not say so again."""
+    monkeypatch.setattr(storage, "_LIBC", _Libc(errno.EIO))
+    with storage.NewFile(str(tmp_path / "f")) as file:
+        with pytest.raises(StorageError, match=r"sync_file_range .*/f"):
+            file.write_at(0, [bytes(40 * 2**20)])
+
+
+def test_full_disk_is_found_before_anything_is_written(small_disk):
+    """Where the filesystem can set space aside."""
+    path = os.path.join(small_disk("size=1m"), "f")
+    with pytest.raises(StorageError, match=r"fallocate .*/f: .*\d+ bytes") as caught:
+        storage.NewFile(path, 2 * 2**20)
+    assert caught.value.errno == errno.ENOSPC
+    assert os.path.getsize(path) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_large_file_is_synced_now_and_then(tmp_path, monkeypatch, fails):
+    """So that no single fsync takes so long that it seems to hang; each is checked."""
+    monkeypatch.setattr(storage, "_SYNC_BYTES", 2**20)
+    synced = []
+
+    def fdatasync(descriptor):
+        synced.append(descriptor)
+        if fails:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with storage.NewFile(str(tmp_path / "f")) as file:
+        for index in range(7):
+            data = [bytes(2**19)]
+            if fails and index == 1:
+                with pytest.raises(StorageError, match=r"fsync .*/f: lost"):
+                    file.write_at(index * 2**19, data)
+                break
+            file.write_at(index * 2**19, data)
+    assert len(synced) == (1 if fails else 3)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_many_buffers_are_filled_in_order(tmp_path, monkeypatch, step):
+    """Also where a read gives less than asked, or the file ends early."""
+    content = os.urandom(700)
+    (tmp_path / "f").write_bytes(content)
+    real = os.pread
+
+    def short(descriptor, buffers, offset):
+        data = real(descriptor, min(step, sum(map(len, buffers))), offset)
+        left = data
+        for buffer in buffers:
+            memoryview(buffer).cast("B")[: len(left)] = left[: len(buffer)]
+            left = left[len(buffer) :]
+            if not left:
+                break
+        return len(data)
+
+    monkeypatch.setattr(os, "preadv", short)
+    sizes = [1, 99, 0, 300, 200, 100]
+    buffers = [(ctypes.c_char * size)() for size in sizes]
+    with storage.OpenFile(str(tmp_path / "f")) as file:
+        assert file.read_vector(0, buffers) == 700
+        assert b"".join(map(bytes, buffers)) == content
+        assert file.read_vector(650, buffers[:4]) == 50

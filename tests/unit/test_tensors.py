@@ -279,25 +279,6 @@ def test_meta_and_lazy_modules_are_refused_by_name(run_dir):
         restore(run_dir, model=lazy)
 
 
-@pytest.fixture
-def on_a_mesh(tmp_path):
-    """Return a function that makes a sharded tensor of this process alone."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    store = tmp_path / "rendezvous"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-
-    def make(local, placements=None, **more):
-        placed = [Shard(0)] if placements is None else placements
-        return DTensor.from_local(local, mesh, placed, run_check=False, **more)
-
-    yield make
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("local", "more", "text"),
     [
