@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from typing import Any
 
 import torch
 
@@ -15,7 +13,7 @@ from distckpt.bench.team import Team
 from distckpt.bench.workloads import Workload
 from distckpt.checkpoint import Checkpoint
 from distckpt.manager import CheckpointManager
-from distckpt.save import CheckpointOptions
+from distckpt.save import CheckpointOptions, Staging
 
 _CALLS_PER_BLOCK = 1000
 
@@ -26,8 +24,7 @@ class _Behind(Pending):
         self._before = before
 
     def wait_staged(self) -> None:
-        # Looked up by name: older versions save without staging.
-        getattr(self._ours.manager, "wait_staged")()  # noqa: B009
+        self._ours.manager.wait_staged()
 
     def before_optimizer_step(self) -> None:
         # The manager hooks the optimizer itself.
@@ -48,11 +45,10 @@ class Ours(Contender):
     """A ``CheckpointManager`` that keeps one checkpoint."""
 
     name = OURS
+    modes = (EAGER, LAZY)
 
     def __init__(self, workload: Workload, team: Team, folder: str) -> None:
         super().__init__(workload, team, folder)
-        fields = {field.name for field in dataclasses.fields(CheckpointOptions)}
-        self.modes = (EAGER, LAZY) if {"enable_async", "staging"} <= fields else ()
         self.manager = CheckpointManager(workload.checkpoint(), folder, max_to_keep=1)
 
     def save(self) -> None:
@@ -64,8 +60,9 @@ class Ours(Contender):
         """Begin a save that goes on behind the caller."""
         self.num_saves += 1
         before = self.manager.latest_checkpoint
-        options: dict[str, Any] = {"enable_async": True, "staging": mode}
-        self.manager.save(options=CheckpointOptions(**options))
+        staging: Staging = "lazy" if mode == LAZY else "eager"
+        options = CheckpointOptions(enable_async=True, staging=staging)
+        self.manager.save(options=options)
         pending = _Behind(self, before)
         if mode == EAGER:
             pending.wait_staged()

@@ -71,7 +71,7 @@ class Runner(Turns):
                 self.results.add("copy", limit.COPY, timed.seconds)
         del copy
         for mode in _MODES:
-            able = self._able(mode, f"{mode}.blocked", f"{mode}.durable")
+            able = self._able(mode)
             label = f"async {mode}"
             for name, repetition in self._in_turn(able, label, 1 + self.options.repeat):
                 self._guard(name, label, self._one_async, name, mode, repetition == 0)
@@ -111,7 +111,7 @@ class Runner(Turns):
             loop = StepLoop(self.workload, self.team)
             self._lost_to_copy(loop)
             for mode in _MODES:
-                able = self._able(mode, f"{mode}.lost")
+                able = self._able(mode)
                 label = f"lost time, async {mode}"
                 for name, _ in self._in_turn(able, label, self.options.repeat):
                     self._guard(name, label, self._one_lost, name, mode, loop)
@@ -203,8 +203,6 @@ class Runner(Turns):
             for what in ("save", *_MODES, "restore"):
                 if name not in self.results.failures:
                     self._guard(name, f"memory, {what}", self._one_memory, name, what)
-        for mode in _MODES:
-            self._able(mode, f"memory.{mode}")
         self._share_rows("memory.eager", "memory.lazy")
 
     def _one_memory(self, name: str, what: str) -> None:

@@ -94,7 +94,6 @@ class WorkloadResults:
         contenders: All that were asked for, ours first.
         facts: What the workload is.
         failures: Why a contender could not go on; the rest of its cells stay empty.
-        missing: Why one has no figure in a row that it takes no part in.
     """
 
     name: str
@@ -102,16 +101,11 @@ class WorkloadResults:
     facts: dict[str, Any] = field(default_factory=dict)
     series: dict[str, dict[str, Series]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    missing: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, row: str, contender: str, value: float) -> None:
         """Record one repetition."""
         row_series = self.series.setdefault(row, {})
         row_series.setdefault(contender, Series()).values.append(value)
-
-    def say_missing(self, row: str, contender: str, reason: str) -> None:
-        """Record why there is no figure."""
-        self.missing.setdefault(row, {})[contender] = reason
 
     def get(self, row: str, contender: str) -> Series | None:
         """Return a contender's repetitions; None if there are none."""
@@ -128,7 +122,7 @@ class WorkloadResults:
 
     def rows(self) -> list[Row]:
         """Return the rows that have something to show, in order."""
-        shown = self.series.keys() | self.missing.keys()
+        shown = self.series.keys()
         return [row for row in ROWS if row.key in shown]
 
     def to_json(self) -> dict[str, Any]:
@@ -138,7 +132,6 @@ class WorkloadResults:
             **self.facts,
             "contenders": list(self.contenders),
             "failures": self.failures,
-            "missing": self.missing,
             "phases": {
                 key: {
                     # The copy and its lost time are limits of other rows, not rows.

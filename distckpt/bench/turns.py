@@ -18,8 +18,6 @@ from distckpt.bench.workloads import Workload
 
 _Made = TypeVar("_Made")
 
-_UNAVAILABLE = "not available in this version"
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -124,11 +122,8 @@ class Turns:
                     self._tell_what(what, f"{repetition + 1}/{count}", name)
                     yield name, repetition
 
-    def _able(self, mode: str, *rows: str) -> list[str]:
-        """Return who can save in a mode; say of the others that they cannot."""
-        if OURS in self._modes and mode not in self._modes[OURS]:
-            for row in rows:
-                self.results.say_missing(row, OURS, _UNAVAILABLE)
+    def _able(self, mode: str) -> list[str]:
+        """Return who can save in a mode."""
         return [name for name, modes in self._modes.items() if mode in modes]
 
     def _share_eager(self, *rows: str) -> None:

@@ -370,7 +370,14 @@ SAVES = [
         disk="size=32m",
         big_ranks=(0,),
     ),
-    Case("quota", faults.Quota(), ("fallocate",), failed="all", disk="quota", big_ranks=(0, 1)),
+    Case(
+        "quota",
+        faults.Quota(),
+        ("fallocate",),
+        failed="all",
+        disk="quota",
+        big_ranks=(0, 1),
+    ),
     Case(
         "inodes-for-pending",
         faults.NoInodes(1),

@@ -30,7 +30,6 @@ def workload():
     found.add("save", "limit:other", 0.5)
     found.add("save.written", "distckpt", 750e6)
     found.add("gate", "distckpt", 2.5e-6)
-    found.say_missing("lazy.blocked", "distckpt", "not available in this version")
     found.failures["gone"] = "not installed: nothing of that name"
     return found
 
@@ -61,8 +60,6 @@ def test_cells_show_median_range_and_ratios(workload):
 def test_cells_of_a_row_without_limit_say_so(workload):
     """Nothing is made up where nothing was measured."""
     assert report.cells_of(workload, row("gate"), ["slow"]) == ["2.50 us", "-", "-", "-"]
-    cells = report.cells_of(workload, row("lazy.blocked"), ["slow"])
-    assert cells == ["not available in this version", "-", "-", "-"]
 
 
 def test_a_row_of_which_only_the_limit_is_elsewhere_takes_it_from_there(workload):
@@ -125,9 +122,6 @@ def test_json_is_whole_and_tells_whether_ours_failed(workload, tmp_path):
     read = json.loads(path.read_text())["workloads"]["made-up"]
     assert read["phases"]["save"]["results"]["distckpt"]["repetitions"] == [0.9, 1.0, 2.0]
     assert read["failures"] == workload.failures
-    assert read["missing"] == {
-        "lazy.blocked": {"distckpt": "not available in this version"}
-    }
     workload.failures["distckpt"] = "save: made up"
     assert results.ours_failed
 
