@@ -143,8 +143,13 @@ class CheckpointManager:
         that asks. After return of a path the checkpoint is committed: durable, complete
         and listed, until retention drops it or its number is saved again.
 
+        With ``options.enable_async`` the state is copied on return, and the checkpoint not
+        committed yet. A later call brings it in, on all ranks the same one, and raises if
+        it failed, as if it had never begun; see ``CheckpointOptions``.
+
         Called by: every rank. Collectives: none if the interval rules the call out; else
         three rounds, one more if ranks track different things, three more the first time.
+        While an asynchronous save is under way, a round about every second.
 
         Args:
             checkpoint_number: Number to save under, instead of the next one; it may
@@ -254,8 +259,9 @@ class CheckpointManager:
         Called by: every rank. Collectives: one round, unless the manager is broken.
 
         Raises:
+            SaveFailed, OutcomeUnknown, FencedError: What became of a save under way.
             StorageError: Deletions are still running at the deadline.
-            ManagerBroken: Another rank is gone. The manager is closed all the same.
+            ManagerBroken: Another rank is gone. In any case the manager is closed.
         """
         if self._unusable is None:
             try:
@@ -292,6 +298,8 @@ class CheckpointManager:
     def _let_go(self, unusable: DistckptError, reason: str = "") -> None:
         """Be of no more use; with a reason if others may be waiting for this rank."""
         self._unusable = unusable
+        if self._job.flight is not None:
+            self._job.flight.release_optimizers()
         if self._job.liveness is not None:
             self._job.liveness.leave(reason[:500])
         if self._job.chief is not None:

@@ -103,7 +103,6 @@ def test_table_holds_the_rows_that_were_measured_in_order(workload):
     assert list(table.columns[0].cells) == [
         "save, durable",
         "  bytes written, a rank",
-        "async lazy, blocked",
         "gated call",
     ]
     console = Console(width=300, record=True, file=io.StringIO())
