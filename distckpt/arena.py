@@ -11,6 +11,8 @@ _HUGE_BYTES = 2 * 2**20
 _MADV_HUGEPAGE = 14
 # Headers may grow a little from save to save.
 _SLACK_BYTES = 2**20
+# What is kept may be larger than what is needed by a twentieth and this.
+_SPARE_BYTES = 60 * 2**20
 
 
 class Arena:
@@ -44,7 +46,7 @@ class Arena:
     def suits(self, size_bytes: int, pinned: bool) -> bool:
         """Tell whether it will do for a snapshot, and is not far too large."""
         has = self.bytes.numel()
-        return size_bytes <= has <= 2 * size_bytes + 64 * _SLACK_BYTES and (
+        return size_bytes <= has <= size_bytes + size_bytes // 20 + _SPARE_BYTES and (
             self.pinned or not pinned
         )
 

@@ -54,9 +54,9 @@ def take_off(
     job.flight = flight
     atexit.register(flight.wait_done, EXIT_SECONDS)
     fly = partial(_fly, job, flight, plan, staged, lazily)
-    thread = threading.Thread(target=fly, name="distckpt-save", daemon=True)
+    flight.thread = threading.Thread(target=fly, name="distckpt-save", daemon=True)
     try:
-        thread.start()
+        flight.thread.start()
     except RuntimeError:  # no thread to be had: better done now than not at all
         fly()
     if staged.error is not None and not isinstance(staged.error, Exception):
@@ -103,7 +103,8 @@ def _fly(
             job, attempt, flight.step, plan, write, yields=True
         )
     except BaseException as error:
-        flight.error = error
+        # Ctrl-C was raised where it came; later this rank says what all others say.
+        flight.error = error if isinstance(error, Exception) else error.__cause__ or error
     finally:
         job.commits.lane.be_idle()
         flight.done.set()
@@ -144,20 +145,39 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         flight.done.wait(_LAST_SECONDS)
         if isinstance(flight.error, ManagerBroken):
             raise flight.error from error
-        raise
+        told = _with_outcome(job, flight, error)
+        if told is None:
+            raise
+        raise told from error
     if not answer["landed"]:
         flight.calls_left = answer["calls"]
         return False
     flight.done.wait()
+    flight.wait_for_thread()
     job.flight = None
     atexit.unregister(flight.wait_done)
     flight.release_optimizers()
+    flight.drop_copies()
     if flight.error is not None:
         _undo(job, flight)
         raise flight.error
     assert flight.answer is not None
     job.take_lists(updated_lists(job, flight.answer))
     return True
+
+
+def _with_outcome(job: Job, flight: Flight, error: ManagerBroken) -> ManagerBroken | None:
+    """Say what this rank knows of a save that cannot be agreed on any more, if it does."""
+    path = job.path(flight.attempt.prefix)
+    if flight.answer is not None:
+        committed, text = True, f"{path} was committed before."
+    elif flight.error is not None and not isinstance(flight.error, OutcomeUnknown):
+        committed, text = False, f"{path} was not committed: {flight.error}"
+    else:
+        return None
+    told = type(error)(f"{error} {text}", error.ranks)
+    told.committed = committed
+    return told
 
 
 def _judge(job: Job, votes: Sequence[Vote]) -> Answer:

@@ -28,6 +28,7 @@ from distckpt.errors import (
     DistckptError,
     ManagerBroken,
     RanksFailed,
+    RestoreFailed,
     StorageTimeout,
 )
 from distckpt.liveness import Liveness, Round
@@ -78,6 +79,10 @@ _LAST_POLL_SECONDS = 2e-3
 SHIPMENTS_UNDER_WAY = 3
 # gloo's own limit for one operation. Ours come first, and they can be moved.
 _OPERATION_TIMEOUT = timedelta(days=7)
+
+
+# What was under way when a channel broke: it may still arrive, and fills memory then.
+_adrift: list[Any] = []
 
 
 class Shipment(NamedTuple):
@@ -235,16 +240,19 @@ class GroupChannel:
         try:
             while True:
                 if len(under_way) == SHIPMENTS_UNDER_WAY:
-                    _arrive(waiting, *under_way.popleft())
+                    _arrive(waiting, *under_way[0])
+                    under_way.popleft()
                 shipment = next(shipments, None)
                 if shipment is None:
                     break
                 work = _post(waiting, partial(self._ship, shipment))
                 under_way.append((work, shipment))
             while under_way:
-                _arrive(waiting, *under_way.popleft())
+                _arrive(waiting, *under_way[0])
+                under_way.popleft()
         except BaseException as error:
             # Collectives are left outstanding, or the others wait for some.
+            _adrift.extend(work for work, _ in under_way)
             self._break(messages.describe(error))
             raise
         finally:
@@ -406,6 +414,17 @@ def _poll(waiting: Waiting, work: Any) -> None:
     except RuntimeError as error:
         raise waiting.connection_broke(error) from error
     waiting.got_something()
+
+
+def check_nothing_adrift() -> None:
+    """Raise ``RestoreFailed`` if a broken manager's exchange may still fill tensors."""
+    _adrift[:] = [work for work in _adrift if not work.is_completed()]
+    if _adrift:
+        msg = (
+            "another manager of this process lost a rank while it was receiving tensors, "
+            "which may still arrive, and in the midst of training. Restart the process."
+        )
+        raise RestoreFailed(msg)
 
 
 def _keep_for_ever(group: object) -> None:

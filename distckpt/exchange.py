@@ -8,6 +8,7 @@ have got, as verified bytes can still be changed on their way.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -165,12 +166,20 @@ class Exchange:
         if buffers.has(memory):
             self._try(partial(self._put, parcel, memory))
             buffers.give_back(memory)
-        else:
-            self._place(parcel.units[0]).count(parcel.size_bytes)
 
     def _put(self, parcel: Parcel, memory: torch.Tensor) -> None:
-        if self._error is None:
-            for unit in parcel.units:
+        """Copy what has arrived in a buffer to where it goes."""
+        if self._error is not None:
+            return
+        address = memory.data_ptr()
+        for unit in parcel.units:
+            start = unit.source.start
+            known = self._loading.target(unit.source.name)[1]
+            if start is not None and known.address:
+                # There may be tens of thousands of these.
+                target = known.address + start + unit.offset
+                ctypes.memmove(target, address + unit.at, unit.size_bytes)
+            else:
                 part = memory[unit.at : unit.at + unit.size_bytes]
                 self._place(unit).put(unit, part)
 
@@ -242,7 +251,7 @@ class _Place:
                 self._flat[start : start + unit.size_bytes].copy_(data)
         else:
             self._copy(unit, data.numpy().data)
-        self.count(unit.size_bytes)
+        self._count(unit.size_bytes)
 
     def _copy(self, unit: Unit, data: memoryview) -> None:
         target = self._on_host or self._on_loan
@@ -265,7 +274,7 @@ class _Place:
                     first - unit.offset : last - unit.offset
                 ]
 
-    def count(self, size_bytes: int) -> None:
+    def _count(self, size_bytes: int) -> None:
         """Note that so many bytes are there; with the last ones, a copy goes over."""
         self._left_bytes -= size_bytes
         if self._left_bytes == 0 and self._lent is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt.comm import Answer
@@ -34,6 +36,7 @@ class Flight:
         hold_streams: Keeps a device's later work behind the copies.
         let_go: Called when everything is copied and the user's thread changes nothing.
         released: Set then.
+        thread: Brings it to its end.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Flight:
         self.hold_streams: Callable[[], None] = _nothing
         self.let_go: Callable[[], None] = _nothing
         self.released = threading.Event()
+        self.thread: threading.Thread | None = None
         self._hook: Any = None
 
     def wait_staged(self) -> None:
@@ -70,13 +74,23 @@ class Flight:
         deadline = time.monotonic() + seconds
         self.staged.wait(seconds)
         self.release()
-        self.done.wait(max(0.0, deadline - time.monotonic()))
+        if self.done.wait(max(0.0, deadline - time.monotonic())):
+            self.wait_for_thread()
+
+    def wait_for_thread(self) -> None:
+        """Wait until the thread is gone that has done it."""
+        # It may hold the last reference to the manager's groups. Their destructor takes
+        # the interpreter's lock, and ends the process where the interpreter is gone.
+        if self.thread is not None and self.thread.is_alive():
+            self.thread.join()
 
     def hold_optimizers(self) -> None:
         """Let the next step of any optimizer wait for the copies."""
-        # Of any: what a tracked one optimizes may be another's, too.
+        # Of any: what a tracked one optimizes may be another's, too. Where a step is
+        # compiled, this is not.
+        wait = torch.compiler.disable(self.wait_staged)  # type: ignore[no-untyped-call]
         self._hook = register_optimizer_step_pre_hook(
-            lambda optimizer, args, kwargs: self.wait_staged()
+            lambda optimizer, args, kwargs: wait()
         )
 
     def release_optimizers(self) -> None:
@@ -84,6 +98,17 @@ class Flight:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def drop_copies(self) -> None:
+        """Keep nothing of the copies; the thread is gone.
+
+        What an error remembers of its way holds them, and itself: for a long time.
+        """
+        self.hold_streams = self.let_go = _nothing
+        error = self.error
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__
 
 
 def _nothing() -> None:

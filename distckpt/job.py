@@ -251,7 +251,7 @@ def agree(
     else:
         vote = failure(phase, original, status_of(original))
     try:
-        answer = channel.consult(vote, decide, how)
+        answer = channel.consult(vote, decide, how=how)
     except DistckptError as error:
         if original is None or original is error:
             raise

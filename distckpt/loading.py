@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 
 from distckpt import tensors
 from distckpt.boxes import contiguous_runs, overlap
+from distckpt.collector import collector_paused
+from distckpt.comm import check_nothing_adrift
 from distckpt.errors import FormatError, MismatchError
 from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
@@ -44,18 +45,6 @@ class Remembered:
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()  # a copy of a checkpoint tracks other tensors
-
-
-class _Target(NamedTuple):
-    """A live tensor to be filled."""
-
-    tensor: torch.Tensor
-    known: KnownTensor
-
-    def part(self, stored: Stored, start: int) -> Part:
-        """Say that an entry goes into its memory, from a byte on."""
-        buffer = window(self.known.address + start, stored.size_bytes)
-        return Part(stored, buffer, self.known.memory_of(self.tensor).untyped_storage())
 
 
 class Loading:
@@ -97,6 +86,8 @@ class Loading:
         self._shared = RestorePlan(saved, remembered.known)
         self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
         self._reads: ReadPlan | None = None
+        # As they were when the files were opened: no user code runs from then on.
+        self._known: dict[str, KnownTensor] = {}
         self.wants = bytes(16)
         self.common: ExchangePlan | None = None
         self.unexpected: list[str] = []
@@ -120,7 +111,7 @@ class Loading:
             MismatchError: Lists every difference.
             UnsupportedError: Something tracked cannot be restored into.
         """
-        with self._closed_on_error():
+        with self._closed_on_error(), collector_paused():
             for node in nodes.shared:
                 node.plan(self._shared)
             for node in nodes.per_rank:
@@ -144,8 +135,10 @@ class Loading:
         Raises:
             FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
             StorageError: A file cannot be opened.
+            RestoreFailed: A broken manager of this process may still fill tensors.
         """
-        with self._closed_on_error():
+        with self._closed_on_error(), collector_paused():
+            check_nothing_adrift()
             wanted, common = self._wanted(exchange)
             assignment = self._manifest.assignment
             self._reads = self._remembered.read_plans.plan(assignment, wanted)
@@ -163,7 +156,7 @@ class Loading:
         wanted: list[Wanted] = []
         common: list[Wanted] = []
         for name, tensor in self._shared.reads.items():
-            known = self._remembered.known.describe(name, tensor)
+            known = self._known[name] = self._remembered.known.describe(name, tensor)
             if known.box is not None and known.box.size > 0:
                 is_whole = exchange and not (known.is_sharded and tensors.is_cut(tensor))
                 (common if is_whole else wanted).append((name, known.box))
@@ -228,18 +221,26 @@ class Loading:
         # filled by way of a copy, or from parts of entries.
         pieced: dict[str, list[tuple[int, Stored]]] = {}
         for rank in self._reads.sources:
-            entries = self._readers[rank].header.entries
-            parts = []
-            for stored, (_, name, start) in self._reads.located(rank, entries):
-                target = self._target(self._shared, name)
-                if start is None or not target.known.address:
-                    pieced.setdefault(name, []).append((rank, stored))
-                else:
-                    parts.append(target.part(stored, start))
             with _blamed_on(rank):
-                self._readers[rank].read_entries(parts)
+                self._readers[rank].read_entries(self._parts(rank, pieced))
         for name, sources in pieced.items():
             self._fill(self._shared.reads[name], sources)
+
+    def _parts(
+        self, rank: int, pieced: dict[str, list[tuple[int, Stored]]]
+    ) -> Iterator[Part]:
+        """Walk what goes from one file to its place in one run; put aside all else."""
+        assert self._reads is not None
+        live, known = self._shared.reads, self._known
+        located = self._reads.located(rank, self._readers[rank].header.entries)
+        for stored, (_, name, start) in located:
+            target = known[name]
+            if start is None or not target.address:
+                pieced.setdefault(name, []).append((rank, stored))
+            else:
+                buffer = window(target.address + start, stored.size_bytes)
+                owner = target.memory_of(live[name]).untyped_storage()
+                yield Part(stored, buffer, owner)
 
     def read_parcel(self, parcel: Parcel, buffer: memoryview) -> None:
         """Read what this rank sends to all, verifying each block.
@@ -267,8 +268,7 @@ class Loading:
 
     def target(self, name: str) -> tuple[torch.Tensor, KnownTensor]:
         """Return a tensor to be filled that is not this rank's own, and what it is."""
-        target = self._target(self._shared, name)
-        return target.tensor, target.known
+        return self._shared.reads[name], self._known[name]
 
     def _read_own(self) -> None:
         """Fill the tensors that are this rank's own."""
@@ -276,20 +276,18 @@ class Loading:
             return
         reader = self._reader(self._rank)
         parts = []
-        for name in self._per_rank.reads:
-            target = self._target(self._per_rank, name)
+        for name, tensor in self._per_rank.reads.items():
+            known = self._remembered.known.describe(name, tensor)
             stored = reader.header.entries.per_rank[name]
-            if target.known.address and stored.size_bytes:
-                parts.append(target.part(stored, 0))
+            if known.address and stored.size_bytes:
+                buffer = window(known.address, stored.size_bytes)
+                owner = known.memory_of(tensor).untyped_storage()
+                parts.append(Part(stored, buffer, owner))
             else:
-                self._fill(target.tensor, [(self._rank, stored)])
+                self._fill(tensor, [(self._rank, stored)])
         parts.sort(key=lambda part: part.stored.start)
         with _blamed_on(self._rank):
             reader.read_entries(parts)
-
-    def _target(self, plan: RestorePlan, name: str) -> _Target:
-        tensor = plan.reads[name]
-        return _Target(tensor, self._remembered.known.describe(name, tensor))
 
     def _fill(self, tensor: torch.Tensor, sources: list[tuple[int, Stored]]) -> None:
         """Fill a tensor by way of a copy, or from parts of entries."""

@@ -92,9 +92,9 @@ class ReadPlans:
 
 
 def _start_of(stored: Box, wanted: Box, dtype: str) -> int | None:
-    if boxes.overlap(stored, wanted) != stored:
-        return None
     if stored == wanted:
         return 0
+    if boxes.overlap(stored, wanted) != stored:
+        return None
     runs = list(boxes.contiguous_runs(stored, stored, wanted))
     return runs[0][1] * dtypes.item_size_bytes(dtype) if len(runs) == 1 else None

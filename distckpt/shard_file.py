@@ -311,7 +311,7 @@ class ShardReader:
         if last_whole < end:
             self._read_around(stored, last_whole, buffer[last_whole - offset :])
 
-    def read_entries(self, parts: Sequence[Part]) -> None:
+    def read_entries(self, parts: Iterable[Part]) -> None:
         """Read whole entries, verifying them; small ones that are neighbours together.
 
         Args:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, comm, exchange_plan
+from distckpt import Checkpoint, CheckpointManager, PerRank, comm, exchange_plan, known
 from distckpt.comm import GroupChannel
 
 WIDTH = 768
@@ -203,6 +203,20 @@ def test_saved_by_another_number_of_ranks_is_read_once(tmp_path, before, after):
         # A rank's last parcel may be one too many.
         assert num_bytes <= total / after * EVEN + 2 * exchange_plan._GRAIN_BYTES
         assert num_files <= -(-before // after) + 1
+
+
+def test_one_rank_alone_has_nobody_to_exchange_with(tmp_path):
+    """It reads all of it."""
+    directory = str(tmp_path / "run")
+    ((path, expected),) = values_of(run_ranks(_save, 1, directory))
+    ((num_bytes, num_files, found),) = values_of(
+        run_ranks(_restore_in_another_world, 1, directory, path)
+    )
+    assert (found, num_files) == (expected, 1)
+    assert (
+        num_bytes
+        == next(Path(attempt_directory(path)).glob("*.safetensors")).stat().st_size
+    )
 
 
 # What ranks do not want alike
@@ -482,9 +496,95 @@ def _interrupt(rank, directory):
 def test_a_rank_that_is_interrupted_is_named_by_the_others(tmp_path):
     """It cannot leave an exchange quietly."""
     results = values_of(run_ranks(_interrupt, 3, str(tmp_path / "run")))
-    assert [found.kind for found in results] == ["PeerLost", "KeyboardInterrupt", "PeerLost"]
+    assert [found.kind for found in results] == [
+        "PeerLost",
+        "KeyboardInterrupt",
+        "PeerLost",
+    ]
     assert "KeyboardInterrupt" in results[0].text
     assert all(found.seconds < 5 for found in results)
+
+
+class Adrift:
+    """Stands in for a broadcast that hangs, as none can be made to at will."""
+
+    done = False
+
+    def is_completed(self):
+        return self.done
+
+
+def _restore_with_bytes_adrift(rank, directory):
+    _save_two(rank, directory)
+    state = State(rank, seed=2, steps=1)
+    before = state.raw()
+    adrift = Adrift()
+    if rank == 1:
+        comm._adrift.append(adrift)
+    with _manager(state.checkpoint(), directory) as manager:
+        found = outcome(manager.restore_or_initialize)
+        assert state.raw() == before
+        adrift.done = True
+        manager.restore_or_initialize()
+    return found
+
+
+def test_what_a_broken_manager_may_still_receive_keeps_all_from_restoring(tmp_path):
+    """It could come later, over what was restored: that is refused, on every rank."""
+    for found in values_of(run_ranks(_restore_with_bytes_adrift, 2, str(tmp_path / "run"))):
+        assert found.kind == "RestoreFailed"
+        assert "may still arrive" in found.text
+
+
+# Where memory is
+
+
+def _restore_out_of_reach(rank, directory):
+    """As tensors of a device are restored: their memory is not for the host."""
+    raws = _save_two(rank, directory)
+    state = State(rank, seed=2, steps=1)
+    known.tensors.is_row_major_on_host = lambda _: False
+    with _manager(state.checkpoint(), directory) as manager:
+        manager.restore_or_initialize()
+    assert state.raw() == raws[1]
+
+
+def test_memory_out_of_the_hosts_reach_is_filled_by_way_of_a_copy(tmp_path):
+    """Piece by piece, as it arrives."""
+    values_of(run_ranks(_restore_out_of_reach, 3, str(tmp_path / "run")))
+
+
+def _save_cut(rank, directory):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    columns = distribute_tensor(torch.randn(600, 500), mesh, [Shard(1)])
+    rows = distribute_tensor(torch.randn(3, 700, 50), mesh, [Shard(0)])
+    with _manager(Checkpoint(tensors={"c": columns, "r": rows}), directory) as manager:
+        manager.save()
+
+
+def _restore_whole(rank, directory, in_reach):
+    torch.manual_seed(0)
+    expected = [torch.randn(600, 500), torch.randn(3, 700, 50)]
+    if not in_reach:
+        known.tensors.is_row_major_on_host = lambda _: False
+    reads = Reads()
+    columns, rows = torch.zeros(600, 500), torch.zeros(3, 50, 700).transpose(1, 2)
+    with _manager(Checkpoint(tensors={"c": columns, "r": rows}), directory) as manager:
+        reads.clear()
+        manager.restore_or_initialize()
+    assert [_raw(columns), _raw(rows)] == list(map(_raw, expected))
+    return reads.num_bytes
+
+
+@pytest.mark.parametrize("in_reach", [True, False])
+def test_columns_that_were_saved_apart_are_read_once_and_put_together(tmp_path, in_reach):
+    """What does not go to its place in one run, cut into parcels."""
+    directory = str(tmp_path / "run")
+    values_of(run_ranks(_save_cut, 3, directory))
+    total = 4 * (600 * 500 + 3 * 700 * 50)
+    for num_bytes in values_of(run_ranks(_restore_whole, 2, directory, in_reach)):
+        assert num_bytes < total / 2 + 2 * exchange_plan._GRAIN_BYTES + 3 * 4096
 
 
 # The argument

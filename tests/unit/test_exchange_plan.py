@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_each_byte_is_read_once_by_even_parts(saved, world_size, kind):
     for spans in found.values():
         spans.sort()
         assert spans[0][0] == 0
-        assert all(one[1] == other[0] for one, other in zip(spans, spans[1:], strict=False))
+        assert all(one[1] == other[0] for one, other in pairwise(spans))
     assert sum(spans[-1][1] for spans in found.values()) == total
     assert max(_loads(plan).values()) <= 1.125 * total / world_size + plan.parcel_bytes
 
@@ -96,7 +97,9 @@ def test_nothing_to_read_makes_no_parcels():
 
 def test_wants_are_told_apart_by_names_and_never_zeros():
     """In 16 bytes, as they travel in a vote."""
-    digests = {wants_digest(names) for names in ([], ["a"], ["a", "b"], ["b", "a"], ["a,b"])}
+    digests = {
+        wants_digest(names) for names in ([], ["a"], ["a", "b"], ["b", "a"], ["a,b"])
+    }
     assert len(digests) == 5
     assert all(len(digest) == 16 and digest != bytes(16) for digest in digests)
 

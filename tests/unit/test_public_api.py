@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from datetime import timedelta
 
 import distckpt
 
@@ -81,7 +82,12 @@ def test_the_managers_arguments_are_tensorflows_then_ours_by_keyword():
         ("checkpoint_interval", None),
         ("init_fn", None),
     ]
-    assert [name for name, _ in parameters[8:]] == ["process_group", "timeout", "takeover"]
+    assert parameters[8:] == [
+        ("process_group", None),
+        ("timeout", timedelta(minutes=5)),
+        ("takeover", False),
+        ("read_replicated", "auto"),
+    ]
     signature = inspect.signature(distckpt.CheckpointManager)
     for name, _ in parameters[8:]:
         assert signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
