@@ -157,7 +157,7 @@ class Loading:
         common: list[Wanted] = []
         for name, tensor in self._shared.reads.items():
             known = self._known[name] = self._remembered.known.describe(name, tensor)
-            if known.box is not None and known.box.size > 0:
+            if known.box is not None and known.size_bytes > 0:
                 is_whole = exchange and not (known.is_sharded and tensors.is_cut(tensor))
                 (common if is_whole else wanted).append((name, known.box))
         return wanted, common
