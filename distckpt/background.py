@@ -157,7 +157,6 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
     job.flight = None
     atexit.unregister(flight.wait_done)
     flight.release_optimizers()
-    flight.drop_copies()
     if flight.error is not None:
         _undo(job, flight)
         raise flight.error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -98,17 +97,6 @@ class Flight:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def drop_copies(self) -> None:
-        """Keep nothing of the copies; the thread is gone.
-
-        What an error remembers of its way holds them, and itself: for a long time.
-        """
-        self.hold_streams = self.let_go = _nothing
-        error = self.error
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__
 
 
 def _nothing() -> None:

@@ -269,7 +269,6 @@ class CheckpointManager:
             finally:
                 self._let_go(ManagerBroken("this manager is closed."))
                 self._job.close_channels()
-                self._job.arena = None
         elif isinstance(self._unusable, FencedError):
             # All ranks were told in the same round, so nobody is left waiting.
             self._let_go(ManagerBroken("this manager is closed."))
@@ -289,7 +288,7 @@ class CheckpointManager:
         else:
             if self._job.flight is not None:
                 # It can come to its end without this thread; a second Ctrl-C leaves it.
-                self._job.flight.done.wait(EXIT_SECONDS)
+                self._job.flight.wait_done(EXIT_SECONDS)
             # The other ranks may be anywhere: no collective, or the error that matters
             # would show only at the deadline. Those that wait for this one are told.
             reason = f"its program raised {describe(error)}"
@@ -300,6 +299,7 @@ class CheckpointManager:
         self._unusable = unusable
         if self._job.flight is not None:
             self._job.flight.release_optimizers()
+        self._job.arena = None
         if self._job.liveness is not None:
             self._job.liveness.leave(reason[:500])
         if self._job.chief is not None:
@@ -309,7 +309,7 @@ class CheckpointManager:
 
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
-            raise type(self._unusable)(str(self._unusable)) from self._unusable
+            raise _again(self._unusable) from self._unusable
         try:
             result = call()
         except FencedError as error:
@@ -328,3 +328,12 @@ class CheckpointManager:
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
             self._job.decisions.lane.worker.raise_interrupt()
         return result
+
+
+def _again(error: DistckptError) -> DistckptError:
+    """Make an error of an earlier call anew, with all that it tells."""
+    if not isinstance(error, ManagerBroken):
+        return type(error)(str(error))
+    told = type(error)(str(error), error.ranks)
+    told.committed = error.committed
+    return told

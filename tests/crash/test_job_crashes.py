@@ -79,7 +79,7 @@ class Stage:
         spoil: Callable[[], None] | None = None,
         each: int = 4,
     ) -> list[Crash]:
-        """List the kills of one rank at the calls that it makes in a scenario: all or each."""
+        """List the kills of one rank at all calls of a scenario, or at one of ``each``."""
         job = (self._world_size, scenario, victim)
         calls = count_calls(self._scratch, self._template, *job, spoil)
         chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::each]

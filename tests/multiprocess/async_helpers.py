@@ -123,7 +123,7 @@ class Trained:
         """Change all else."""
         for value in self.ema.values():
             value.mul_(0.5).add_(1.0)
-        for name, buffer in self.model.named_buffers():
+        for buffer in self.model.buffers():
             buffer.add_(3)
         self.loader.position += 7
         self.loader.order.add_(1)
