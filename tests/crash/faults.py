@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -222,7 +223,20 @@ class _Mounts(Fault):
 
     def end(self) -> None:
         while self._mounted:
-            run("umount", self._mounted.pop())
+            _unmount(self._mounted.pop())
+
+
+def _unmount(target: str) -> None:
+    """Unmount; whatever still looks into it for a moment (udev, a thread) is waited for."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        try:
+            run("umount", target)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 class _OwnMounts(_Mounts):
