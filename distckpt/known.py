@@ -3,22 +3,32 @@
 Describing a tensor (can it be stored, what does this rank hold of it, where does that lie)
 costs tens of microseconds of Python. A job has thousands of tensors, nearly always the
 same as at its last save. So each is described once; after that one look at its address,
-shape and placements tells whether the description still holds.
+shape and placements tells whether the description still holds. Even that look costs some
+microseconds, so the tensors of one tracked object are looked at all together (``Seen``).
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import compress
+from operator import attrgetter, is_, not_
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from distckpt import dtypes, modules, tensors
 from distckpt.layout import Row, Table
-from distckpt.tensors import Numbering
+from distckpt.tensors import Numbering, is_sharded
+
+_Made = TypeVar("_Made")
+
+# Of sharded tensors; why these, says ``KnownTensor.still_holds``.
+_part_of = attrgetter("_local_tensor")
+_spec_of = attrgetter("_spec")
+_dtype_of = attrgetter("dtype")
 
 # How much may be remembered of tensors that are not there any more.
 _SLACK = 1024
@@ -121,11 +131,63 @@ def _nothing() -> None:
     """Stand in for a reference to what is gone."""
 
 
+class Seen:
+    """Some tensors as they were at one time; keeps neither them nor their memory alive.
+
+    What ``KnownTensor.still_holds`` looks at in one tensor after the other is compared here
+    property by property, in the interpreter's own loops: a third of the time.
+
+    Args:
+        tensors: That can be stored.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self._references = [weakref.ref(tensor) for tensor in tensors]
+        self._are_sharded = [*map(is_sharded, tensors)]
+        self._are_plain = [*map(not_, self._are_sharded)]
+        self._specs = self._specs_of(tensors)
+        self._looks = self._looks_of(tensors)
+        # Complex tensors can become conjugates of themselves without a trace here.
+        self._can_hold = not any(tensor.dtype.is_complex for tensor in tensors)
+
+    def still_hold(self, tensors: Sequence[Any]) -> bool:
+        """Tell whether these are the same tensors, as they were."""
+        return (
+            self._can_hold
+            and len(tensors) == len(self._references)
+            and all(map(is_, tensors, [there() for there in self._references]))
+            and all(map(is_, self._specs_of(tensors), self._specs))
+            and self._looks_of(tensors) == self._looks
+        )
+
+    def _specs_of(self, tensors: Sequence[Any]) -> list[Any]:
+        return [*map(_spec_of, compress(tensors, self._are_sharded))]
+
+    def _looks_of(self, tensors: Sequence[Any]) -> tuple[list[Any], ...]:
+        parts = map(_part_of, compress(tensors, self._are_sharded))
+        memories = [*parts, *compress(tensors, self._are_plain)]
+        return (
+            [*map(torch.Tensor.data_ptr, memories)],
+            [*map(torch.Tensor.size, memories)],
+            [*map(torch.Tensor.stride, memories)],
+            [*map(_dtype_of, memories)],
+        )
+
+
+class _Recalled(NamedTuple):
+    """What was made of some tensors, and what it follows from besides."""
+
+    seen: Seen
+    also: object
+    made: Any
+
+
 class KnownTensors:
     """The tensors that one ``Checkpoint`` tracks, by name."""
 
     def __init__(self) -> None:
         self._known: dict[str, KnownTensor] = {}
+        self._recalled: dict[Hashable, _Recalled] = {}
         self._numbering: tuple[Any, Numbering] | None = None
         self._names: dict[str, tuple[list[str], list[type], list[str]]] = {}
         self._table: tuple[object, Table] | None = None
@@ -140,6 +202,28 @@ class KnownTensors:
         if known is None or not known.still_holds(tensor):
             known = self._known[name] = KnownTensor(tensor, name)
         return known
+
+    def recall(
+        self,
+        key: Hashable,
+        tensors: Sequence[torch.Tensor],
+        also: object,
+        make: Callable[[], _Made],
+    ) -> _Made:
+        """Return what was made of tensors before, if they and all else are as they were.
+
+        Args:
+            key: What it is.
+            tensors: What it follows from; they can be stored.
+            also: What else it follows from.
+            make: Makes it; nothing in it may keep the tensors alive.
+        """
+        last = self._recalled.get(key)
+        if last is None or last.also != also or not last.seen.still_hold(tensors):
+            made = make()
+            last = self._recalled[key] = _Recalled(Seen(tensors), also, made)
+        recalled: _Made = last.made
+        return recalled
 
     def table(self, signature: object, rows: Callable[[], Iterable[Row]]) -> Table:
         """Return the table of all that is tracked.
@@ -157,6 +241,8 @@ class KnownTensors:
         """Forget tensors that are not there any more, when there are many."""
         if len(self._known) > 2 * len(names) + _SLACK:
             self._known = {n: known for n, known in self._known.items() if n in names}
+        if len(self._recalled) > 2 * len(names) + _SLACK:
+            self._recalled.clear()
 
     def numbering(self, members: tuple[int, ...] | None) -> Numbering:
         """Return what the manager calls torch's ranks; see ``tensors.Numbering``."""

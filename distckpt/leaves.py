@@ -89,6 +89,32 @@ class Leaves:
         """Add a tensor that the lowest rank that has it writes whole, if it is plain."""
         self._add(name, tensor, WHOLE)
 
+    def add_described(
+        self,
+        names: Sequence[str],
+        tensors_: Sequence[torch.Tensor],
+        known: Sequence[KnownTensor],
+        kinds: Sequence[str],
+    ) -> None:
+        """Add tensors that are described already, all at once.
+
+        Args:
+            names: Theirs.
+            tensors_: Themselves.
+            known: What they are.
+            kinds: ``SPLIT`` or ``WHOLE``; see ``add_parameter``, ``add_tensor``.
+        """
+        if self.per_rank:
+            for name, tensor, kind in zip(names, tensors_, kinds, strict=True):
+                self._add(name, tensor, kind)
+            return
+        taken = {*self.tensors, *self.values}.intersection(names)
+        for name in taken:
+            self._check_new(name)
+        identities = [one.identity for one in known]
+        leaves = map(Leaf, tensors_, known, kinds, identities)
+        self.tensors.update(zip(names, leaves, strict=True))
+
     def add_value(self, name: str, value: object) -> None:
         """Add a plain value; tensors inside it are stored beside it."""
         self._check_new(name)

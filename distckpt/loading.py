@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +20,42 @@ from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
 from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
-from distckpt.read_plan import ReadPlan, ReadPlans, Wanted
+from distckpt.read_plan import Located, ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
 from distckpt.restore_plan import RestorePlan, Saved
-from distckpt.shard_file import Part, ShardReader
+from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
 from distckpt.tracked import Nodes
+
+
+class _Wants(NamedTuple):
+    """What a rank reads into: made once for as long as its tensors stay as they are.
+
+    Attributes:
+        known: What the tensors are, by name.
+        wanted: What it wants for itself.
+        common: What all ranks may want alike.
+    """
+
+    known: dict[str, KnownTensor]
+    wanted: list[Wanted]
+    common: list[Wanted]
+
+
+class _Placed(NamedTuple):
+    """Where what comes from one file goes: made once for as long as nothing changes.
+
+    Attributes:
+        located: What comes from it.
+        wants: Of which tensors it makes up what.
+        batches: What goes to its place in one run.
+        pieces: All else, with the name of its tensor.
+    """
+
+    located: list[Located]
+    wants: _Wants
+    batches: list[Batch]
+    pieces: list[tuple[str, Stored]]
 
 
 class Remembered:
@@ -35,6 +66,7 @@ class Remembered:
         read_plans: What was read last.
         common_plans: What all ranks have read together last.
         exchange_plan: Who of them has read what.
+        placed: Where what was read from each rank's file went.
     """
 
     def __init__(self) -> None:
@@ -42,6 +74,7 @@ class Remembered:
         self.read_plans = ReadPlans()
         self.common_plans = ReadPlans()
         self.exchange_plan: ExchangePlan | None = None
+        self.placed: dict[int, _Placed] = {}
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
         return Remembered, ()  # a copy of a checkpoint tracks other tensors
@@ -87,7 +120,7 @@ class Loading:
         self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
         self._reads: ReadPlan | None = None
         # As they were when the files were opened: no user code runs from then on.
-        self._known: dict[str, KnownTensor] = {}
+        self._wants = _Wants({}, [], [])
         self.wants = bytes(16)
         self.common: ExchangePlan | None = None
         self.unexpected: list[str] = []
@@ -139,28 +172,33 @@ class Loading:
         """
         with self._closed_on_error(), collector_paused():
             check_nothing_adrift()
-            wanted, common = self._wanted(exchange)
+            self._wants = self._look_at_tensors(exchange)
             assignment = self._manifest.assignment
-            self._reads = self._remembered.read_plans.plan(assignment, wanted)
+            self._reads = self._remembered.read_plans.plan(assignment, self._wants.wanted)
             for rank in self._reads.sources:
                 self._reader(rank)
             self.wants, self.common = bytes(16), None
             if exchange:
+                common = self._wants.common
                 self.wants = wants_digest([name for name, _ in common])
                 self.common = self._exchange_plan(common)
                 for rank in self.common.files_of(self._rank):
                     self._reader(rank)
 
-    def _wanted(self, exchange: bool) -> tuple[list[Wanted], list[Wanted]]:
-        """List what this rank wants for itself, and what all ranks may want alike."""
-        wanted: list[Wanted] = []
-        common: list[Wanted] = []
+    def _look_at_tensors(self, exchange: bool) -> _Wants:
+        names, live = [*self._shared.reads], [*self._shared.reads.values()]
+        return self._remembered.known.recall(
+            ("reads", exchange), live, names, lambda: self._list_wants(exchange)
+        )
+
+    def _list_wants(self, exchange: bool) -> _Wants:
+        wants = _Wants({}, [], [])
         for name, tensor in self._shared.reads.items():
-            known = self._known[name] = self._remembered.known.describe(name, tensor)
+            known = wants.known[name] = self._remembered.known.describe(name, tensor)
             if known.box is not None and known.size_bytes > 0:
                 is_whole = exchange and not (known.is_sharded and tensors.is_cut(tensor))
-                (common if is_whole else wanted).append((name, known.box))
-        return wanted, common
+                (wants.common if is_whole else wants.wanted).append((name, known.box))
+        return wants
 
     def _exchange_plan(self, common: list[Wanted]) -> ExchangePlan:
         assignment = self._manifest.assignment
@@ -220,27 +258,57 @@ class Loading:
         # First what goes to its place in one run, in file order; then tensors that are
         # filled by way of a copy, or from parts of entries.
         pieced: dict[str, list[tuple[int, Stored]]] = {}
-        for rank in self._reads.sources:
-            with _blamed_on(rank):
-                self._readers[rank].read_entries(self._parts(rank, pieced))
+        with self._memory_kept():
+            for rank in self._reads.sources:
+                placed = self._placed(self._reads, rank)
+                with _blamed_on(rank):
+                    self._readers[rank].read_batches(placed.batches)
+                for name, stored in placed.pieces:
+                    pieced.setdefault(name, []).append((rank, stored))
         for name, sources in pieced.items():
             self._fill(self._shared.reads[name], sources)
 
+    @contextmanager
+    def _memory_kept(self) -> Iterator[None]:
+        """Keep the memory that is filled, whatever happens to the tensors that have it.
+
+        A read that hangs is left behind, and may fill it when it comes back.
+        """
+        kept = [
+            known.memory_of(tensor).untyped_storage()
+            for known, tensor in zip(
+                self._wants.known.values(), self._shared.reads.values(), strict=True
+            )
+        ]
+        yield
+        del kept
+
+    def _placed(self, reads: ReadPlan, rank: int) -> _Placed:
+        """Tell where what comes from one file goes."""
+        reader = self._readers[rank]
+        located = reads.located(rank, reader.header.entries)
+        placed = self._remembered.placed.get(rank)
+        if (
+            placed is None
+            or placed.located is not located
+            or placed.wants is not self._wants
+        ):
+            placed = _Placed(located, self._wants, [], [])
+            parts = self._parts(located, placed.pieces)
+            placed.batches.extend(batches_of(parts, reader.header.block_bytes))
+            self._remembered.placed[rank] = placed
+        return placed
+
     def _parts(
-        self, rank: int, pieced: dict[str, list[tuple[int, Stored]]]
+        self, located: list[Located], pieces: list[tuple[str, Stored]]
     ) -> Iterator[Part]:
-        """Walk what goes from one file to its place in one run; put aside all else."""
-        assert self._reads is not None
-        live, known = self._shared.reads, self._known
-        located = self._reads.located(rank, self._readers[rank].header.entries)
+        """Walk what goes to its place in one run; put aside all else."""
         for stored, (_, name, start) in located:
-            target = known[name]
+            target = self._wants.known[name]
             if start is None or not target.address:
-                pieced.setdefault(name, []).append((rank, stored))
+                pieces.append((name, stored))
             else:
-                buffer = window(target.address + start, stored.size_bytes)
-                owner = target.memory_of(live[name]).untyped_storage()
-                yield Part(stored, buffer, owner)
+                yield Part(stored, window(target.address + start, stored.size_bytes))
 
     def read_parcel(self, parcel: Parcel, buffer: memoryview) -> None:
         """Read what this rank sends to all, verifying each block.
@@ -260,7 +328,7 @@ class Loading:
                 stored = by_box[unit.source.entry]
                 part = buffer[unit.at : unit.at + unit.size_bytes]
                 if unit.size_bytes == stored.size_bytes:
-                    entries.append(Part(stored, part, buffer))
+                    entries.append(Part(stored, part))
                 else:
                     reader.read_into(stored, unit.offset, part)
             entries.sort(key=lambda entry: entry.stored.start)
@@ -268,21 +336,21 @@ class Loading:
 
     def target(self, name: str) -> tuple[torch.Tensor, KnownTensor]:
         """Return a tensor to be filled that is not this rank's own, and what it is."""
-        return self._shared.reads[name], self._known[name]
+        return self._shared.reads[name], self._wants.known[name]
 
     def _read_own(self) -> None:
         """Fill the tensors that are this rank's own."""
         if not self._per_rank.reads:
             return
         reader = self._reader(self._rank)
-        parts = []
+        parts, owners = [], []
         for name, tensor in self._per_rank.reads.items():
             known = self._remembered.known.describe(name, tensor)
             stored = reader.header.entries.per_rank[name]
             if known.address and stored.size_bytes:
-                buffer = window(known.address, stored.size_bytes)
-                owner = known.memory_of(tensor).untyped_storage()
-                parts.append(Part(stored, buffer, owner))
+                parts.append(Part(stored, window(known.address, stored.size_bytes)))
+                # Kept until all is read, as in ``_memory_kept``.
+                owners.append(known.memory_of(tensor).untyped_storage())
             else:
                 self._fill(tensor, [(self._rank, stored)])
         parts.sort(key=lambda part: part.stored.start)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from distckpt import tensors, values
 from distckpt.errors import MismatchError
-from distckpt.known import KnownTensors
+from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
 from distckpt.values import TensorRef
 
@@ -39,9 +39,13 @@ class Saved:
         self.knows_ties = knows_ties
         self._values = encoded
         self._taken: set[str] = set()
-        self._below: dict[str, list[str]] = {}
-        for name in (*rows, *encoded):
-            self._below.setdefault(name.rpartition("/")[0], []).append(name)
+
+    @cached_property
+    def _below(self) -> dict[str, list[str]]:
+        below: dict[str, list[str]] = {}
+        for name in (*self.rows, *self._values):
+            below.setdefault(name.rpartition("/")[0], []).append(name)
+        return below
 
     def names_below(self, path: str) -> list[str]:
         """Return the names directly below a path, tensors first, in saved order."""
@@ -51,6 +55,10 @@ class Saved:
         """Return a tensor's row and note that somebody wants it."""
         self._taken.add(name)
         return self.rows.get(name)
+
+    def take_rows(self, names: Iterable[str]) -> None:
+        """Note that somebody wants these tensors."""
+        self._taken.update(names)
 
     def has_value(self, name: str) -> bool:
         """Tell whether there is a plain value of this name."""
@@ -67,6 +75,8 @@ class Saved:
         Compared as they are stored: the tensors are not read yet, and NaN equals NaN.
         """
         first, second = self._values[one], self._values[other]
+        if first == second:
+            return True
         return bool(self._without_names(first) == self._without_names(second))
 
     def _without_names(self, encoded: Any) -> Any:
@@ -82,7 +92,7 @@ class Saved:
 
     def left_over(self) -> list[str]:
         """Return the names that nobody has asked for."""
-        return [n for n in (*self.rows, *self._values) if n not in self._taken]
+        return [name for name in (*self.rows, *self._values) if name not in self._taken]
 
 
 @dataclass(slots=True)
@@ -118,20 +128,48 @@ class RestorePlan:
             owner: The tensor that it is a view of.
         """
         known = self.known.describe(name, tensor)
+        identity = known.identity if owner is None else tensors.identity_of(owner)
+        self._read_into(name, tensor, known, identity)
+
+    def read_described(
+        self,
+        names: Sequence[str],
+        live: Sequence[torch.Tensor],
+        known: Sequence[KnownTensor],
+    ) -> None:
+        """Fill tensors that are described already, all at once where nothing is special."""
+        rows = [*map(self.saved.rows.get, names)]
+        identities = {one.identity for one in known}
+        is_simple = (
+            len(identities) == len(names)  # no two of them are one tensor
+            and None not in identities
+            and self._names.keys().isdisjoint(identities)
+            and all(map(_fits, rows, known))
+        )
+        if is_simple:
+            self.saved.take_rows(names)
+            self.reads.update(zip(names, live, strict=True))
+            self._names.update(
+                (one.identity, name) for one, name in zip(known, names, strict=True)
+            )
+            return
+        for name, tensor, one in zip(names, live, known, strict=True):
+            self._read_into(name, tensor, one, one.identity)
+
+    def _read_into(
+        self, name: str, tensor: torch.Tensor, known: KnownTensor, identity: object
+    ) -> None:
         row = self.saved.take_row(name)
-        dtype, shape = known.dtype, known.shape
         if row is None:
             kind = "a plain value" if self.saved.has_value(name) else "not there"
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
-        elif (row.dtype, row.shape) != (dtype, shape):
+        elif not _fits(row, known):
             self.problems.append(
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
-                f"{dtype} {list(shape)} here"
+                f"{known.dtype} {list(known.shape)} here"
             )
-        else:
-            identity = known.identity if owner is None else tensors.identity_of(owner)
-            if not self._is_read_already(name, row, identity):
-                self.reads[name] = tensor
+        elif not self._is_read_already(name, row, identity):
+            self.reads[name] = tensor
 
     def _is_read_already(self, name: str, row: Row, identity: object) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""
@@ -263,6 +301,10 @@ class RestorePlan:
         """
         if self.problems:
             raise mismatch(what, [*self.problems, *unexpected(self.saved.left_over())])
+
+
+def _fits(row: Row | None, known: KnownTensor) -> bool:
+    return row is not None and row.dtype == known.dtype and row.shape == known.shape
 
 
 def _in_a_job() -> bool:

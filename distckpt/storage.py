@@ -19,7 +19,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeAlias
@@ -34,6 +34,8 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOL
 # What one vectored call may carry: buffers (IOV_MAX) and bytes.
 _MAX_BUFFERS = 1024
 _MAX_CALL_BYTES = 16 * 2**20
+# How much is read between two signs of progress.
+_NOTED_BYTES = 4 * 2**20
 _SYNC_BYTES = 2**30
 # How much is written before the disk is told to begin with it.
 _WRITE_BACK_BYTES = 16 * 2**20
@@ -284,15 +286,50 @@ class OpenFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill a buffer from an offset on; returns fewer bytes only at the file's end."""
-        done = 0
-        while done < len(buffer):
-            end = min(done + _MAX_CALL_BYTES, len(buffer))
+        return self.read_in_pieces(offset, buffer, _NOTED_BYTES, _take_no_notice)
+
+    def read_in_pieces(
+        self,
+        offset: int,
+        buffer: memoryview,
+        piece_bytes: int,
+        have: Callable[[memoryview], None],
+    ) -> int:
+        """Fill a buffer from an offset on, a piece at a time.
+
+        Args:
+            offset: In the file.
+            buffer: Filled whole, but for the file's end.
+            piece_bytes: How much is read by one call.
+            have: Called with each piece that is there as a whole, while it still lies in
+                the processor's cache.
+
+        Returns:
+            How many bytes came; fewer only at the file's end.
+        """
+        done, size = 0, len(buffer)
+        while done < size:
+            # Seen from other threads as one call for many pieces: to note each of a hundred
+            # kilobytes takes a tenth of the time of reading it.
+            stop = min(done + _NOTED_BYTES, size)
             with _reported("read", self.path):
-                count = os.preadv(self._descriptor, [buffer[done:end]], offset + done)
-            if count == 0:
-                break
-            done += count
+                while done < stop:
+                    piece = buffer[done : min(done + piece_bytes, stop)]
+                    count = self._read_piece(piece, offset + done)
+                    if count < len(piece):
+                        return done + count
+                    have(piece)
+                    done += count
         return done
+
+    def _read_piece(self, piece: memoryview, offset: int) -> int:
+        count = os.preadv(self._descriptor, [piece], offset)
+        while 0 < count < len(piece):
+            more = os.preadv(self._descriptor, [piece[count:]], offset + count)
+            if more == 0:
+                break
+            count += more
+        return count
 
     def read_vector(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Fill buffers one behind the other; fewer bytes only at the file's end."""
@@ -415,6 +452,10 @@ def free_bytes(path: str) -> int:
     with _reported("statvfs", path):
         status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def _take_no_notice(_: memoryview) -> None:
+    """Let a piece that was read pass."""
 
 
 def _batches(

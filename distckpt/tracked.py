@@ -8,9 +8,11 @@ then filled in place; finishers, which run user code, come last.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +21,8 @@ from torch.optim import Optimizer
 
 from distckpt import modules, tensors
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.known import KnownTensors
+from distckpt.known import KnownTensor, KnownTensors
+from distckpt.layout import SPLIT, WHOLE
 from distckpt.leaves import Leaves, join, key_text, tensors_in
 from distckpt.per_rank import PerRank
 from distckpt.restore_plan import RestorePlan
@@ -43,21 +46,34 @@ class Owners:
     """Which tracked module each parameter belongs to."""
 
     def __init__(self) -> None:
-        self._modules: list[tuple[str, nn.Module, bool]] = []
+        self._nodes: list[tuple[ModuleNode, bool]] = []
         self._owner_of: dict[int, Owner] | None = None
+        self._is_complete = False
 
-    def add(self, path: str, module: nn.Module, per_rank: bool) -> None:
+    def add(self, node: ModuleNode, per_rank: bool) -> None:
         """Note a tracked module."""
-        self._modules.append((path, module, per_rank))
+        self._nodes.append((node, per_rank))
 
-    def of(self, parameter: torch.Tensor) -> Owner | None:
+    def of(self, parameter: torch.Tensor, known: KnownTensors) -> Owner | None:
         """Return the first tracked module that has a parameter."""
         if self._owner_of is None:  # only optimizers ask
-            self._owner_of = {}
-            for path, module, per_rank in self._modules:
-                for name, own in modules.named_parameters(module):
-                    self._owner_of.setdefault(id(own), Owner(join(path, name), per_rank))
-        return self._owner_of.get(id(parameter))
+            self._owner_of = self._map(lambda node: node.saved_parameters(known))
+        owner = self._owner_of.get(id(parameter))
+        if owner is None and not self._is_complete:
+            # A state dict need not name every parameter.
+            self._is_complete = True
+            self._owner_of = self._map(ModuleNode.named_parameters)
+            owner = self._owner_of.get(id(parameter))
+        return owner
+
+    def _map(
+        self, parameters_of: Callable[[ModuleNode], Iterable[tuple[str, torch.Tensor]]]
+    ) -> dict[int, Owner]:
+        owner_of: dict[int, Owner] = {}
+        for node, per_rank in self._nodes:
+            for name, own in parameters_of(node):
+                owner_of.setdefault(id(own), Owner(name, per_rank))
+        return owner_of
 
 
 class Node(Protocol):
@@ -122,8 +138,9 @@ class _Walker:
             modules.check_supported(value, path)
             # First, as it takes the state dict: only that puts back the parameters that
             # the optimizer has, where FSDP2 has gathered them for a forward pass.
-            nodes.append(ModuleNode(path, value))
-            self._owners.add(path, value, per_rank)
+            node = ModuleNode(path, value)
+            nodes.append(node)
+            self._owners.add(node, per_rank)
         elif isinstance(value, Optimizer):
             modules.check_supported(value, path)
             nodes.append(OptimizerNode(path, value, self._owners, per_rank))
@@ -163,15 +180,27 @@ def _holds_tracked(value: Any, depth: int = 0) -> bool:
     return any(_holds_tracked(item, depth + 1) for item in value)
 
 
-class _Entry(NamedTuple):
-    """One entry of a module's state dict.
+class _Described(NamedTuple):
+    """Tensors of one tracked object.
+
+    Attributes:
+        names: Full names.
+        known: What they are.
+        kinds: How plain ones are divided among the ranks.
+    """
+
+    names: list[str]
+    known: list[KnownTensor]
+    kinds: list[str]
+
+
+class _Other(NamedTuple):
+    """One entry of a state dict that is not the module's own object.
 
     Attributes:
         key: In the state dict.
         name: Full name.
         value: A tensor, or extra state.
-        is_live: Whether the value is a parameter or buffer of the module itself.
-        is_parameter: Whether it is a parameter.
         owner: The module's own tensor of that name, if the value is a sharded one that
             only shares its memory: of an empty part no memory tells what it is.
     """
@@ -179,8 +208,6 @@ class _Entry(NamedTuple):
     key: str
     name: str
     value: Any
-    is_live: bool
-    is_parameter: bool
     owner: torch.Tensor | None
 
 
@@ -194,64 +221,115 @@ class ModuleNode:
         self.path = path
         self._module = modules.unwrap(module)
         self._state = _state_dict_of(self._module)
+        # What of it is the module's own parameters and buffers: nearly always all.
+        self._own_values: list[torch.Tensor] | None = None
+        self._are_parameters: list[bool] = []
+        self._own = _Described([], [], [])
+        self._others: list[tuple[str, str, Any]] = []
 
-    def _entries(self, known: KnownTensors) -> Iterator[_Entry]:
-        """Walk the state dict, all of it storable."""
-        module = self._module
-        parameters = {id(p) for p in modules.parameters(module)}
-        buffers = {id(b) for b in modules.buffers(module)}
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Walk the module's parameters by full name."""
+        for name, parameter in modules.named_parameters(self._module):
+            yield join(self.path, name), parameter
+
+    def saved_parameters(self, known: KnownTensors) -> Iterator[tuple[str, torch.Tensor]]:
+        """Walk those that stand in the state dict as they are: faster."""
+        values = self._own_part(known)
+        named = zip(self._own.names, values, strict=True)
+        return compress(named, self._are_parameters)
+
+    def _own_part(self, known: KnownTensors) -> list[torch.Tensor]:
+        """Return the module's own tensors in the state dict; ``_own`` describes them.
+
+        Described once for as long as they stay as they are; see ``known.Seen``.
+        """
+        if self._own_values is None:
+            parameters = [*map(id, modules.parameters(self._module))]
+            own_ids = {*parameters, *map(id, modules.buffers(self._module))}
+            is_own = [*map(own_ids.__contains__, map(id, self._state.values()))]
+            names = known.full_names(self.path, self._module, self._state)
+            own_names = names if all(is_own) else [*compress(names, is_own)]
+            values = [*compress(self._state.values(), is_own)]
+            self._are_parameters = [*map({*parameters}.__contains__, map(id, values))]
+            # As ids, which tell nothing of objects that are gone, but of these all.
+            self._own = known.recall(
+                self.path,
+                values,
+                (own_names, parameters),
+                lambda: self._describe(known, own_names, values),
+            )
+            self._own_values = values
+            entries = zip(self._state, names, self._state.values(), strict=True)
+            self._others = [*compress(entries, map(not_, is_own))]
+        return self._own_values
+
+    def _describe(
+        self, known: KnownTensors, names: list[str], values: Sequence[torch.Tensor]
+    ) -> _Described:
+        described = [*map(known.describe, names, values)]
+        memories = set() if all(self._are_parameters) else self._memories()
+        kinds = [
+            # A buffer may be a view of a parameter; what it is shows in its memory.
+            SPLIT if is_parameter or one.identity in memories else WHOLE
+            for is_parameter, one in zip(self._are_parameters, described, strict=True)
+        ]
+        return _Described(names, described, kinds)
+
+    def _memories(self) -> set[object]:
+        return {tensors.identity_of(p) for p in modules.parameters(self._module)}
+
+    def _other_entries(self, known: KnownTensors) -> Iterator[_Other]:
+        """Walk what hooks, or a user's own ``state_dict()``, have put there."""
         owners: dict[str, torch.Tensor] | None = None
-        names = known.full_names(self.path, module, self._state)
-        for name, (key, value) in zip(names, self._state.items(), strict=True):
-            is_parameter = id(value) in parameters
-            is_live = is_parameter or id(value) in buffers
+        for key, name, value in self._others:
             owner = None
-            if not is_live and isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor):
                 known.describe(name, value)
                 if tensors.is_sharded(value):
                     owners = owners or {
                         join(self.path, own): tensor
-                        for own, tensor in modules.tensors_by_name(module).items()
+                        for own, tensor in modules.tensors_by_name(self._module).items()
                     }
                     owner = owners.get(name)
-            yield _Entry(key, name, value, is_live, is_parameter, owner)
+            yield _Other(key, name, value, owner)
 
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
+        values = self._own_part(leaves.known)
+        names, known, kinds = self._own
+        leaves.add_described(names, values, known, kinds)
         memories: set[object] | None = None
-        for _, name, value, _, is_parameter, owner in self._entries(leaves.known):
-            if is_parameter or owner is not None:
+        for _, name, value, owner in self._other_entries(leaves.known):
+            if owner is not None:
                 leaves.add_parameter(name, value, owner)
-                continue
-            if not isinstance(value, torch.Tensor):
+            elif not isinstance(value, torch.Tensor):
                 leaves.add_value(name, value)
-                continue
-            # It may be a view of a parameter; what it is shows in its memory.
-            if memories is None:
-                own = modules.parameters(self._module)
-                memories = {tensors.identity_of(p) for p in own}
-            if tensors.identity_of(value) in memories:
-                leaves.add_parameter(name, value)
             else:
-                leaves.add_tensor(name, value)
+                # It may be a view of a parameter; what it is shows in its memory.
+                memories = self._memories() if memories is None else memories
+                if tensors.identity_of(value) in memories:
+                    leaves.add_parameter(name, value)
+                else:
+                    leaves.add_tensor(name, value)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what is not live goes through load_state_dict."""
+        values = self._own_part(plan.known)
+        plan.read_described(self._own.names, values, self._own.known)
         memories: set[int] | None = None
         loaded: dict[str, Any] = {}
-        for key, name, value, is_live, _, owner in self._entries(plan.known):
+        for key, name, value, owner in self._other_entries(plan.known):
             if not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
                     loaded[key] = plan.take_value(name, partial(_tensors_in, value, name))
                 else:
                     plan.missing(name, "extra state")
                 continue
-            if not is_live and tensors.held(value).memory.numel():
+            if tensors.held(value).memory.numel():
                 if memories is None:
                     own = modules.parameters(self._module), modules.buffers(self._module)
                     memories = {_storage(t) for part in own for t in part}
-                is_live = _storage(value) in memories
-                if not is_live:
+                if _storage(value) not in memories:
                     # Made by a hook or an overridden state_dict(): filling it would not
                     # reach the module.
                     value = loaded[key] = tensors.empty_like(value, value.dtype)
@@ -296,12 +374,14 @@ class OptimizerNode:
         self._owners = owners
         self._per_rank = per_rank
 
-    def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Any]]]]:
+    def _groups(
+        self, known: KnownTensors
+    ) -> Iterator[tuple[dict[str, Any], list[tuple[str, Any]]]]:
         """Walk ``(group, [(parameter's name, parameter)])``."""
         for index, group in enumerate(self._optimizer.param_groups):
             named = []
             for position, parameter in enumerate(group["params"]):
-                owner = self._owners.of(parameter)
+                owner = self._owners.of(parameter, known)
                 if owner is None:
                     msg = (
                         f"{self.path}: parameter {position} of group {index} (shape "
@@ -335,31 +415,73 @@ class OptimizerNode:
 
     def capture(self, leaves: Leaves) -> None:
         """Add each parameter's state and settings."""
-        for index, (group, named) in enumerate(self._groups()):
+        everything: list[tuple[str, torch.Tensor]] = []
+        for index, (group, named) in enumerate(self._groups(leaves.known)):
             settings = _settings(group)
             if not named:
                 leaves.add_value(self._empty_group(index), settings)
             leaves.add_values([f"{self.path}/settings/{n}" for n, _ in named], settings)
-            for name, parameter in named:
-                leaves.optimized.add(id(parameter))
-                # Not state[parameter]: that would add an empty entry.
-                state = self._optimizer.state.get(parameter, {})
-                for key, value in state.items():
-                    full = join(f"{self.path}/state/{name}", key)
+            everything += named
+        # Not state[parameter]: that would add an empty entry.
+        states = [self._optimizer.state.get(p, _NO_STATE) for _, p in everything]
+        self._capture_states(leaves, everything, states)
+
+    def _capture_states(
+        self,
+        leaves: Leaves,
+        named: Sequence[tuple[str, torch.Tensor]],
+        states: Sequence[Mapping[Any, Any]],
+    ) -> None:
+        values = [value for state in states for value in state.values()]
+        are_tensors = [isinstance(value, torch.Tensor) for value in values]
+        parameters = [parameter for _, parameter in named]
+        tensors_ = [*compress(values, are_tensors)]
+        leaves.optimized.update(map(id, parameters), map(id, values))
+        described = leaves.known.recall(
+            self.path,
+            [*parameters, *tensors_],
+            ([name for name, _ in named], [[*state] for state in states], are_tensors),
+            lambda: self._describe(leaves.known, named, states),
+        )
+        leaves.add_described(described.names, tensors_, described.known, described.kinds)
+        if not all(are_tensors):
+            for full, value, parameter in self._walk(named, states):
+                if not isinstance(value, torch.Tensor):
                     _refuse_local_parts(full, value, parameter)
-                    leaves.optimized.add(id(value))
-                    if not isinstance(value, torch.Tensor):
-                        leaves.add_value(full, value)
-                    elif tensors.is_sharded(parameter) and not tensors.is_sharded(value):
-                        # A step count. Split, such few bytes would lie in all files, and
-                        # every rank would open all of them to read its own part.
-                        leaves.add_tensor(full, value)
-                    else:
-                        leaves.add_parameter(full, value)
+                    leaves.add_value(full, value)
+
+    def _describe(
+        self,
+        known: KnownTensors,
+        named: Sequence[tuple[str, torch.Tensor]],
+        states: Sequence[Mapping[Any, Any]],
+    ) -> _Described:
+        described = _Described([], [], [])
+        for full, value, parameter in self._walk(named, states):
+            if isinstance(value, torch.Tensor):
+                _refuse_local_parts(full, value, parameter)
+                # A plain one beside a sharded parameter is a step count. Split, such few
+                # bytes would lie in all files, and every rank would open all of them to
+                # read its own part.
+                is_count = tensors.is_sharded(parameter) and not tensors.is_sharded(value)
+                described.names.append(full)
+                described.known.append(known.describe(full, value))
+                described.kinds.append(WHOLE if is_count else SPLIT)
+        return described
+
+    def _walk(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        states: Iterable[Mapping[Any, Any]],
+    ) -> Iterator[tuple[str, Any, torch.Tensor]]:
+        """Walk ``(full name, value, parameter)``."""
+        for (name, parameter), state in zip(named, states, strict=True):
+            for key, value in state.items():
+                yield join(f"{self.path}/state/{name}", key), value, parameter
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into state that is there, allocate what is not, drop what is not saved."""
-        for index, (group, named) in enumerate(self._groups()):
+        for index, (group, named) in enumerate(self._groups(plan.known)):
             taken: str | None = None
             if not named:
                 self._plan_empty(plan, group, self._empty_group(index))
@@ -423,6 +545,8 @@ class OptimizerNode:
             self._optimizer.state.pop(parameter, None)
 
 
+_NO_STATE: dict[Any, Any] = {}
+
 # What torch's optimizers keep as plain tensors without dimensions, whatever the parameter
 # is; all else they keep like the parameter.
 _COUNTS = ("step", "eta", "mu", "mu_product")
@@ -433,6 +557,8 @@ def _refuse_local_parts(full_name: str, value: Any, parameter: torch.Tensor) -> 
 
     One rank's would be written, and given to all others. A single element is a count.
     """
+    if isinstance(value, torch.Tensor) and tensors.is_sharded(value):
+        return  # nearly always
     for name, tensor in tensors_in(value, full_name):
         is_local = not tensors.is_sharded(tensor) and tensor.numel() > 1
         if is_local and tensors.is_cut(parameter):
