@@ -66,6 +66,8 @@ def take_off(
 def _stage(
     job: Job, flight: Flight, captured: Captured, plan: SavePlan, lazily: bool
 ) -> Snapshot:
+    # Ctrl-C while the save was begun: nothing is copied yet, so it can end here.
+    job.decisions.lane.worker.raise_interrupt()
     file = own_file_of(job, captured, plan.layouts)
     draft = draft_of(job, flight.attempt, captured, file)
     size = shard_file.image_bytes(draft, file.outline)
@@ -75,7 +77,7 @@ def _stage(
         job.arena = None  # never two of them
         job.arena = Arena(size, pinned)
     later = captured.shared.optimized | captured.per_rank.optimized if lazily else ()
-    return Snapshot(job.arena, file.moves(captured), draft, file.outline, later)
+    return Snapshot(job.arena, file.moves(captured, later), draft, file.outline)
 
 
 def _fly(

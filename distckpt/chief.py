@@ -275,8 +275,8 @@ class Chief:
             raise ConfigError(msg)
         self._unsettled.add(attempt)
         try:
+            # Its name need not be durable: the one that it is published under will be.
             storage.make_directory(self._path(attempt.pending))
-            storage.sync_directory(self._directory)
         except StorageError:
             self.abandon(attempt)
             raise

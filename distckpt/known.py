@@ -250,19 +250,21 @@ class KnownTensors:
             self._numbering = members, Numbering(members)
         return self._numbering[1]
 
-    def full_names(self, path: str, module: nn.Module, keys: Iterable[str]) -> list[str]:
+    def full_names(
+        self, path: str, members: Sequence[nn.Module], keys: Iterable[str]
+    ) -> list[str]:
         """Return the full names of a state dict's entries, without wrappers' prefixes.
 
         Args:
             path: Where the module is tracked.
-            module: It, unwrapped.
+            members: It, unwrapped, and all modules in it.
             keys: Of its state dict.
         """
         keys = list(keys)
-        types = [type(member) for member in module.modules()]
+        types = [*map(type, members)]
         known = self._names.get(path)
         if known is None or known[0] != keys or known[1] != types:
-            canonical = modules.CanonicalNames(module)
+            canonical = modules.CanonicalNames(members[0])
             full = [f"{path}/{escaped(canonical[key])}" for key in keys]
             known = self._names[path] = keys, types, full
         return known[2]

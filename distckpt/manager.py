@@ -148,7 +148,7 @@ class CheckpointManager:
         it failed, as if it had never begun; see ``CheckpointOptions``.
 
         Called by: every rank. Collectives: none if the interval rules the call out; else
-        three rounds, one more if ranks track different things, three more the first time.
+        two rounds, one more if ranks track different things, three more the first time.
         While an asynchronous save is under way, a round about every second.
 
         Args:

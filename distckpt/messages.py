@@ -25,16 +25,15 @@ class Phase(IntEnum):
     CLAIM = 3
     PROBE = 4
     DECIDE = 5
-    CAPTURE = 6
-    TABLES = 7
-    WRITE = 8
-    CANDIDATE = 9
-    PLAN = 10
-    READ = 11
-    APPLY = 12
-    INITIALIZE = 13
-    SYNC = 14
-    LAND = 15
+    TABLES = 6
+    WRITE = 7
+    CANDIDATE = 8
+    PLAN = 9
+    READ = 10
+    APPLY = 11
+    INITIALIZE = 12
+    SYNC = 13
+    LAND = 14
 
 
 class Status(IntEnum):
@@ -57,6 +56,7 @@ class Vote(NamedTuple):
         step: Training step, where there is one; then there are no bytes.
         digest_a: What must be compared between ranks, as 16 raw bytes.
         digest_b: A second one, of which 12 bytes travel.
+        call: Of a call of ``save()``, which must be alike on all ranks, likewise.
         detail: Text of any length, or nothing; gathered only when some rank has some.
         rank: Who votes; set by the channel.
     """
@@ -67,6 +67,7 @@ class Vote(NamedTuple):
     step: int | None = None
     digest_a: bytes = bytes(16)
     digest_b: bytes = bytes(12)
+    call: bytes = bytes(12)
     detail: bytes = b""
     rank: int = 0
 
@@ -89,11 +90,12 @@ class Vote(NamedTuple):
         else:
             status, number = self.status | _HAS_STEP, self.step
         length = len(self.detail)
-        return _VOTE.pack(self.phase, status, length, number, self.digest_a, self.digest_b)
+        digests = (self.digest_a, self.digest_b, self.call)
+        return _VOTE.pack(self.phase, status, length, number, *digests)
 
 
-# So small that the three votes of a save are at most 128 bytes.
-_VOTE = struct.Struct("<BBIq16s12s")
+# So small that the two votes of a save are at most 128 bytes.
+_VOTE = struct.Struct("<BBIq16s12s12s")
 _HAS_STEP = 0x80
 # Looked up, because making a member of an enum from its number is slow.
 _PHASES = {int(phase): phase for phase in Phase}
@@ -111,7 +113,7 @@ def unpack_votes(packed: Sequence[bytes], details: Sequence[bytes]) -> list[Vote
     """
     votes = []
     fields = zip(_VOTE.iter_unpack(b"".join(packed)), details, strict=True)
-    for rank, ((phase, status, _, number, digest_a, digest_b), detail) in enumerate(fields):
+    for rank, ((phase, status, _, number, a, b, call), detail) in enumerate(fields):
         size_bytes, step = number, None
         if status & _HAS_STEP:
             size_bytes, step = 0, number
@@ -121,8 +123,9 @@ def unpack_votes(packed: Sequence[bytes], details: Sequence[bytes]) -> list[Vote
                 _STATUSES[status & ~_HAS_STEP],
                 size_bytes,
                 step,
-                digest_a,
-                digest_b,
+                a,
+                b,
+                call,
                 detail,
                 rank,
             )
@@ -198,8 +201,8 @@ def raise_failures(
 
 def check_called_alike(votes: Sequence[Vote]) -> None:
     """Raise ``ConfigError`` if ranks have called the manager in different ways."""
-    chiefs = (votes[0].step, votes[0].digest_a)
-    differing = [vote for vote in votes if (vote.step, vote.digest_a) != chiefs]
+    chiefs = (votes[0].step, votes[0].call)
+    differing = [vote for vote in votes if (vote.step, vote.call) != chiefs]
     if differing:
         others = ", ".join(f"rank {v.rank} at step {v.step}" for v in differing[:16])
         msg = (

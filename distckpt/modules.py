@@ -8,7 +8,7 @@ happens to call ``module`` keeps its name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -59,17 +59,13 @@ _LOCALIZED = (
 
 def check_supported(value: object, path: str) -> None:
     """Raise ``UnsupportedError`` for modules and optimizers that would be saved wrong."""
-    refused = [
-        (kind, reason)
-        for module_name, class_name, reason in _REFUSED
-        if (kind := _class(module_name, class_name)) is not None
-    ]
-    members = value.modules() if refused and isinstance(value, nn.Module) else (value,)
-    for member in members:
-        for kind, reason in refused:
-            if isinstance(member, kind):
-                msg = f"{path}: {reason}"
-                raise UnsupportedError(msg)
+    members = value.modules() if isinstance(value, nn.Module) else (value,)
+    kinds = {*map(type, members)}
+    for module_name, class_name, reason in _REFUSED:
+        refused = _class(module_name, class_name)
+        if refused is not None and any(issubclass(kind, refused) for kind in kinds):
+            msg = f"{path}: {reason}"
+            raise UnsupportedError(msg)
     if isinstance(value, nn.Module) and _is_localized(value):
         msg = f"{path}: {_LOCALIZED}"
         raise UnsupportedError(msg)
@@ -126,16 +122,16 @@ class CanonicalNames:
         return f"{prefix}.{rest}" if prefix else rest
 
 
-def parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters, tied ones again and again: several times faster than torch."""
-    every = (member._parameters.values() for member in module.modules())
-    return [p for p in chain.from_iterable(every) if p is not None]
+def parameters(members: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of some modules, tied ones again and again."""
+    every = chain.from_iterable(member._parameters.values() for member in members)
+    return [parameter for parameter in every if parameter is not None]
 
 
-def buffers(module: nn.Module) -> list[torch.Tensor]:
+def buffers(members: Iterable[nn.Module]) -> list[torch.Tensor]:
     """Return the buffers likewise."""
-    every = (member._buffers.values() for member in module.modules())
-    return [b for b in chain.from_iterable(every) if b is not None]
+    every = chain.from_iterable(member._buffers.values() for member in members)
+    return [buffer for buffer in every if buffer is not None]
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from distckpt import boxes, dtypes, layout, shard_file, tensors
 from distckpt.boxes import Box
 from distckpt.checkpoint import Captured
-from distckpt.known import Window, window_of
+from distckpt.known import window_of
 from distckpt.layout import Layouts, Piece, Row
 from distckpt.leaves import Leaf
 from distckpt.shard_file import Load
@@ -16,41 +16,113 @@ from distckpt.shard_header import Outline
 from distckpt.storage import Buffer
 
 
-class _Part(NamedTuple):
+class _Part:
     """One entry of the file.
 
-    Attributes:
+    Args:
         piece: What it is.
-        per_rank: Whether it is this rank's own.
+        index: Of its tensor among all that are captured.
         start: Where it begins in what this rank holds of the tensor, in bytes; None if
             it does not lie there in one run.
-        window: What gives a buffer of its length at an address.
+
+    Attributes:
+        piece, index, start: The same.
     """
 
-    piece: Piece
-    per_rank: bool
-    start: int | None
-    window: Window
+    __slots__ = ("_address", "_buffer", "_window", "index", "piece", "start")
+
+    def __init__(self, piece: Piece, index: int, start: int | None) -> None:
+        self.piece = piece
+        self.index = index
+        self.start = start
+        self._window = window_of(piece.size_bytes)
+        self._address = 0
+        self._buffer: Buffer = b""
+
+    def bytes_of(self, leaf: Leaf) -> Buffer:
+        """Return the bytes: the tensor's own memory where that can be had."""
+        own = self.memory_of(leaf)
+        return tensors.box_bytes(leaf.tensor, self.piece.box) if own is None else own
+
+    def is_plain(self, leaf: Leaf) -> bool:
+        """Tell whether it is copied by one call, from a device or on the host."""
+        return leaf.known.device == "cuda" or (
+            self.start is not None and leaf.known.address != 0
+        )
+
+    def memory_of(self, leaf: Leaf) -> Buffer | None:
+        """Return the tensor's own memory, if the bytes lie there in one run on the host."""
+        address = leaf.known.address
+        if self.start is None or not address:
+            return None
+        if address != self._address:
+            # Nearly always the tensor lies where it lay at the last save.
+            self._buffer, self._address = self._window(address + self.start), address
+        return self._buffer
 
 
 class Move(NamedTuple):
     """One entry of the file that is copied.
 
     Attributes:
-        name: Of the tensor.
         leaf: What it is of.
         box: Which region of the tensor it is.
-        start: As in ``_Part``.
+        memory: The tensor's own memory of it, if that is one run on the host.
         position: Where it goes, in bytes from the start of the file's data.
         size_bytes: How long it is.
     """
 
-    name: str
     leaf: Leaf
     box: Box
-    start: int | None
+    memory: Buffer | None
     position: int
     size_bytes: int
+
+    @property
+    def is_from_device(self) -> bool:
+        """Whether it comes from a CUDA device."""
+        return self.leaf.known.device == "cuda"
+
+
+class Moves:
+    """What a snapshot copies, in file order; entries without bytes are left out.
+
+    Args:
+        captured: What this rank has to save.
+
+    Attributes:
+        waiting: The tensors that may be copied later, by name.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self._leaves = _leaves_of(captured)
+        self._now: list[tuple[int, _Part]] = []
+        self._later: list[tuple[int, _Part]] = []
+        self.waiting: dict[str, Leaf] = {}
+
+    def add(self, part: _Part, position: int, later: Collection[int]) -> None:
+        """Add an entry; see ``OwnFile.moves``."""
+        leaf = self._leaves[part.index]
+        if id(leaf.tensor) in later and part.is_plain(leaf):
+            self._later.append((position, part))
+            self.waiting[part.piece.row.name] = leaf
+        else:
+            self._now.append((position, part))
+
+    def now(self) -> Iterator[Move]:
+        """Walk what must be copied at once."""
+        return self._walk(self._now)
+
+    def later(self, from_device: bool) -> Iterator[Move]:
+        """Walk what may be copied later: from a device, or on the host."""
+        moves = self._walk(self._later)
+        return (move for move in moves if move.is_from_device == from_device)
+
+    def _walk(self, parts: Sequence[tuple[int, _Part]]) -> Iterator[Move]:
+        for position, part in parts:
+            leaf, piece = self._leaves[part.index], part.piece
+            memory = part.memory_of(leaf)
+            yield Move(leaf, piece.box, memory, position, piece.size_bytes)
 
 
 class OwnFile:
@@ -76,11 +148,16 @@ class OwnFile:
         items = [*((piece, False) for piece in shared), *((piece, True) for piece in own)]
         items.sort(key=lambda item: shard_file.order(item[0]))
         self.outline = Outline(items)
+        # Tables are alike only if names stand in the same order.
+        leaves = _leaves_of(captured)
+        names = [*captured.shared.tensors]
+        index_of = {(name, False): index for index, name in enumerate(names)}
+        for index, row in enumerate(self._per_rank_rows, len(names)):
+            index_of[row.name, True] = index
         self._parts = []
         for piece, per_rank in items:
-            leaf = _leaf_of(captured, piece, per_rank)
-            window = window_of(piece.size_bytes)
-            self._parts.append(_Part(piece, per_rank, _start_of(piece, leaf), window))
+            index = index_of[piece.row.name, per_rank]
+            self._parts.append(_Part(piece, index, _start_of(piece, leaves[index])))
 
     def is_of(self, captured: Captured, layouts: Layouts) -> bool:
         """Tell whether it is what these would make."""
@@ -89,21 +166,31 @@ class OwnFile:
 
     def loader(self, captured: Captured) -> Load:
         """Return what gives the bytes; good while the tensors stay as they are."""
+        leaves = _leaves_of(captured)
 
         def load(first: int, stop: int) -> list[Buffer]:
-            return [_bytes_of(captured, part) for part in self._parts[first:stop]]
+            return [part.bytes_of(leaves[part.index]) for part in self._parts[first:stop]]
 
         return load
 
-    def moves(self, captured: Captured) -> Iterator[Move]:
-        """Walk what a snapshot copies, in file order; entries without bytes left out."""
+    def moves(self, captured: Captured, later: Collection[int] = ()) -> Moves:
+        """List what a snapshot copies.
+
+        Args:
+            captured: What this rank has to save.
+            later: Ids of tensors that may be copied later.
+        """
+        moves = Moves(captured)
         position = 0
-        sizes = self.outline.sizes
-        for (piece, per_rank, start, _), size in zip(self._parts, sizes, strict=True):
+        for part, size in zip(self._parts, self.outline.sizes, strict=True):
             if size:
-                leaf = _leaf_of(captured, piece, per_rank)
-                yield Move(piece.row.name, leaf, piece.box, start, position, size)
+                moves.add(part, position, later)
             position += size
+        return moves
+
+
+def _leaves_of(captured: Captured) -> list[Leaf]:
+    return [*captured.shared.tensors.values(), *captured.per_rank.tensors.values()]
 
 
 def _per_rank_rows(captured: Captured) -> list[Row]:
@@ -113,20 +200,6 @@ def _per_rank_rows(captured: Captured) -> list[Row]:
         leaf.known.row(name, leaf.tensor, layout.WHOLE, "", leaves.numbering)
         for name, leaf in leaves.tensors.items()
     ]
-
-
-def _leaf_of(captured: Captured, piece: Piece, per_rank: bool) -> Leaf:
-    leaves = captured.per_rank if per_rank else captured.shared
-    return leaves.tensors[piece.row.name]
-
-
-def _bytes_of(captured: Captured, part: _Part) -> Buffer:
-    piece, per_rank, start, window = part
-    leaf = _leaf_of(captured, piece, per_rank)
-    address = leaf.known.address
-    if start is None or not address:
-        return tensors.box_bytes(leaf.tensor, piece.box)
-    return window(address + start)
 
 
 def _start_of(piece: Piece, leaf: Leaf) -> int | None:

@@ -27,7 +27,7 @@ from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
-from distckpt.save_plan import SavePlan, capture_and_plan
+from distckpt.save_plan import SavePlan, decide_and_plan
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Request:
         options = [*astuple(self.options)]
         fields = [self.step, self.number, self.check_interval, *options]
         compared = bytes.fromhex(digest(strict_json.dumps(fields).encode()))
-        return Vote(phase, step=self.step, digest_a=compared)
+        return Vote(phase, step=self.step, call=compared[:12])
 
 
 def save(
@@ -92,13 +92,18 @@ def save(
     request = Ran(lambda: _request(step_read.value(), number, check_interval, options))
     if job.flight is not None and not _clear_the_way(job, request):
         return None
-    attempt = _decide(job, request)
-    step, options = request.result.step, request.result.options
+    if not job.claimed:
+        # The first call of this manager: if all ranks make it alike, claim.
+        _compare_calls(job, request)
+        ensure_claimed(job)
     counter, last_step = job.checkpoint.save_counter, job.gate.last_step
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
-        captured, plan = capture_and_plan(job, attempt)  # S3
+        call = Ran(lambda: request.value().vote(Phase.DECIDE))
+        begin = partial(_begin, job, request, counter)
+        attempt, captured, plan = decide_and_plan(job, call, begin)  # S1 to S3
+        step, options = request.result.step, request.result.options
         if options.enable_async:
             flight = Flight(attempt, counter, last_step, step)
             take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
@@ -120,6 +125,8 @@ def save(
 def _write(
     job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
 ) -> shard_file.Written:
+    # Ctrl-C while the save was begun: nothing is written yet, so it can end here.
+    job.decisions.lane.worker.raise_interrupt()
     file = own_file_of(job, captured, plan.layouts)
     draft = draft_of(job, attempt, captured, file)
     path = job.path(attempt.pending, paths.shard_file(job.rank, job.world_size))
@@ -150,7 +157,7 @@ def _clear_the_way(job: Job, request: Ran[Request]) -> bool:
     return False
 
 
-# S1, S2: question and answer
+# The question that all ranks ask
 
 
 def _request(step: int | None, number: Any, check_interval: Any, options: Any) -> Request:
@@ -180,44 +187,30 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
     return Request(step, number, bool(check_interval), options)
 
 
-def _decide(job: Job, request: Ran[Request]) -> Attempt:
-    """Ask the chief; it makes the pending directory of a new attempt."""
-    attempt = _ask(job, request)
-    if attempt is None:
-        # The first call of this manager: all ranks made it alike, so now claim.
-        ensure_claimed(job)
-        attempt = _ask(job, request)
-    assert attempt is not None
-    return attempt
-
-
-def _ask(job: Job, request: Ran[Request]) -> Attempt | None:
+def _compare_calls(job: Job, request: Ran[Request]) -> None:
     # Bad arguments of one rank must reach all of them, so they are a vote too.
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "save() was refused", SaveFailed)
-        return _begin(job, request.result, votes)
+        check_called_alike(votes)
+        return {}
 
-    answer = agree(
+    agree(
         job.decisions,
         Phase.DECIDE,
         request,
         decide,
         says=lambda r: r.vote(Phase.DECIDE),
     )
-    return None if answer["attempt"] is None else paths.parse_published(answer["attempt"])
 
 
-def _begin(job: Job, request: Request, votes: Sequence[Vote]) -> Answer:
+def _begin(job: Job, request: Ran[Request], counter: int) -> Attempt:
+    """S2 (chief): make the pending directory of a new attempt."""
     assert job.chief is not None
-    check_called_alike(votes)
-    if not job.claimed:
-        return {"attempt": None}
     job.chief.check_not_fenced()
     try:
-        attempt = job.chief.begin(request.number, job.checkpoint.save_counter)
+        return job.chief.begin(request.result.number, counter)
     except StorageError as error:
         text = f"the save could not be begun on the chief: {error}"
         msg = f"saving into {job.directory}: {text}; no checkpoint was made."
         raise SaveFailed(msg, {0: text}) from error
-    return {"attempt": attempt.published}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distckpt import strict_json
+from distckpt import paths, strict_json
 from distckpt.checkpoint import Captured, capture
 from distckpt.collector import collector_paused
 from distckpt.comm import Answer
@@ -19,7 +19,7 @@ from distckpt.errors import (
 )
 from distckpt.job import Job, Ran, agree
 from distckpt.layout import Layouts, Table
-from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 
@@ -36,60 +36,71 @@ class SavePlan(NamedTuple):
     values: dict[str, Any]
 
 
+class Planned(NamedTuple):
+    """What S1 to S3 come to on this rank.
+
+    Attributes:
+        attempt: What is saved.
+        captured: What this rank has to save.
+        plan: What all ranks agreed to write.
+    """
+
+    attempt: Attempt
+    captured: Captured
+    plan: SavePlan
+
+
 class _State(NamedTuple):
-    """What this rank has to save."""
+    """What this rank has to save, and what it says of its call."""
 
     captured: Captured
     table: Table
+    call: Vote
 
     @property
     def values(self) -> dict[str, Any]:
         return self.captured.shared.values
 
     def vote(self) -> Vote:
-        return Vote(
-            Phase.CAPTURE,
-            digest_a=self.table.digest,
-            digest_b=_digest_of_values(self.values),
-        )
+        values = _digest_of_values(self.values)
+        return self.call._replace(digest_a=self.table.digest, digest_b=values)
 
 
-def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
-    """S3: collect this rank's state and agree with all ranks on who writes what.
+def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> Planned:
+    """S1 to S3: collect this rank's state; agree on the save, and on who writes what.
 
-    Equal digests, the usual case, settle everything, and so do tables that differ as they
-    did at the last save; else what differs is exchanged once.
+    Equal digests of tables and values, the usual case, settle everything, and so do tables
+    that differ as they did at the last save; else what differs is exchanged once.
 
     Called by: every rank. Collectives: one round, or two.
+
+    Args:
+        job: The manager's.
+        call: What this rank's call of ``save()`` says of itself, to be compared.
+        begin: Makes a new attempt's pending directory; called on the chief.
 
     Raises:
         UnsupportedError, ConfigError: Something cannot be stored, or differs between
             ranks; names it.
-        SaveFailed: User code failed on some ranks.
+        SaveFailed: User code failed on some ranks, or the chief could not begin.
     """
 
     def body() -> _State:
-        # Ctrl-C while the save was begun: nothing is written yet, so it can end here.
-        job.decisions.lane.worker.raise_interrupt()
+        asked = call.value()
         with collector_paused():
             captured = capture(job.checkpoint, job.decisions.members)
-            return _State(captured, captured.shared.table())
+            return _State(captured, captured.shared.table(), asked)
 
     digests: list[Vote] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
-        raise_failures(votes, "the state could not be captured", SaveFailed)
         digests.extend(votes)
-        return _judge_capture(job, votes)
+        return _decide(job, votes, begin)
 
     ran = Ran(body)
-    answer = agree(
-        job.decisions,
-        Phase.CAPTURE,
-        ran,
-        or_abandon(job, attempt, decide),
-        says=_State.vote,
-    )
+    answer = agree(job.decisions, Phase.DECIDE, ran, decide, says=_State.vote)
+    attempt = paths.parse_published(answer["attempt"])
+    assert attempt is not None
     state = ran.result
     key = bytes.fromhex(answer["key"])
     values = state.values
@@ -98,10 +109,17 @@ def capture_and_plan(job: Job, attempt: Attempt) -> tuple[Captured, SavePlan]:
     elif job.layouts is None or job.layouts.key != key:
         job.layouts = Layouts(key, [state.table], [0] * job.world_size)
     assert job.layouts is not None and job.layouts.key == key
-    return state.captured, SavePlan(job.layouts, values)
+    return Planned(attempt, state.captured, SavePlan(job.layouts, values))
 
 
-def _judge_capture(job: Job, votes: Sequence[Vote]) -> Answer:
+def _decide(job: Job, votes: Sequence[Vote], begin: Callable[[], Attempt]) -> Answer:
+    """S2 (chief): refuse the save, or begin it."""
+    raise_failures(votes, "the save was not begun", SaveFailed)
+    check_called_alike(votes)
+    return {"attempt": begin().published, **_judge_tables(job, votes)}
+
+
+def _judge_tables(job: Job, votes: Sequence[Vote]) -> Answer:
     tables = _lowest_of_each(vote.digest_a for vote in votes)
     values = _lowest_of_each(vote.digest_b for vote in votes)
     key = votes[0].digest_a

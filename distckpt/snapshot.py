@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from itertools import compress
+from operator import attrgetter
 
 import torch
 
 from distckpt import shard_file, tensors
 from distckpt.arena import Arena
 from distckpt.errors import SaveFailed
-from distckpt.own_file import Move
+from distckpt.leaves import Leaf
+from distckpt.own_file import Move, Moves
 from distckpt.shard_file import Written
 from distckpt.shard_header import Draft, Outline
+from distckpt.storage import Buffer
+
+# Entries of up to so many bytes are gathered before they are copied: for each of them, a
+# call of its own would take longer than the copy.
+_SMALL_BYTES = 16 * 2**10
+_GATHERED_BYTES = 2**20
+_version_of = attrgetter("_version")
 
 
-class _Watched(NamedTuple):
-    """A tensor that is copied later, and how often it had been changed when that was said.
+class _Watch:
+    """Tensors that are copied later, and how often each had been changed by then.
 
-    Attributes:
-        name: Its name.
-        tensor: It.
-        memory: The plain tensor that it is of; the same if it is not sharded. Changes of
-            either count at that one alone.
-        versions: How often both had been changed.
-        owner: Keeps the memory, should the tensor be given another one.
+    Args:
+        leaves: They, by name.
     """
 
-    name: str
-    tensor: torch.Tensor
-    memory: torch.Tensor
-    versions: tuple[int, int]
-    owner: torch.UntypedStorage
+    def __init__(self, leaves: Mapping[str, Leaf]) -> None:
+        self._names = [*leaves]
+        # Sharded tensors, and the plain ones that they are made of: changes of either
+        # count at that one alone.
+        self._tensors = [leaf.tensor for leaf in leaves.values()]
+        self._memories = [leaf.known.memory_of(leaf.tensor) for leaf in leaves.values()]
+        self._versions = self._versions_now()
+        # Keeps the memory, should a tensor be given another one.
+        self._owners = [*map(torch.Tensor.untyped_storage, self._memories)]
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether it has been changed since; told only when the change is through."""
-        return (self.tensor._version, self.memory._version) != self.versions
+    def changed(self) -> list[str]:
+        """Return the names of those changed since; told only when the change is through."""
+        if self._versions_now() == self._versions:
+            return []
+        pairs = zip(*self._versions_now(), *self._versions, strict=True)
+        are_changed = [now != then or own != own_then for now, own, then, own_then in pairs]
+        return [*compress(self._names, are_changed)]
 
-
-def _watched(move: Move) -> _Watched:
-    tensor = move.leaf.tensor
-    memory = move.leaf.known.memory_of(tensor)
-    versions = (tensor._version, memory._version)
-    return _Watched(move.name, tensor, memory, versions, memory.untyped_storage())
+    def _versions_now(self) -> tuple[list[int], list[int]]:
+        return [*map(_version_of, self._tensors)], [*map(_version_of, self._memories)]
 
 
 class Snapshot:
@@ -58,45 +65,24 @@ class Snapshot:
         moves: What to copy.
         draft: The file's header.
         outline: What the file holds.
-        later: Ids of the tensors that may be copied later.
     """
 
-    def __init__(
-        self,
-        arena: Arena,
-        moves: Iterable[Move],
-        draft: Draft,
-        outline: Outline,
-        later: Collection[int] = (),
-    ) -> None:
+    def __init__(self, arena: Arena, moves: Moves, draft: Draft, outline: Outline) -> None:
         self._image = arena.bytes[: shard_file.image_bytes(draft, outline)]
         self._draft = draft
         self._outline = outline
-        self._rest: list[Move] = []
-        self._watched: list[_Watched] = []
+        self._moves = moves
         self._changed: list[str] | None = None
         self._events: list[torch.cuda.Event] = []
         self._beside: torch.cuda.Event | None = None
-        on_device, is_any_on_device = [], False
-        for move in moves:
-            known = move.leaf.known
-            may_wait = id(move.leaf.tensor) in later
-            if may_wait and known.device == "cuda":
-                on_device.append(move)
-                self._watched.append(_watched(move))
-            elif may_wait and known.address and move.start is not None:
-                self._rest.append(move)
-                self._watched.append(_watched(move))
-            else:
-                # From a device: in the caller's stream, so before whatever comes next.
-                self._copy(move)
-                is_any_on_device |= known.device == "cuda"
-        if is_any_on_device:
+        self._watch: _Watch | None = _Watch(moves.waiting)
+        if self._copy(moves.now()):
+            # In the caller's stream, so before whatever comes next.
             self._events.append(_recorded(torch.cuda.current_stream()))
-        if on_device:
-            self._beside = self._copy_beside(on_device)
+        if any(leaf.known.device == "cuda" for leaf in moves.waiting.values()):
+            self._beside = self._copy_beside(moves.later(from_device=True))
             self._events.append(self._beside)
-        if not later:
+        if not moves.waiting:
             self.copy_rest()
 
     def copy_rest(self) -> None:
@@ -105,9 +91,7 @@ class Snapshot:
         Raises:
             SaveFailed: A tensor was changed meanwhile: the copy is good for nothing.
         """
-        for move in self._rest:
-            self._copy(move)
-        self._rest = []
+        self._copy(self._moves.later(from_device=False))
         for event in self._events:
             event.synchronize()
         self.check_unchanged()
@@ -119,7 +103,7 @@ class Snapshot:
         """
         if self._changed is None:
             self._changed = self._find_changed()
-            self._watched = []
+            self._watch = None
 
     def check_unchanged(self) -> None:
         """Look once more for changes that came before everything was let go.
@@ -142,7 +126,8 @@ class Snapshot:
             raise SaveFailed(msg)
 
     def _find_changed(self) -> list[str]:
-        return [watched.name for watched in self._watched if watched.is_changed]
+        watch = self._watch  # another thread may let go just now
+        return [] if watch is None else watch.changed()
 
     def hold_stream(self) -> None:
         """Keep what the caller puts into its stream of a device behind the copies."""
@@ -154,26 +139,64 @@ class Snapshot:
         image = self._image.numpy().data
         return shard_file.write_image(path, image, self._draft, self._outline)
 
-    def _copy(self, move: Move) -> None:
-        known, start = move.leaf.known, move.start
-        position = self._draft.size_bytes + move.position
-        if known.address and start is not None:
-            # One call for each: no copy of torch's is as fast, and it lets other threads
-            # of the interpreter run.
-            target = self._image.data_ptr() + position
-            ctypes.memmove(target, known.address + start, move.size_bytes)
-            return
-        target_bytes = self._image[position : position + move.size_bytes]
-        tensors.copy_box(move.leaf.tensor, move.box, target_bytes)
+    def _copy(self, moves: Iterable[Move]) -> bool:
+        """Copy entries; from a device, they are only put into the current stream.
+
+        Returns:
+            Whether any comes from a device.
+        """
+        together = _Together(self._image.data_ptr() + self._draft.size_bytes)
+        is_any_from_device = False
+        for move in moves:
+            if move.memory is not None:
+                together.add(move)
+            else:
+                start = self._draft.size_bytes + move.position
+                target = self._image[start : start + move.size_bytes]
+                tensors.copy_box(move.leaf.tensor, move.box, target)
+                is_any_from_device |= move.is_from_device
+        together.flush()
+        return is_any_from_device
 
     def _copy_beside(self, moves: Iterable[Move]) -> torch.cuda.Event:
         """Copy from the device on a stream of its own, behind what its tensors wait for."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for move in moves:
-                self._copy(move)
+            self._copy(moves)
         return _recorded(stream)
+
+
+class _Together:
+    """Copies memory of the host, small neighbours by one call.
+
+    Args:
+        start: Address of the file's data in the snapshot.
+    """
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+        self._gathered: list[Buffer] = []
+        self._position = self._end = 0
+
+    def add(self, move: Move) -> None:
+        """Copy this, too, at the latest with ``flush``."""
+        assert move.memory is not None, move
+        if move.size_bytes > _SMALL_BYTES:
+            # No copy of torch's is as fast as this, and it lets other threads run.
+            ctypes.memmove(self._start + move.position, move.memory, move.size_bytes)
+            return
+        if move.position != self._end or self._end - self._position > _GATHERED_BYTES:
+            self.flush()
+            self._position = move.position
+        self._gathered.append(move.memory)
+        self._end = move.position + move.size_bytes
+
+    def flush(self) -> None:
+        """Copy what is still to be copied."""
+        data = b"".join(self._gathered)
+        ctypes.memmove(self._start + self._position, data, len(data))
+        self._gathered.clear()
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

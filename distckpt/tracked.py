@@ -244,10 +244,11 @@ class ModuleNode:
         Described once for as long as they stay as they are; see ``known.Seen``.
         """
         if self._own_values is None:
-            parameters = [*map(id, modules.parameters(self._module))]
-            own_ids = {*parameters, *map(id, modules.buffers(self._module))}
+            members = [*self._module.modules()]
+            parameters = [*map(id, modules.parameters(members))]
+            own_ids = {*parameters, *map(id, modules.buffers(members))}
             is_own = [*map(own_ids.__contains__, map(id, self._state.values()))]
-            names = known.full_names(self.path, self._module, self._state)
+            names = known.full_names(self.path, members, self._state)
             own_names = names if all(is_own) else [*compress(names, is_own)]
             values = [*compress(self._state.values(), is_own)]
             self._are_parameters = [*map({*parameters}.__contains__, map(id, values))]
@@ -276,7 +277,8 @@ class ModuleNode:
         return _Described(names, described, kinds)
 
     def _memories(self) -> set[object]:
-        return {tensors.identity_of(p) for p in modules.parameters(self._module)}
+        parameters = modules.parameters(self._module.modules())
+        return {tensors.identity_of(parameter) for parameter in parameters}
 
     def _other_entries(self, known: KnownTensors) -> Iterator[_Other]:
         """Walk what hooks, or a user's own ``state_dict()``, have put there."""
@@ -327,8 +329,9 @@ class ModuleNode:
                 continue
             if tensors.held(value).memory.numel():
                 if memories is None:
-                    own = modules.parameters(self._module), modules.buffers(self._module)
-                    memories = {_storage(t) for part in own for t in part}
+                    members = [*self._module.modules()]
+                    own = [*modules.parameters(members), *modules.buffers(members)]
+                    memories = {_storage(tensor) for tensor in own}
                 if _storage(value) not in memories:
                     # Made by a hook or an overridden state_dict(): filling it would not
                     # reach the module.

@@ -36,7 +36,7 @@ LATE_SECONDS = 1.0
 MAX_RANKS_AT_A_TIME = 12
 
 CLAIM = ("CLAIM", "PROBE")
-SAVE = ("DECIDE", "CAPTURE", "WRITE", "WRITE answer")
+SAVE = ("DECIDE", "DECIDE answer", "WRITE", "WRITE answer")
 RESTORE = ("CANDIDATE", "PLAN", "READ", "APPLY")
 PHASES = (*CLAIM, *SAVE, *RESTORE)
 
@@ -368,8 +368,8 @@ CASES = [
     *product((2, 4, 8), ("kill",), PHASES),
     *product((4,), ("stop",), PHASES),
     *product((2, 8), ("stop",), ("PROBE", "WRITE", "READ")),
-    *product((4,), ("absent",), ("PROBE", "CAPTURE", "WRITE", "READ")),
-    *product((2, 8), ("absent",), ("DECIDE",)),
+    *product((4,), ("absent",), ("PROBE", "DECIDE", "WRITE", "READ")),
+    *product((2, 8), ("absent",), ("WRITE",)),
 ]
 
 

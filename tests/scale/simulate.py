@@ -18,6 +18,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,13 +29,14 @@ from distckpt.chief import Chief
 from distckpt.comm import _check_same_phase
 from distckpt.commit import _ChiefsPart
 from distckpt.identity import Identity
+from distckpt.job import Ran
 from distckpt.layout import SHARDED, SPLIT, Layouts, Row, Table
 from distckpt.manifest import Manifest
 from distckpt.messages import Phase, Vote
 from distckpt.policy import Retention
 from distckpt.record import digest
 from distckpt.save import CheckpointOptions, Request, _begin
-from distckpt.save_plan import SavePlan, _judge_capture
+from distckpt.save_plan import SavePlan, _decide
 from distckpt.sharding import Mesh, Sharding, mesh_of
 
 # A block of a transformer: what of it, its shape, and how tensor parallelism cuts it.
@@ -196,22 +198,17 @@ class _Round:
 
 
 def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None:
-    """Play the three rounds of a save whose tables were exchanged before."""
+    """Play the two rounds of a save whose tables were exchanged before."""
     ranks = range(len(simulated.table_of_rank))
     tables, table_of_rank = simulated.tables, simulated.table_of_rank
     request = Request(1000, None, True, CheckpointOptions())
     asked = request.vote(Phase.DECIDE)
     rounds = _Round(costs)
-    began = rounds.consult([asked] * len(ranks), lambda votes: _begin(job, request, votes))
+    votes = [asked._replace(digest_a=tables[index].digest) for index in table_of_rank]
+    begin = partial(_begin, job, Ran(lambda: request), job.checkpoint.save_counter)
+    began = rounds.consult(votes, lambda votes: _decide(job, votes, begin))
     attempt = readers.paths.parse_published(began["attempt"])
     assert attempt is not None
-
-    same = bytes(12)
-    captured = [
-        Vote(Phase.CAPTURE, digest_a=tables[index].digest, digest_b=same)
-        for index in table_of_rank
-    ]
-    rounds.consult(captured, lambda votes: _judge_capture(job, votes))
 
     written = [
         Vote(Phase.WRITE, size_bytes=4096 + rank, digest_a=rank.to_bytes(16, "big"))

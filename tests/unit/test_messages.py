@@ -18,6 +18,7 @@ _common = {
     "status": st.sampled_from(Status),
     "digest_a": st.binary(min_size=16, max_size=16),
     "digest_b": st.binary(min_size=12, max_size=12),
+    "call": st.binary(min_size=12, max_size=12),
     "detail": st.binary(max_size=20),
     "rank": st.just(0),
 }
@@ -42,8 +43,8 @@ def test_votes_packed_and_unpacked_are_the_same(votes):
 @settings(max_examples=MAX_EXAMPLES)
 @given(vote=_votes)
 def test_vote_packed_has_always_the_same_size(vote):
-    """Votes are gathered as one fixed-size tensor; three a save are at most 128 bytes."""
-    assert len(vote.pack()) == messages.VOTE_BYTES == 42
+    """Votes are gathered as one fixed-size tensor; two a save are at most 128 bytes."""
+    assert len(vote.pack()) == messages.VOTE_BYTES == 54
 
 
 @settings(max_examples=MAX_EXAMPLES)
@@ -62,7 +63,7 @@ def test_vote_with_both_bytes_and_a_step_cannot_be_sent():
 
 def test_second_digest_of_full_length_is_cut():
     """Twelve bytes tell values apart."""
-    vote = Vote(Phase.CAPTURE, digest_b=bytes(range(16)))
+    vote = Vote(Phase.DECIDE, digest_b=bytes(range(16)))
     assert sent([vote])[0].digest_b == bytes(range(12))
 
 

@@ -43,8 +43,8 @@ class Plan:
         arena = Arena(shard_file.image_bytes(draft, self.file.outline), False)
         arena.bytes.fill_(0xAB)
         later = self.captured.shared.optimized if lazily else ()
-        moves = self.file.moves(self.captured)
-        return Snapshot(arena, moves, draft, self.file.outline, later)
+        moves = self.file.moves(self.captured, later)
+        return Snapshot(arena, moves, draft, self.file.outline)
 
     def write_directly(self, path):
         load = self.file.loader(self.captured)
