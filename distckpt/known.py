@@ -44,6 +44,7 @@ class KnownTensor:
         box: What this rank holds of it; None where the rank is not in its mesh.
         size_bytes: Bytes of that.
         address: Where they lie, row-major, if the host can reach them there; else 0.
+        is_row_major: Whether they lie row-major, wherever they are.
         is_sharded: Whether it is a ``DTensor``.
         device: Where they lie.
 
@@ -65,6 +66,7 @@ class KnownTensor:
         "device",
         "dtype",
         "identity",
+        "is_row_major",
         "is_sharded",
         "shape",
         "size_bytes",
@@ -80,7 +82,9 @@ class KnownTensor:
         self.size_bytes = 0
         if self.box is not None:
             self.size_bytes = self.box.size * dtypes.item_size_bytes(self.dtype)
-        self.address = memory.data_ptr() if tensors.is_row_major_on_host(memory) else 0
+        self.is_row_major = tensors.is_row_major(memory)
+        is_on_host = self.is_row_major and self.device == "cpu"
+        self.address = memory.data_ptr() if is_on_host else 0
         # Complex tensors can become conjugates of themselves without a trace here.
         is_plain = not tensor.dtype.is_complex
         self._reference = weakref.ref(tensor) if is_plain else _nothing

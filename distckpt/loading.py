@@ -5,7 +5,7 @@ Nothing here talks to other ranks; ``restore.py`` puts the votes between the par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from distckpt.manifest import Manifest
 from distckpt.read_plan import Located, ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
 from distckpt.restore_plan import RestorePlan, Saved
+from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
 from distckpt.tracked import Nodes
@@ -48,14 +49,16 @@ class _Placed(NamedTuple):
     Attributes:
         located: What comes from it.
         wants: Of which tensors it makes up what.
-        batches: What goes to its place in one run.
-        pieces: All else, with the name of its tensor.
+        batches: What goes to its place on the host in one run.
+        on_device: What goes to its place on a device in one run.
+        pieces: All else.
     """
 
     located: list[Located]
     wants: _Wants
     batches: list[Batch]
-    pieces: list[tuple[str, Stored]]
+    on_device: list[Located]
+    pieces: list[Located]
 
 
 class Remembered:
@@ -119,6 +122,7 @@ class Loading:
         self._shared = RestorePlan(saved, remembered.known)
         self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
         self._reads: ReadPlan | None = None
+        self._rings: dict[torch.device, Ring] = {}
         # As they were when the files were opened: no user code runs from then on.
         self._wants = _Wants({}, [], [])
         self.wants = bytes(16)
@@ -263,8 +267,11 @@ class Loading:
                 placed = self._placed(self._reads, rank)
                 with _blamed_on(rank):
                     self._readers[rank].read_batches(placed.batches)
-                for name, stored in placed.pieces:
-                    pieced.setdefault(name, []).append((rank, stored))
+                    self._read_to_device(self._readers[rank], placed.on_device)
+                for stored, source in placed.pieces:
+                    pieced.setdefault(source.name, []).append((rank, stored))
+            for ring in self._rings.values():
+                ring.wait()
         for name, sources in pieced.items():
             self._fill(self._shared.reads[name], sources)
 
@@ -293,22 +300,35 @@ class Loading:
             or placed.located is not located
             or placed.wants is not self._wants
         ):
-            placed = _Placed(located, self._wants, [], [])
-            parts = self._parts(located, placed.pieces)
+            placed = _Placed(located, self._wants, [], [], [])
+            parts = self._parts(placed)
             placed.batches.extend(batches_of(parts, reader.header.block_bytes))
             self._remembered.placed[rank] = placed
         return placed
 
-    def _parts(
-        self, located: list[Located], pieces: list[tuple[str, Stored]]
-    ) -> Iterator[Part]:
-        """Walk what goes to its place in one run; put aside all else."""
-        for stored, (_, name, start) in located:
+    def _parts(self, placed: _Placed) -> Iterator[Part]:
+        """Walk what goes to its place on the host in one run; put aside all else."""
+        for one in placed.located:
+            stored, (_, name, start) = one
             target = self._wants.known[name]
-            if start is None or not target.address:
-                pieces.append((name, stored))
+            if start is None or not target.is_row_major:
+                placed.pieces.append(one)
+            elif not target.address:
+                placed.on_device.append(one)
             else:
                 yield Part(stored, window(target.address + start, stored.size_bytes))
+
+    def _read_to_device(self, reader: ShardReader, located: Iterable[Located]) -> None:
+        by_device: dict[torch.device, list[tuple[Stored, torch.Tensor]]] = {}
+        for stored, (_, name, start) in located:
+            assert start is not None, name
+            memory = self._wants.known[name].memory_of(self._shared.reads[name])
+            target = tensors.flat_bytes(memory)[start : start + stored.size_bytes]
+            by_device.setdefault(memory.device, []).append((stored, target))
+        for device, entries in by_device.items():
+            if device not in self._rings:
+                self._rings[device] = Ring(device)
+            self._rings[device].read(reader, entries)
 
     def read_parcel(self, parcel: Parcel, buffer: memoryview) -> None:
         """Read what this rank sends to all, verifying each block.

@@ -318,14 +318,19 @@ def shares_elements(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_row_major(tensor: torch.Tensor) -> bool:
+    """Tell whether a plain tensor's memory is its elements, row-major."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def is_row_major_on_host(tensor: torch.Tensor) -> bool:
-    """Tell whether a plain tensor's memory is its elements, row-major, for the host."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
+    """Tell the same, of one that the host can reach."""
+    return tensor.device.type == "cpu" and is_row_major(tensor)
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """View a row-major plain tensor as its bytes, in one dimension, on its device."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def identity_of(tensor: torch.Tensor) -> object:
@@ -445,5 +450,4 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return flat.numpy().data
+    return flat_bytes(tensor).numpy().data

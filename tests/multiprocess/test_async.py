@@ -497,7 +497,8 @@ def _strike_at(where, number):
         copy_rest = Snapshot.copy_rest
 
         def copy_half(self):
-            del self._rest[len(self._rest) // 2 :]
+            later = self._moves._later
+            del later[len(later) // 2 :]
             copy_rest(self)
             strike()
 
@@ -718,10 +719,10 @@ def _interrupt_the_copy(rank, directory):
     manager.save()
     copy = Snapshot._copy
 
-    def interrupt(self, move):
+    def interrupt(self, moves):
         Snapshot._copy = copy
         os.kill(os.getpid(), signal.SIGINT)
-        return copy(self, move)
+        return copy(self, moves)
 
     Snapshot._copy = interrupt
     first = outcome(manager.save, options=EAGER)

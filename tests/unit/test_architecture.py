@@ -22,7 +22,7 @@ LAYERS = {
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
-    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan"},
+    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "tracked", "groups", "flight"},
     7: {"loading"},
     8: {"checkpoint"},
