@@ -246,7 +246,7 @@ class Chief:
     # Save
 
     def begin(self, number: int | None, save_counter: int) -> Attempt:
-        """S1: choose the number and make the pending directory.
+        """S2: choose the number and make the pending directory.
 
         Args:
             number: What the caller asked for; it may replace a live checkpoint.

@@ -494,6 +494,8 @@ class OptimizerNode:
                 if not plan.saved.has_value(full):
                     plan.missing(full, "an optimized parameter")
                     continue
+                if taken is not None and plan.saved.repeats(full, taken):
+                    continue
                 settings = plan.take_value(full)
                 if taken is None:
                     taken = full
