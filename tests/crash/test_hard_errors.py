@@ -39,6 +39,7 @@ from distckpt import (
     CheckpointOptions,
     PerRank,
     readers,
+    save,
     storage,
 )
 
@@ -55,10 +56,10 @@ class Case:
         fault: What happens.
         texts: What is said of a rank that failed, beside the reason.
         kind: The error's class on all ranks; "ok" for none.
-        at: ``"before"`` the call; at the ``"capture"``, in a tracked object's
-            ``state_dict()``, when there is a pending directory but no shard file; in
-            ``"user code"``, where that object runs into it itself; or while the manager
-            is made (``"construct"``).
+        at: ``"before"`` the call; once it is ``"begun"``, when a save has a pending
+            directory but no shard file, and a restore its plan; in ``"user code"``, a
+            tracked object's ``state_dict()``, which runs into it itself; or while the
+            manager is made (``"construct"``).
         until: What the library logs when the cause goes away; otherwise when the call
             has ended.
         victims: On which rank, one after the other, or all ``together``.
@@ -80,7 +81,7 @@ class Case:
     fault: Fault
     texts: tuple[str, ...] = ()
     kind: str = "SaveFailed"
-    at: str = "capture"
+    at: str = "begun"
     until: str = ""
     victims: tuple[int, ...] = (0, 1)
     together: bool = False
@@ -191,8 +192,18 @@ class Rank:
             if self.case.at == "user code":
                 _open_something()
 
-        if self.case.at in ("capture", "user code"):
-            self.trap.on_save = self.trap.on_load = strike
+        decide = save.decide_and_plan
+
+        def decide_then_strike(*arguments):
+            planned = decide(*arguments)
+            save.decide_and_plan = decide
+            strike()
+            return planned
+
+        if self.case.at == "begun":
+            self.trap.on_load, save.decide_and_plan = strike, decide_then_strike
+        elif self.case.at == "user code":
+            self.trap.on_save = strike
         else:
             strike()
         if self.case.until:
@@ -201,6 +212,7 @@ class Rank:
             yield
         finally:
             self.trap.on_save = self.trap.on_load = None
+            save.decide_and_plan = decide
             if not self.case.until:
                 self.case.fault.end()
 
@@ -314,15 +326,14 @@ _UNKNOWN = {"kind": "OutcomeUnknown", "victims": _CHIEF}
 _WELL = {"kind": "ok", "victims": _CHIEF}
 
 SAVES = [
-    # S1: the pending directory
+    # S1: the user's own code
+    Case("user", faults.Descriptors(), ("OSError",), at="user code", victims=(1,)),
+    # S2: the pending directory
     Case("mkdir", Injected("mkdir"), ("mkdir", ".pending"), **_BEGIN),
-    Case("parent-fsync", Injected("fsync", "{directory}"), ("fsync", "/run"), **_BEGIN),
     Case("may-not-mkdir", faults.Permission(), ("mkdir", ".pending"), **_BEGIN),
     Case("read-only-mkdir", faults.ReadOnly(), ("mkdir", ".pending"), **_BEGIN),
     Case("inodes-for-nothing", faults.NoInodes(0), ("mkdir", ".pending"), **_INODES),
-    Case("no-descriptor", faults.Descriptors(), ("fsync", "/run"), leaves=1, **_BEGIN),
-    # S3: the user's own code
-    Case("user", faults.Descriptors(), ("OSError",), at="user code", victims=(1,)),
+    Case("no-descriptor", faults.Descriptors(), ("open", "shard"), leaves=1, **_BEGIN),
     # S5: shard files
     Case("shard-open", _of_shard("openat"), ("open", ".safetensors")),
     Case("shard-write", _of_shard(_WRITES), ("write", ".safetensors")),

@@ -114,7 +114,7 @@ def test_gated_save_makes_no_collective_and_takes_microseconds(tmp_path, world_s
         assert gated == {"gather": 0, "broadcast": 0, "other": 0}
         assert seconds < _LIMIT_SECONDS, f"{seconds * 1e6:.1f} us"
         if world_size > 1:
-            assert counts["gather"] == counts["broadcast"] >= 3
+            assert counts["gather"] == counts["broadcast"] >= 2
         else:
             assert counts["gather"] == counts["broadcast"] == 0
 

@@ -209,7 +209,6 @@ def test_files_and_directories_are_synced_before_the_record_names_them(tmp_path)
     ]
     assert trash[2].startswith(".ckpt-1.")
     expected = [
-        ("fsync", "."),  # the pending directory's name
         ("fsync", f"{pending}/{paths.shard_file(0, 1)}"),
         ("fsync", f"{pending}/{paths.MANIFEST_FILE}"),
         ("fsync", pending),
@@ -503,16 +502,6 @@ def test_undeletable_checkpoint_is_kept_in_mind_and_tried_again(
 # 6. Leftovers of dead saves are swept
 
 
-class _KillsInside:
-    """A tracked object in whose capture its process dies."""
-
-    def state_dict(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def load_state_dict(self, state):
-        raise AssertionError("never saved")
-
-
 def _die_while_saving(rank, directory, where):
     weights = torch.ones(100)
     checkpoint = Checkpoint(w=weights)
@@ -522,20 +511,19 @@ def _die_while_saving(rank, directory, where):
     manager.sync()
 
     def die_at(event, arguments):
-        if event == where and os.fspath(arguments[1]).endswith(_TARGETS[where]):
+        names = [name for name in arguments if isinstance(name, str)]
+        if event == where and any(name.endswith(_TARGETS[where]) for name in names):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if where in _TARGETS:
-        if rank == 0:
-            sys.addaudithook(die_at)
-    else:
-        checkpoint.doomed = _KillsInside()
+    if rank == 0:
+        sys.addaudithook(die_at)
     manager.save()
     manager.sync()  # deletions run behind: here at the latest they kill
 
 
-# Before the commit's record appears; before what it has dropped is renamed.
-_TARGETS = {"os.link": ".json", "os.rename": ".trash"}
+# Before a shard file is made; before the commit's record appears; before what it has
+# dropped is renamed.
+_TARGETS = {"open": ".safetensors", "os.link": ".json", "os.rename": ".trash"}
 
 
 def _start_again(_, directory):
@@ -553,8 +541,8 @@ def _start_again(_, directory):
 @pytest.mark.parametrize(
     ("world_size", "where", "leaves", "survivor"),
     [
-        (1, "capture", ".ckpt-3", 2),
-        (2, "capture", ".ckpt-3", 2),
+        (1, "open", ".ckpt-3", 2),
+        (2, "open", ".ckpt-3", 2),
         (1, "os.link", "ckpt-3", 2),
         (1, "os.rename", "ckpt-2", 3),
     ],
