@@ -553,7 +553,7 @@ def test_leftovers_of_a_killed_save_go_at_the_next_claim(
     """Pending, unrecorded and half-dropped attempts go; what others put there stays."""
     directory = str(tmp_path)
     results = run_ranks(_die_while_saving, world_size, directory, where)
-    assert {result.exit_code for result in results} == {-signal.SIGKILL}
+    assert results[0].exit_code == -signal.SIGKILL
     assert any(name.startswith(f"{leaves}.") for name in os.listdir(directory))
     alien = "ckpt-3.e1-0badf00d"
     os.mkdir(tmp_path / alien)
