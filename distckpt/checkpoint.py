@@ -11,9 +11,10 @@ from distckpt import readers, tracked
 from distckpt.errors import ConfigError, MismatchError
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
+from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import mismatch, unexpected
 
-_COUNTER = "save_counter"
+COUNTER = "save_counter"
 
 
 class Captured(NamedTuple):
@@ -43,12 +44,12 @@ class Checkpoint:
     def __init__(self, **objects: Any) -> None:
         object.__setattr__(self, "_objects", {})
         object.__setattr__(self, "_remembered", Remembered())
-        object.__setattr__(self, _COUNTER, 0)
+        object.__setattr__(self, COUNTER, 0)
         for name, value in objects.items():
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == _COUNTER:
+        if name == COUNTER:
             if type(value) is not int:
                 msg = f"save_counter must be an int, got {value!r:.100}."
                 raise ConfigError(msg)
@@ -73,7 +74,7 @@ class Checkpoint:
             raise AttributeError(name)
         del self._objects[name]
 
-    def restore(self, path: readers.Path) -> None:
+    def restore(self, path: readers.Path, options: RestoreOptions | None = None) -> None:
         """Restore this process's objects from a checkpoint: local, no collectives.
 
         Whatever layout and number of ranks saved it: each tensor is read as it lies here.
@@ -87,6 +88,7 @@ class Checkpoint:
 
         Args:
             path: A prefix as ``save()`` returns it, or an attempt's directory.
+            options: What of it, and under which names; by default all.
 
         Raises:
             CheckpointNotFound: There is no such checkpoint.
@@ -94,6 +96,7 @@ class Checkpoint:
             FormatError, StorageError: It cannot be read, or its bytes are wrong.
             ConfigError, UnsupportedError: Something tracked cannot be restored into.
         """
+        names = Names(options)
         located = readers.locate(path)
         manifest = readers.read_manifest(located.directory, located.manifest_digest)
         rank, world_size = _rank_and_world_size()
@@ -107,7 +110,7 @@ class Checkpoint:
             )
             raise MismatchError(msg)
         remembered = remembered_of(self)
-        loading = Loading(located.directory, manifest, rank, world_size, remembered)
+        loading = Loading(located.directory, manifest, rank, world_size, remembered, names)
         with loading:
             loading.open_own(nodes)
             loading.plan(nodes)
@@ -130,9 +133,9 @@ def nodes_of(checkpoint: Checkpoint) -> tracked.Nodes:
     objects = checkpoint.__dict__["_objects"]
     nodes = tracked.walk(objects, lambda name, value: setattr(checkpoint, name, value))
     counter = tracked.ValueNode(
-        _COUNTER,
+        COUNTER,
         checkpoint.save_counter,
-        lambda value: setattr(checkpoint, _COUNTER, value),
+        lambda value: setattr(checkpoint, COUNTER, value),
     )
     nodes.shared.insert(0, counter)
     return nodes

@@ -22,6 +22,7 @@ from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
 from distckpt.read_plan import Located, ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
+from distckpt.restore_names import Names
 from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
@@ -109,7 +110,9 @@ class Loading:
         rank: int,
         world_size: int,
         remembered: Remembered,
+        names: Names,
     ) -> None:
+        self._names = names
         self._remembered = remembered
         self._directory = directory
         self._manifest = manifest
@@ -118,9 +121,9 @@ class Loading:
         self._what = name_of(directory, manifest)
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
-        saved = Saved(manifest.assignment.rows, manifest.values)
+        saved = Saved(manifest.assignment.rows, manifest.values, names)
         self._shared = RestorePlan(saved, remembered.known)
-        self._per_rank = RestorePlan(Saved({}, {}), remembered.known)
+        self._per_rank = RestorePlan(Saved({}, {}, names), remembered.known)
         self._reads: ReadPlan | None = None
         self._rings: dict[torch.device, Ring] = {}
         # As they were when the files were opened: no user code runs from then on.
@@ -239,7 +242,8 @@ class Loading:
             e.name: Row(e.name, e.dtype, e.global_shape, WHOLE)
             for e in reader.header.entries.per_rank.values()
         }
-        return Saved(rows, reader.header.per_rank_values, knows_ties=False)
+        values = reader.header.per_rank_values
+        return Saved(rows, values, self._names, knows_ties=False)
 
     def _reader(self, rank: int) -> ShardReader:
         reader = self._readers.get(rank)

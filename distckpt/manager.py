@@ -24,6 +24,7 @@ from distckpt.errors import (
 )
 from distckpt.messages import Phase, Vote, describe
 from distckpt.restore import restore_or_initialize
+from distckpt.restore_names import RestoreOptions
 from distckpt.save import CheckpointOptions, save
 from distckpt.worker import Worker
 
@@ -179,7 +180,7 @@ class CheckpointManager:
             lambda: save(self._job, checkpoint_number, check_interval, options)
         )
 
-    def restore_or_initialize(self) -> str | None:
+    def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint that verifies; without any, call ``init_fn``.
 
         All ranks restore the same one. One that is corrupt, confirmed by the chief, or
@@ -188,6 +189,10 @@ class CheckpointManager:
 
         Called by: every rank. Collectives: two rounds the first time, then up to four for
         each checkpoint that is tried.
+
+        Args:
+            options: What of it is restored, and under which names; by default all. The
+                save counter is restored in any case.
 
         Returns:
             Path of what was restored; None if there was nothing.
@@ -204,12 +209,12 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        return self._run(self._restore)
+        return self._run(lambda: self._restore(options))
 
-    def _restore(self) -> str | None:
+    def _restore(self, options: RestoreOptions | None) -> str | None:
         if self._job.flight is not None:
             bring_in(self._job)
-        return restore_or_initialize(self._job)
+        return restore_or_initialize(self._job, options)
 
     def wait_staged(self) -> None:
         """Wait until the state of the last asynchronous save is copied.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from distckpt import paths, strict_json
-from distckpt.checkpoint import nodes_of, remembered_of
+from distckpt.checkpoint import COUNTER, nodes_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer, How
@@ -25,6 +25,7 @@ from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry
+from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import mismatch, unexpected
 
 _logger = logging.getLogger(__name__)
@@ -140,11 +141,14 @@ class _Try:
     attempt: paths.Attempt
     manifest_digest: str
     min_counter: int | None
+    names: Ran[Names]
 
 
-def restore_or_initialize(job: Job) -> str | None:
+def restore_or_initialize(job: Job, options: RestoreOptions | None) -> str | None:
     """Restore the newest checkpoint that verifies, or initialize."""
     ensure_claimed(job)
+    # In any case the counter: numbering goes on behind what is there.
+    names = Ran(lambda: Names(options, always=(COUNTER,)))
     candidates = None if job.chief is None else Candidates(job, job.chief)
     while True:
         # R1 (chief)
@@ -154,7 +158,7 @@ def restore_or_initialize(job: Job) -> str | None:
             return None
         attempt = paths.parse_published(answer["attempt"])
         assert attempt is not None
-        trial = _Try(attempt, answer["manifest"], answer["min_counter"])
+        trial = _Try(attempt, answer["manifest"], answer["min_counter"], names)
         if _restore(job, candidates, trial):
             return job.path(attempt.prefix)
 
@@ -231,6 +235,7 @@ class _Planned:
 
 def _plan(job: Job, trial: _Try) -> _Planned:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
+    names = trial.names.value()
     directory = job.path(trial.attempt.published)
     what = f"opening {trial.attempt.prefix}"
     nodes = nodes_of(job.checkpoint)  # runs user code, so on this thread
@@ -238,7 +243,7 @@ def _plan(job: Job, trial: _Try) -> _Planned:
     def begin() -> Loading:
         manifest = read_manifest(directory, trial.manifest_digest)
         remembered = remembered_of(job.checkpoint)
-        loading = Loading(directory, manifest, job.rank, job.world_size, remembered)
+        loading = Loading(directory, manifest, job.rank, job.world_size, remembered, names)
         loading.open_own(nodes)
         return loading
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,10 @@ from distckpt import tensors, values
 from distckpt.errors import MismatchError
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
+from distckpt.restore_names import Names
 from distckpt.values import TensorRef
+
+_Item = TypeVar("_Item")
 
 
 class Saved:
@@ -25,19 +28,29 @@ class Saved:
     Args:
         rows: Tensors by name.
         encoded: Plain values by name.
+        names: What of it is restored, and what that is called here: all names below are
+            those, but for the rows' own.
         knows_ties: Whether rows say which tensors share memory. A rank's own tensors
             are stored one by one, tied or not.
+
+    Raises:
+        MismatchError: Two names of the checkpoint are called the same here.
     """
 
     def __init__(
         self,
         rows: Mapping[str, Row],
         encoded: Mapping[str, Any],
+        names: Names,
         knows_ties: bool = True,
     ) -> None:
-        self.rows = rows
+        self.names = names
         self.knows_ties = knows_ties
-        self._values = encoded
+        # Also what is not selected by itself: it may be part of a value that is.
+        self._every_row = rows if names.are_all else _renamed(rows, names)
+        every_value = encoded if names.are_all else _renamed(encoded, names)
+        self.rows = self._every_row if names.are_all else _selected(self._every_row, names)
+        self._values = every_value if names.are_all else _selected(every_value, names)
         self._taken: set[str] = set()
 
     @cached_property
@@ -55,6 +68,16 @@ class Saved:
         """Return a tensor's row and note that somebody wants it."""
         self._taken.add(name)
         return self.rows.get(name)
+
+    def take_part(self, saved: str) -> tuple[str, Row | None]:
+        """Return what a tensor in a plain value is called here, and its row.
+
+        Args:
+            saved: Its name in the checkpoint.
+        """
+        name = self.names.here(saved)
+        self._taken.add(name)
+        return name, self._every_row.get(name)
 
     def take_rows(self, names: Iterable[str]) -> None:
         """Note that somebody wants these tensors."""
@@ -93,7 +116,7 @@ class Saved:
         if not isinstance(encoded, dict):
             return encoded
         if "$tensor" in encoded:
-            row = self.rows.get(encoded["$tensor"])
+            row = self._every_row.get(self.names.here(encoded["$tensor"]))
             # A rank's own tensors do not tell which of them were one.
             return ["$tensor", row and self.knows_ties and (row.same_as or row.name)]
         return {key: self._without_names(item) for key, item in encoded.items()}
@@ -110,18 +133,22 @@ class RestorePlan:
     Attributes:
         saved: What the checkpoint has to offer.
         known: What is known of the live tensors from earlier.
-        reads: Tensors to be filled in place, by name.
+        reads: Tensors to be filled in place, by their names in the checkpoint.
         finishers: What to do once all ranks have read everything.
         problems: How checkpoint and live objects do not fit; one sentence each.
     """
 
     saved: Saved
-    known: KnownTensors = field(default_factory=KnownTensors)
+    known: KnownTensors
     reads: dict[str, torch.Tensor] = field(default_factory=dict)
     finishers: list[Callable[[], None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _names: dict[object, str] = field(default_factory=dict)
     _new: dict[object, torch.Tensor] = field(default_factory=dict)
+
+    def selects(self, name: str) -> bool:
+        """Tell whether what is called so here is restored at all."""
+        return self.saved.names.selects(name)
 
     def read_into(
         self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
@@ -135,6 +162,8 @@ class RestorePlan:
             tensor: Itself, or a view of it.
             owner: The tensor that it is a view of.
         """
+        if not self.selects(name):
+            return
         known = self.known.describe(name, tensor)
         identity = known.identity if owner is None else tensors.identity_of(owner)
         self._read_into(name, tensor, known, identity)
@@ -146,6 +175,11 @@ class RestorePlan:
         known: Sequence[KnownTensor],
     ) -> None:
         """Fill tensors that are described already, all at once where nothing is special."""
+        if not self.saved.names.are_all:
+            for name, tensor, one in zip(names, live, known, strict=True):
+                if self.selects(name):
+                    self._read_into(name, tensor, one, one.identity)
+            return
         rows = [*map(self.saved.rows.get, names)]
         identities = {one.identity for one in known}
         is_simple = (
@@ -177,7 +211,7 @@ class RestorePlan:
                 f"{known.dtype} {list(known.shape)} here"
             )
         elif not self._is_read_already(name, row, identity):
-            self.reads[name] = tensor
+            self.reads[row.name] = tensor
 
     def _is_read_already(self, name: str, row: Row, identity: object) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""
@@ -222,16 +256,17 @@ class RestorePlan:
                 return tensors.empty_replicated(parameter, row.shape, dtype)
             return None
 
-        return self._read_new(name, allocate, device)
+        return self._read_new(name, self.saved.take_row(name), allocate, device)
 
     def _read_like_live(
-        self, name: str, live: Callable[[], Mapping[str, torch.Tensor]]
+        self, reference: TensorRef, live: Callable[[], Mapping[str, torch.Tensor]]
     ) -> torch.Tensor:
         """Allocate a tensor inside a plain value; sharded, if one lies there so now.
 
         However it was saved: the averages that one process keeps of a plain model become
         those of a sharded one.
         """
+        name, saved = self.saved.take_part(reference.name)
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
             own = None
@@ -247,20 +282,20 @@ class RestorePlan:
                 return None
             return tensors.empty_plain(row.shape, dtype)
 
-        return self._read_new(name, allocate, None)
+        return self._read_new(name, saved, allocate, None)
 
     def _read_new(
         self,
         name: str,
+        row: Row | None,
         allocate: Callable[[Row, torch.dtype], torch.Tensor | None],
         where: object,
     ) -> torch.Tensor:
-        row = self.saved.take_row(name)
         if row is None:
             msg = f"{name}: a value refers to this tensor, and it is not there."
             raise MismatchError(msg)
         # What was one tensor when it was saved becomes one again.
-        key = (row.same_as or name, where) if self.saved.knows_ties else name
+        key = (row.same_as or row.name, where) if self.saved.knows_ties else row.name
         tensor = self._new.get(key)
         if tensor is None:
             tensor = allocate(row, tensors.dtype_of_name(row.dtype))
@@ -271,7 +306,7 @@ class RestorePlan:
                     "before restoring (for an optimizer, by one step)"
                 )
                 return tensors.empty_plain((0,), torch.uint8)
-            self._new[key] = self.reads[name] = tensor
+            self._new[key] = self.reads[row.name] = tensor
         return tensor
 
     def take_value(
@@ -289,7 +324,7 @@ class RestorePlan:
 
     def _fill(self, value: Any, live: Callable[[], Mapping[str, torch.Tensor]]) -> Any:
         if isinstance(value, TensorRef):
-            return self._read_like_live(value.name, live)
+            return self._read_like_live(value, live)
         if type(value) in (dict, OrderedDict):
             items = value.items()
             return type(value)((key, self._fill(item, live)) for key, item in items)
@@ -309,6 +344,25 @@ class RestorePlan:
         """
         if self.problems:
             raise mismatch(what, [*self.problems, *unexpected(self.saved.left_over())])
+
+
+def _renamed(by_name: Mapping[str, _Item], names: Names) -> dict[str, _Item]:
+    renamed: dict[str, _Item] = {}
+    saved_as: dict[str, str] = {}
+    for saved, item in by_name.items():
+        here = names.here(saved)
+        if here in renamed:
+            msg = (
+                f"rename: {saved_as[here]!r} and {saved!r} of the checkpoint would both be "
+                f"called {here!r}."
+            )
+            raise MismatchError(msg)
+        renamed[here], saved_as[here] = item, saved
+    return renamed
+
+
+def _selected(by_name: Mapping[str, _Item], names: Names) -> dict[str, _Item]:
+    return {name: item for name, item in by_name.items() if names.selects(name)}
 
 
 def _fits(row: Row | None, known: KnownTensor) -> bool:

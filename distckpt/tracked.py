@@ -321,6 +321,8 @@ class ModuleNode:
         memories: set[int] | None = None
         loaded: dict[str, Any] = {}
         for key, name, value, owner in self._other_entries(plan.known):
+            if not plan.selects(name):
+                continue
             if not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
                     loaded[key] = plan.take_value(name, partial(_tensors_in, value, name))
@@ -491,6 +493,8 @@ class OptimizerNode:
             for name, parameter in named:
                 self._plan_state(plan, group, name, parameter)
                 full = f"{self.path}/settings/{name}"
+                if not plan.selects(full):
+                    continue
                 if not plan.saved.has_value(full):
                     plan.missing(full, "an optimized parameter")
                     continue
@@ -510,6 +514,8 @@ class OptimizerNode:
         return join(f"{self.path}/empty_groups", index)
 
     def _plan_empty(self, plan: RestorePlan, group: dict[str, Any], name: str) -> None:
+        if not plan.selects(name):
+            return
         if plan.saved.has_value(name):
             plan.finishers.append(partial(_set_settings, group, plan.take_value(name)))
         else:
@@ -528,6 +534,8 @@ class OptimizerNode:
         state: dict[str, Any] = {}
         for full, key in live_keys.items():
             _refuse_local_parts(full, live[key], parameter)
+            if not plan.selects(full):
+                state[key] = live[key]
         for full in plan.saved.names_below(prefix):
             key = live_keys.get(full, _key_of(full))
             if full not in plan.saved.rows:
@@ -632,6 +640,8 @@ class StatefulNode:
 
     def plan(self, plan: RestorePlan) -> None:
         """Rebuild the state dict; load it when all ranks have read everything."""
+        if not plan.selects(self.path):
+            return
         if not plan.saved.has_value(self.path):
             plan.missing(self.path, type(self._stateful).__name__)
             return
@@ -665,6 +675,8 @@ class ValueNode:
 
     def plan(self, plan: RestorePlan) -> None:
         """Set it when all ranks have read everything."""
+        if not plan.selects(self.path):
+            return
         if not plan.saved.has_value(self.path):
             kind = "a tensor" if self.path in plan.saved.rows else "not there"
             plan.problems.append(

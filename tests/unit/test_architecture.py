@@ -17,7 +17,8 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous", "collector"},
-    1: {"values", "record", "sharding", "messages", "modules", "line"} | {"calls"},
+    1: {"values", "record", "sharding", "messages", "modules", "line"}
+    | {"calls", "restore_names"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
@@ -41,7 +42,7 @@ TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
-    *{"calls", "read_plan", "exchange_plan"},
+    *{"calls", "read_plan", "exchange_plan", "restore_names"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
 }
 
