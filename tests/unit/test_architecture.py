@@ -17,13 +17,14 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
     | {"per_rank", "rendezvous", "collector"},
-    1: {"values", "record", "sharding", "messages", "modules", "line"} | {"calls"},
+    1: {"values", "record", "sharding", "messages", "modules", "line"}
+    | {"calls", "selection"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan"},
-    6: {"verify", "tracked", "groups", "flight"},
+    6: {"verify", "tracked", "groups", "flight", "opened"},
     7: {"loading"},
     8: {"checkpoint"},
     9: {"own_file"},
@@ -43,6 +44,7 @@ TORCH_FREE = {
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
+    *{"selection", "opened"},
 }
 
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
