@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from distckpt.manager import CheckpointManager
-    from distckpt.opened import OpenedCheckpoint, StoredTensor, open
+    from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
     from distckpt.readers import (
         CheckpointState,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from distckpt.rendezvous import init_process_group
     from distckpt.save import CheckpointOptions
+    from distckpt.stored_tensor import StoredTensor
 
 __all__ = [
     "Checkpoint",
@@ -98,7 +99,7 @@ _HOMES = {
     "OpenedCheckpoint": "opened",
     "PerRank": "per_rank",
     "RngState": "per_rank",
-    "StoredTensor": "opened",
+    "StoredTensor": "stored_tensor",
     "checkpoints_iterator": "readers",
     "get_checkpoint_state": "readers",
     "init_process_group": "rendezvous",

@@ -44,7 +44,7 @@ def make_cut(run_dir, placements, array, world_size=4, dtype=None):
 
 
 def readers_of(opened):
-    return opened._files._readers
+    return opened._files.readers.files
 
 
 # What a path means
@@ -274,7 +274,7 @@ def test_memory_is_what_was_asked_for_and_little_more(run_dir):
 
 def test_many_files_are_not_held_open_all_at_once(run_dir, monkeypatch):
     """A process may hold a thousand, and there are jobs with more ranks."""
-    monkeypatch.setattr(sys.modules["distckpt.opened"], "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(sys.modules["distckpt.few_open"], "_MAX_OPEN", 3)
     array = np.arange(64, dtype=np.int64)
     saved = make_cut(run_dir, ("S0",), array, world_size=8)
     with distckpt.open(saved.prefix) as opened:
