@@ -1,4 +1,4 @@
-"""The command ``distckpt``: look at run directories and verify them, without torch.
+"""The command ``distckpt``: look at run directories, verify, export, import; no torch.
 
 Exit codes: 0 all is well, 1 something is wrong with a checkpoint, 2 wrong usage, 3 the
 directory or checkpoint is not there or cannot be read.
@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from distckpt import paths, storage
+from distckpt.cli_transfer import export_command, import_command
 from distckpt.errors import CheckpointNotFound
 from distckpt.manifest import Manifest
 from distckpt.readers import locate, read_manifest, read_record
@@ -40,11 +41,15 @@ _DCP_FILE = ".metadata"
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distckpt", prog_name="distckpt")
 def main() -> None:
-    """Look at run directories of distckpt, and verify checkpoints.
+    """Look at run directories of distckpt, verify checkpoints, export and import them.
 
     Exit codes: 0 all is well; 1 something is wrong with a checkpoint; 2 wrong usage;
     3 the directory or checkpoint is not there or cannot be read.
     """
+
+
+main.add_command(export_command)
+main.add_command(import_command)
 
 
 @main.command(name="list")

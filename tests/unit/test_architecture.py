@@ -20,23 +20,24 @@ LAYERS = {
     | {"names", "few_open", "pickle_tree"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
     | {"calls", "selection"}
-    | {"foreign", "pickle_read", "pickle_write", "terminal"},
-    2: {"layout", "lock", "storage", "dcp_metadata"},
+    | {"foreign", "optimizers", "pickle_read", "pickle_write", "terminal"},
+    2: {"layout", "lock", "storage", "dcp_metadata", "import_names"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena", "zip_file"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting"} | {"torch_save"},
+    | {"liveness", "worker", "arena", "placing", "zip_file"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting"}
+    | {"safetensors_file", "torch_save"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan"}
     | {"torch_load"},
     6: {"verify", "tracked", "groups", "flight", "stored_tensor"} | {"dcp_directory"},
-    7: {"loading", "opened", "dcp_verify"},
-    8: {"checkpoint"},
-    9: {"own_file"},
+    7: {"loading", "opened", "dcp_verify", "dcp_write", "import_source"},
+    8: {"checkpoint", "dcp_names", "export_names", "import_run"},
+    9: {"own_file", "export"},
     10: {"job", "snapshot"},
     11: {"claim", "construct", "save_plan", "exchange"},
     12: {"commit", "restore"},
     13: {"background"},
     14: {"save"},
-    15: {"manager"},
+    15: {"manager", "cli_transfer"},
     16: {"cli"},
 }
 
@@ -47,11 +48,11 @@ TORCH_FREE = {
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan", "collector"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
-    *{"selection", "stored_tensor", "opened", "names", "few_open", "foreign"},
+    *{"selection", "stored_tensor", "opened", "names", "few_open", "foreign", "placing"},
     *{"pickle_tree", "pickle_read", "pickle_write", "zip_file", "torch_save", "torch_load"},
-    *{"dcp_metadata", "dcp_directory"},
-    *{"dcp_verify"},
-    *{"terminal"},
+    *{"safetensors_file", "dcp_metadata", "dcp_directory", "dcp_names", "dcp_write"},
+    *{"dcp_verify", "export", "export_names", "import_names", "import_run", "optimizers"},
+    *{"import_source", "terminal", "cli_transfer"},
 }
 
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
