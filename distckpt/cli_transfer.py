@@ -84,11 +84,14 @@ def export_command(
     """
     from distckpt import export, opened
 
+    if rename and to != foreign.DCP:
+        msg = "--rename is for --to dcp; the names of others follow from --object."
+        raise click.UsageError(msg)
+    if config and to != foreign.HUGGINGFACE:
+        msg = "--config is for --to huggingface."
+        raise click.UsageError(msg)
     options = export.Options(tracked_object, only, max_shard_bytes, config, rename)
     with _exit_codes(), opened.open(path) as checkpoint:
-        if rename and to != foreign.DCP:
-            msg = "--rename is for --to dcp; use --object to choose the names of others."
-            raise ConfigError(msg)
         total = 2 * export.size_to_write(checkpoint, to, options)
         with _timed(f"exporting to {to}", total, as_json, output) as (advance, facts):
             done = export.export(checkpoint, output, to, options, advance)

@@ -14,7 +14,7 @@ from typing import Any
 from distckpt import names, strict_json
 from distckpt.dcp_metadata import Path
 from distckpt.dcp_write import Item
-from distckpt.errors import UnsupportedError
+from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.opened import OpenedCheckpoint
 from distckpt.optimizers import EMPTY_GROUPS, SETTINGS, STATE, StoredOptimizer, find
 from distckpt.stored_tensor import StoredTensor
@@ -30,8 +30,14 @@ def items_of(opened: OpenedCheckpoint, renamed: Mapping[str, str]) -> dict[str, 
         renamed: New names of tracked objects, by their names in the checkpoint.
 
     Raises:
+        ConfigError: Nothing in it has a name that is to be changed.
         UnsupportedError: Two things would have one name.
     """
+    objects = {name.split("/")[0] for name in (*opened, *opened.plain_values)}
+    unknown = sorted(renamed.keys() - objects)
+    if unknown:
+        msg = f"no {unknown[0]!r} to be renamed: there are {', '.join(sorted(objects))}."
+        raise ConfigError(msg)
     items: dict[str, Item] = {}
     first_of: dict[str, str] = {}
     for path, value, is_second_way in _leaves(opened):

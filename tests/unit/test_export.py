@@ -432,6 +432,8 @@ def test_export_of_a_run_directory_takes_its_newest(run_dir, target):
         ["--output", "x"],
         ["--to", "dcp", "--output", "x", "--rename", "a"],
         ["--to", "torch", "--output", "x", "--rename", "a=b"],
+        ["--to", "dcp", "--output", "x", "--rename", "nothing=else"],
+        ["--to", "torch", "--output", "x", "--config", "y"],
         ["--to", "huggingface", "--output", "x", "--max-shard-bytes", "0"],
     ],
     ids=" ".join,
