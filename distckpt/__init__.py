@@ -34,10 +34,12 @@ if TYPE_CHECKING:
         ShardFileError,
         StorageError,
         StorageTimeout,
+        TensorNotFound,
         UnsafeCheckpointError,
         UnsupportedError,
     )
     from distckpt.manager import CheckpointManager
+    from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
     from distckpt.readers import (
         CheckpointState,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     )
     from distckpt.rendezvous import init_process_group
     from distckpt.save import CheckpointOptions
+    from distckpt.stored_tensor import StoredTensor
 
 __all__ = [
     "Checkpoint",
@@ -65,6 +68,7 @@ __all__ = [
     "ManagerBroken",
     "ManifestError",
     "MismatchError",
+    "OpenedCheckpoint",
     "OutcomeUnknown",
     "PeerLost",
     "PeerTimeout",
@@ -76,12 +80,15 @@ __all__ = [
     "ShardFileError",
     "StorageError",
     "StorageTimeout",
+    "StoredTensor",
+    "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",
+    "open",
 ]
 
 _HOMES = {
@@ -89,12 +96,15 @@ _HOMES = {
     "CheckpointManager": "manager",
     "CheckpointOptions": "save",
     "CheckpointState": "readers",
+    "OpenedCheckpoint": "opened",
     "PerRank": "per_rank",
     "RngState": "per_rank",
+    "StoredTensor": "stored_tensor",
     "checkpoints_iterator": "readers",
     "get_checkpoint_state": "readers",
     "init_process_group": "rendezvous",
     "latest_checkpoint": "readers",
+    "open": "opened",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command ``distckpt``: look at run directories and verify them, without torch.
+"""The command ``distckpt``: look at run directories, verify, export, import; no torch.
 
 Exit codes: 0 all is well, 1 something is wrong with a checkpoint, 2 wrong usage, 3 the
 directory or checkpoint is not there or cannot be read.
@@ -6,53 +6,65 @@ directory or checkpoint is not there or cannot be read.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from distckpt import paths, storage
-from distckpt.errors import CheckpointNotFound, DistckptError
+from distckpt.cli_transfer import export_command, import_command
+from distckpt.errors import CheckpointNotFound
 from distckpt.manifest import Manifest
 from distckpt.readers import locate, read_manifest, read_record
 from distckpt.record import Entry, Record
+from distckpt.terminal import (
+    EXIT_BAD,
+    EXIT_OK,
+    Progress,
+    echo,
+    json_option,
+    or_exit,
+    print_json,
+    printable,
+    size,
+)
 from distckpt.verify import Report, verify_attempt
 
-EXIT_OK = 0
-EXIT_BAD = 1
-EXIT_UNREADABLE = 3
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+# Only DCP has a file of this name; see dcp_metadata.py.
+_DCP_FILE = ".metadata"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distckpt", prog_name="distckpt")
 def main() -> None:
-    """Look at run directories of distckpt, and verify checkpoints.
+    """Look at run directories of distckpt, verify checkpoints, export and import them.
 
     Exit codes: 0 all is well; 1 something is wrong with a checkpoint; 2 wrong usage;
     3 the directory or checkpoint is not there or cannot be read.
     """
 
 
+main.add_command(export_command)
+main.add_command(import_command)
+
+
 @main.command(name="list")
 @click.argument("directory")
-@_json_option
+@json_option
 def list_command(directory: str, as_json: bool) -> None:
     """List the checkpoints that a run directory's newest record names."""
-    record = _or_exit(_record_of, directory)
+    record = or_exit(_record_of, directory)
     rows = [] if record is None else list(_listed(record))
     if as_json:
         items = [_entry_to_json(directory, state, entry) for state, entry in rows]
-        _print_json({"directory": directory, "checkpoints": items})
+        print_json({"directory": directory, "checkpoints": items})
         return
     if not rows:
-        _echo(f"{directory}: no checkpoint has been committed.")
+        echo(f"{directory}: no checkpoint has been committed.")
         return
     _print_table(
         ["path", "state", "step", "saved", "age"],
@@ -72,20 +84,20 @@ def list_command(directory: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path")
-@_json_option
+@json_option
 def show(path: str, as_json: bool) -> None:
     """Show what one checkpoint holds: its files and its tensors."""
-    manifest = _or_exit(_manifest_of, path)
+    manifest = or_exit(_manifest_of, path)
     if as_json:
-        _print_json(_manifest_to_json(manifest))
+        print_json(_manifest_to_json(manifest))
         return
     attempt = manifest.attempt
     step = "unknown" if manifest.step is None else manifest.step
-    _echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
-    _echo(f"step       {step}")
-    _echo(f"created    {_date(manifest.created)}")
-    _echo(f"ranks      {manifest.world_size}")
-    _echo(f"size       {_size(manifest.size_bytes)}")
+    echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
+    echo(f"step       {step}")
+    echo(f"created    {_date(manifest.created)}")
+    echo(f"ranks      {manifest.world_size}")
+    echo(f"size       {size(manifest.size_bytes)}")
     rows = manifest.assignment.rows.values()
     _print_table(
         ["tensor", "dtype", "shape", "bytes", "in files of ranks"],
@@ -101,25 +113,42 @@ def show(path: str, as_json: bool) -> None:
         ],
         right=("bytes",),
     )
-    _echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
+    echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
 
 
 @main.command()
 @click.argument("path")
-@_json_option
+@json_option
 def verify(path: str, as_json: bool) -> None:
-    """Read every byte of a checkpoint, or of all in a directory, and verify it."""
-    targets = _or_exit(_targets, path)
+    """Read every byte of a checkpoint, or of all in a directory, and verify it.
+
+    PATH may also be a directory that torch's distributed checkpoint (DCP) has written: then
+    its checksums, which torch itself never reads, are compared, and missing files and parts
+    of tensors found.
+    """
     reports: list[tuple[str, Report]] = []
-    with _progress(targets, as_json) as steps:
-        for name, directory, manifest_digest in steps:
-            reports.append((name, verify_attempt(directory, manifest_digest)))
+    is_dcp = or_exit(storage.exists, os.path.join(path, _DCP_FILE))
+    if is_dcp:
+        reports.append((path, _verify_dcp(path)))
+    else:
+        targets = or_exit(_targets, path)
+        with _progress(targets, as_json) as steps:
+            for name, directory, manifest_digest in steps:
+                reports.append((name, verify_attempt(directory, manifest_digest)))
     if as_json:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
-        _print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
+        print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
     else:
-        _print_reports(reports)
+        _print_reports(reports, can_fall_back=not is_dcp)
     sys.exit(EXIT_OK if all(report.ok for _, report in reports) else EXIT_BAD)
+
+
+def _verify_dcp(path: str) -> Report:
+    # Imported here: the other commands answer sooner without.
+    from distckpt.dcp_verify import verify_dcp
+
+    with Progress("verifying") as progress:
+        return verify_dcp(path, progress.begin)
 
 
 def _record_of(directory: str) -> Record | None:
@@ -208,48 +237,25 @@ def _ranks_of(manifest: Manifest, name: str) -> str:
     return text if len(ranks) <= 4 else f"{text}, ... ({len(ranks)})"
 
 
-def _print_reports(reports: Sequence[tuple[str, Report]]) -> None:
+def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -> None:
     for name, report in reports:
         if report.ok:
             files = f"{report.num_files} file" + "s" * (report.num_files != 1)
-            _echo(f"ok   {name}: {files}, {_size(report.size_bytes)}")
+            echo(f"ok   {name}: {files}, {size(report.size_bytes)}")
         else:
-            _echo(f"BAD  {name}")
+            echo(f"BAD  {name}")
             for problem in report.problems:
-                _echo(f"     {problem}")
+                echo(f"     {problem}")
         for foreign in report.foreign:
-            _echo(f"     does not belong to it: {foreign}")
+            echo(f"     does not belong to it: {foreign}")
+        for note in report.notes:
+            echo(f"     {note}")
     num_bad = sum(not report.ok for _, report in reports)
-    if num_bad:
-        _echo(
+    if num_bad and can_fall_back:
+        echo(
             f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
             "and fails if there is none."
         )
-
-
-def _or_exit(function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except DistckptError as error:
-        _fail(error)
-
-
-def _fail(error: DistckptError) -> NoReturn:
-    _echo(f"distckpt: {error}", err=True)
-    sys.exit(EXIT_UNREADABLE)
-
-
-def _echo(text: str, *, err: bool = False) -> None:
-    click.echo(_printable(text), err=err)
-
-
-def _printable(text: str) -> str:
-    # Names may come from anyone's files: no control characters reach the terminal.
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _print_json(tree: dict[str, Any]) -> None:
-    click.echo(json.dumps(tree, indent=1))
 
 
 def _print_table(
@@ -272,7 +278,7 @@ def _print_table(
             no_wrap=not is_terminal,
         )
     for row in rows:
-        table.add_row(*(escape(_printable(cell)) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -299,12 +305,3 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -39,6 +39,11 @@ _DTYPES: dict[str, tuple[str | None, int]] = {
 _ITEM_SIZES = {code: size for code, size in _DTYPES.values() if code is not None}
 
 
+def names() -> frozenset[str]:
+    """Return the names of all element types that can be stored."""
+    return frozenset(_DTYPES)
+
+
 def is_known(dtype: str) -> bool:
     """Tell whether tensors of this dtype can be stored."""
     return dtype in _DTYPES

@@ -12,6 +12,7 @@
     - ChecksumError                    well-formed, but not the bytes that were written
     - UnsafeCheckpointError            a file that could do harm: a link, a device, ...
   + CheckpointNotFound
+  + TensorNotFound (also KeyError)     a checkpoint has no tensor of that name
   + MismatchError                      checkpoint and live objects do not fit together
   + DirectoryInUseError                another live job holds the run directory
   + FencedError                        a newer manager has taken the run directory over
@@ -106,6 +107,13 @@ class UnsafeCheckpointError(FormatError):
 
 class CheckpointNotFound(DistckptError):
     """There is no such checkpoint."""
+
+
+class TensorNotFound(DistckptError, KeyError):
+    """A checkpoint has no tensor of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would put it in quotes
 
 
 class MismatchError(DistckptError):

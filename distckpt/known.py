@@ -21,6 +21,7 @@ from torch import nn
 
 from distckpt import dtypes, modules, tensors
 from distckpt.layout import Row, Table
+from distckpt.names import escaped
 from distckpt.tensors import Numbering, is_sharded
 
 _Made = TypeVar("_Made")
@@ -272,11 +273,6 @@ class KnownTensors:
             full = [f"{path}/{escaped(canonical[key])}" for key in keys]
             known = self._names[path] = keys, types, full
         return known[2]
-
-
-def escaped(text: str) -> str:
-    """Spell text as one part of a name (RFC 6901)."""
-    return text.replace("~", "~0").replace("/", "~1")
 
 
 # Returns a buffer over the memory at an address; whoever asks keeps that memory alive.

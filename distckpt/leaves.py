@@ -1,7 +1,6 @@
 """Named leaves: what a tree of tracked objects comes down to.
 
-A leaf's name is the path to it, with ``/`` between the parts; ``~`` and ``/`` inside a
-part are written ``~0`` and ``~1`` (RFC 6901), an integer key ``7`` of a dict ``~i7``.
+A leaf's name is the path to it (``names.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import torch
 
 from distckpt import tensors, values
 from distckpt.errors import UnsupportedError
-from distckpt.known import KnownTensor, KnownTensors, escaped
+from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SPLIT, WHOLE, Row, Table
+from distckpt.names import part_of
 from distckpt.tensors import Numbering
 from distckpt.values import TensorRef
 
@@ -29,10 +29,8 @@ def join(*parts: object) -> str:
 
 def key_text(key: object, path: str) -> str:
     """Spell one key of a container."""
-    if type(key) is str:
-        return escaped(key)
-    if type(key) is int:
-        return f"~i{key}"
+    if type(key) is str or type(key) is int:
+        return part_of(key)
     msg = f"{path}: a key of type {type(key).__name__}; only str and int keys are tracked."
     raise UnsupportedError(msg)
 

@@ -143,6 +143,11 @@ def parse_probe_file(name: str) -> int | None:
     return None if match is None else int(match["epoch"])
 
 
+def partial(name: str) -> str:
+    """Name what is made for others, beside its real name, until it is whole."""
+    return f".{name}.{random_hex(8)}.partial"
+
+
 def random_hex(size_bytes: int) -> str:
     """Draw random hexadecimal digits from the operating system."""
     return os.urandom(size_bytes).hex()

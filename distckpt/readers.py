@@ -207,6 +207,29 @@ def locate(path: Path) -> Located:
     raise CheckpointNotFound(msg)
 
 
+def locate_newest(path: Path) -> Located:
+    """Find the attempt that a path means; a run directory means its newest checkpoint.
+
+    Raises:
+        CheckpointNotFound: Nothing committed is there.
+        CorruptStateError, StorageError: It cannot be told.
+    """
+    text = checked_path(path)
+    if not storage.is_directory(text) or not state.has_records(text):
+        return locate(text)
+    for _ in range(_MAX_RACES):
+        newest = latest_checkpoint(text)
+        if newest is None:
+            msg = f"{text}: no checkpoint is committed there."
+            raise CheckpointNotFound(msg)
+        try:
+            return locate(newest)
+        except CheckpointNotFound:
+            continue  # a running job has just replaced it
+    msg = f"{text}: its newest checkpoint is replaced again and again."
+    raise CheckpointNotFound(msg)
+
+
 def _digest_in_records(directory: str) -> str | None:
     root, name = os.path.split(os.path.abspath(directory))
     if not state.has_records(root):

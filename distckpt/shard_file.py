@@ -42,6 +42,8 @@ _SPAN_BYTES = 4 * 2**20
 _BATCH_BYTES = 2**20
 _BATCH_BUFFERS = 512
 _READ_BYTES = 128 * 1024
+# What is asked for at a time of a tensor that is not held whole.
+_STREAM_BYTES = 8 * 2**20
 
 
 class Entry(NamedTuple):
@@ -56,6 +58,19 @@ class Entry(NamedTuple):
     piece: Piece
     load: Callable[[], Buffer]
     per_rank: bool = False
+
+
+class Streamed(NamedTuple):
+    """One box of one tensor, to be written without holding all of it.
+
+    Attributes:
+        piece: What the bytes are.
+        stream: Yields them, row-major, in pieces of the length that it is given; the last
+            one may be shorter. A piece is used before the next is asked for.
+    """
+
+    piece: Piece
+    stream: Callable[[int], Iterable[Buffer]]
 
 
 class Part(NamedTuple):
@@ -174,10 +189,38 @@ def write_outlined(path: str, draft: Draft, outline: Outline, load: Load) -> Wri
     Raises:
         StorageError: Names operation and path.
     """
+    return _write_batches(path, draft, outline, _batched(path, outline, load))
+
+
+def write_streamed(
+    path: str, entries: Iterable[Streamed], *, per_rank_values: dict[str, Any], **whose: Any
+) -> Written:
+    """Write one shard file of tensors that are never held whole; see ``write_outlined``.
+
+    Args:
+        path: Inside the attempt's pending directory.
+        entries: What to write; equal names are an error.
+        per_rank_values: This rank's own plain values, encoded.
+        **whose: ``attempt``, ``rank`` and ``world_size``, as for a ``Draft``.
+    """
+    ordered = sorted(entries, key=lambda entry: order(entry.piece))
+    outline = Outline([(entry.piece, False) for entry in ordered])
+    draft = Draft(outline, per_rank_values=per_rank_values, **whose)
+    step = max(
+        outline.block_bytes, _STREAM_BYTES // outline.block_bytes * outline.block_bytes
+    )
+    batches = ([piece] for entry in ordered for piece in entry.stream(step))
+    return _write_batches(path, draft, outline, batches)
+
+
+def _write_batches(
+    path: str, draft: Draft, outline: Outline, batches: Iterable[list[Buffer]]
+) -> Written:
+    """Write a file from batches: several small entries, or whole blocks of one."""
     with storage.NewFile(path, draft.size_bytes + outline.data_bytes) as file:
         position = draft.size_bytes
         checksums = bytearray()
-        for batch in _batched(path, outline, load):
+        for batch in batches:
             checksums += _checksums_of(batch, outline.block_bytes)
             file.write_at(position, batch)
             position += sum(map(len, batch))

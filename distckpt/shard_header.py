@@ -364,7 +364,7 @@ def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
 # Not many: a reader of other layouts has a file of each rank open, and they all differ.
 @lru_cache(maxsize=8)
 def _parse_entries(text: str, described: str, block_bytes: int, data_bytes: int) -> Entries:
-    spans = _parse_spans(strict_json.loads(text.encode()), data_bytes)
+    spans = parse_spans(strict_json.loads(text.encode()), data_bytes)
     descriptions = strict_json.loads(described.encode())
     if not isinstance(descriptions, dict) or not descriptions.keys() <= spans.keys():
         _refuse("metadata that describes an entry that is not there")
@@ -377,15 +377,32 @@ def _parse_entries(text: str, described: str, block_bytes: int, data_bytes: int)
     return Entries(by_key, block)
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
+    """One entry of a safetensors header, as it stands there.
+
+    Attributes:
+        code: The element type, as safetensors calls it.
+        shape: Its shape.
+        start: First byte, from the start of the data.
+        stop: The byte behind its last.
+    """
+
     code: str
     shape: tuple[int, ...]
     start: int
     stop: int
 
 
-def _parse_spans(tree: dict[str, Any], data_bytes: int) -> dict[str, _Span]:
-    """Apply the rules of the safetensors package; returns entries in data order."""
+def parse_spans(tree: dict[str, Any], data_bytes: int) -> dict[str, Span]:
+    """Apply the rules of the safetensors package; returns entries in data order.
+
+    Args:
+        tree: The header, without its metadata.
+        data_bytes: Bytes of the file behind it.
+
+    Raises:
+        ShardFileError: Says what is wrong with it.
+    """
     if _METADATA in tree:
         _refuse(f"{_METADATA} stands twice")
     if not all(map(strict_json.is_unicode, tree)):
@@ -403,7 +420,7 @@ def _parse_spans(tree: dict[str, Any], data_bytes: int) -> dict[str, _Span]:
     return dict(ordered)
 
 
-def _parse_span(key: str, fields: Any) -> _Span:
+def _parse_span(key: str, fields: Any) -> Span:
     if not isinstance(fields, dict) or set(fields) != {
         "dtype",
         "shape",
@@ -421,7 +438,7 @@ def _parse_span(key: str, fields: Any) -> _Span:
     size = checked_size(shape, 2**62)
     if size is None or stop - start != size * item:
         _refuse(f"entry {key!r}: {stop - start} bytes for {code} {shape}")
-    return _Span(code, tuple(shape), start, stop)
+    return Span(code, tuple(shape), start, stop)
 
 
 def _are_counts(items: Any) -> bool:
@@ -430,7 +447,7 @@ def _are_counts(items: Any) -> bool:
     )
 
 
-def _stored(key: str, span: _Span, description: Any, first_block: int) -> Stored:
+def _stored(key: str, span: Span, description: Any, first_block: int) -> Stored:
     known = {"name", "shape", "offset", "dtype", "per_rank"}
     if not isinstance(description, dict) or not description.keys() <= known:
         _refuse(f"entry {key!r}: described as {description!r:.200}")

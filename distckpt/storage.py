@@ -46,6 +46,8 @@ DIRECT_BYTES = 4096
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _FALLOC_FL_KEEP_SIZE = 1
 _SYNC_FILE_RANGE_WRITE = 2
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 _NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE)
 
 
@@ -411,6 +413,26 @@ def link(source: str, target: str) -> None:
 def rename(source: str, target: str) -> None:
     """Rename, replacing a file of the target's name."""
     with _reported("rename", target):
+        os.rename(source, target)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file or directory; fails if the target's name exists.
+
+    Where the system cannot do both in one step, the name is looked for first.
+    """
+    with _reported("rename", target):
+        if hasattr(_LIBC, "renameat2") and _call_libc(
+            _LIBC.renameat2,
+            ctypes.c_int(_AT_FDCWD),
+            os.fsencode(source),
+            ctypes.c_int(_AT_FDCWD),
+            os.fsencode(target),
+            ctypes.c_uint(_RENAME_NOREPLACE),
+        ):
+            return
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
         os.rename(source, target)
 
 

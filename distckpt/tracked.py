@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distckpt import modules, tensors
+from distckpt import modules, names, tensors
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SPLIT, WHOLE
@@ -598,10 +598,7 @@ def _set_settings(group: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def _key_of(full_name: str) -> Any:
-    text = full_name.rpartition("/")[2]
-    if text.startswith("~i"):
-        return int(text[2:])
-    return text.replace("~1", "/").replace("~0", "~")
+    return names.key_of(full_name.rpartition("/")[2])
 
 
 def _device_of(key: Any, group: dict[str, Any], parameter: torch.Tensor) -> torch.device:

@@ -23,6 +23,7 @@ class Report:
         size_bytes: Bytes of tensor data that were read and are right.
         problems: One sentence for each fault; empty if the checkpoint is whole.
         foreign: Names in the directory that do not belong to it; harmless.
+        notes: What else is worth knowing; no fault.
     """
 
     directory: str
@@ -30,6 +31,7 @@ class Report:
     size_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

@@ -24,6 +24,7 @@ NAMES = [
     "ManagerBroken",
     "ManifestError",
     "MismatchError",
+    "OpenedCheckpoint",
     "OutcomeUnknown",
     "PeerLost",
     "PeerTimeout",
@@ -35,12 +36,15 @@ NAMES = [
     "ShardFileError",
     "StorageError",
     "StorageTimeout",
+    "StoredTensor",
+    "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",
+    "open",
 ]
 
 
@@ -131,7 +135,7 @@ def test_reading_a_directory_does_not_import_torch():
     """An evaluation script's look at a run directory costs no 3 seconds."""
     code = (
         "import sys, distckpt; distckpt.latest_checkpoint('/nonexistent'); "
-        "distckpt.checkpoints_iterator; distckpt.CorruptStateError; "
+        "distckpt.checkpoints_iterator; distckpt.CorruptStateError; distckpt.open; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -147,3 +151,4 @@ def test_every_error_is_an_exception_of_ours():
     assert issubclass(distckpt.ConfigError, ValueError)
     assert issubclass(distckpt.UnsupportedError, TypeError)
     assert issubclass(distckpt.StorageError, OSError)
+    assert issubclass(distckpt.TensorNotFound, KeyError)

@@ -1,0 +1,125 @@
+"""What the commands say on a terminal, and how they end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import click
+
+from distckpt.errors import DistckptError
+
+EXIT_OK = 0
+EXIT_BAD = 1
+EXIT_USAGE = 2
+EXIT_UNREADABLE = 3
+
+# What is done sooner needs no bar.
+_SHOW_AFTER_SECONDS = 1.0
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def or_exit(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; an error of ours is said, and ends the command."""
+    try:
+        return function(*arguments)
+    except DistckptError as error:
+        fail(error)
+
+
+def fail(error: DistckptError, code: int = EXIT_UNREADABLE) -> NoReturn:
+    """Say what the matter is, and end the command."""
+    echo(f"distckpt: {error}", err=True)
+    sys.exit(code)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line."""
+    click.echo(printable(text), err=err)
+
+
+def printable(text: str) -> str:
+    """Spell out what would do something to the terminal."""
+    # Names may come from anyone's files: no control characters reach the terminal.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def print_json(tree: dict[str, Any]) -> None:
+    """Print a tree for scripts."""
+    click.echo(json.dumps(tree, indent=1))
+
+
+def size(size_bytes: float) -> str:
+    """Spell a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
+
+
+class Progress:
+    """A bar with rate and time left, where somebody watches and it takes a while.
+
+    As a context manager; ``begin`` says how many bytes it is, and what it returns, how many
+    more are through.
+
+    Args:
+        label: What is done.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._total_bytes = 0
+        self._done_bytes = 0
+        self._started = time.monotonic()
+        self._is_watched = sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def begin(self, total_bytes: int) -> Callable[[int], None]:
+        """Begin; returns what is to be called with the number of bytes that are through."""
+        self._total_bytes = total_bytes
+        return self._advance
+
+    def _advance(self, size_bytes: int) -> None:
+        self._done_bytes += size_bytes
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done_bytes)
+        elif self._is_watched and time.monotonic() - self._started > _SHOW_AFTER_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        # Imported here: most commands are through before they need it.
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task(self._label, total=self._total_bytes)
+        self._bar.update(self._task, completed=self._done_bytes)
+        self._bar.start()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,115 @@
+"""What ``torch.save`` writes, written without torch and without holding a tensor.
+
+An archive holds a pickle of the tree, in which tensors say which record their bytes are
+in. ``torch_load.py`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from distckpt import dtypes, pickle_write
+from distckpt.errors import UnsupportedError
+from distckpt.foreign import PIECE_BYTES, Tensor
+from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.storage import NewFile
+from distckpt.zip_file import ZipWriter
+
+_ROOT = "archive"
+
+# How torch has always spelled the older element types: by a class of their storage.
+STORAGES = {
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "uint8": "ByteStorage",
+    "int8": "CharStorage",
+    "int16": "ShortStorage",
+    "int32": "IntStorage",
+    "int64": "LongStorage",
+    "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+}
+# The others it spells by name, in a storage of bytes.
+_BY_NAME = {
+    *{"uint16", "uint32", "uint64", "complex32"},
+    *{name for name in dtypes.names() if name.startswith(("float8", "float4", "bits"))},
+}
+
+_UTILS = "torch._utils"
+BY_STORAGE = Global(_UTILS, "_rebuild_tensor_v2")
+BY_DTYPE = Global(_UTILS, "_rebuild_tensor_v3")
+UNTYPED = Global("torch.storage", "UntypedStorage")
+ORDERED = Global("collections", "OrderedDict")
+COUNTER = Global("collections", "Counter")
+
+
+def check_writable(dtype: str, name: str) -> None:
+    """Raise ``UnsupportedError`` for an element type that torch.save cannot write."""
+    if dtype not in STORAGES and dtype not in _BY_NAME:
+        msg = f"tensor {name!r}: torch.save has no way to write {dtype}."
+        raise UnsupportedError(msg)
+
+
+def write(file: NewFile, start: int, tree: Any, storages: Mapping[str, Tensor]) -> int:
+    """Write one archive; returns where in the file it ends.
+
+    Args:
+        file: The file.
+        start: Where in it the archive begins.
+        tree: What ``torch.load`` returns, with ``stored_tensor``s for tensors.
+        storages: What they refer to, by key.
+
+    Raises:
+        FormatError, StorageError: A tensor cannot be read, or the file not be written.
+    """
+    writer = ZipWriter(file, start)
+    _add_bytes(writer, "data.pkl", pickle_write.dumps(tree))
+    _add_bytes(writer, "byteorder", b"little")
+    for key, tensor in storages.items():
+        name = f"{_ROOT}/data/{key}"
+        writer.add(name, tensor.size_bytes, tensor.stream(PIECE_BYTES))
+    _add_bytes(writer, "version", b"3\n")
+    return writer.finish()
+
+
+def _add_bytes(writer: ZipWriter, name: str, data: bytes) -> None:
+    writer.add(f"{_ROOT}/{name}", len(data), [data])
+
+
+def stored_tensor(dtype: str, shape: tuple[int, ...], key: str) -> Call:
+    """Return what stands in a tree for a tensor whose bytes are the record of a key."""
+    strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    numel = prod(shape)
+    if dtype in STORAGES:
+        storage, length = Global("torch", STORAGES[dtype]), numel
+    else:
+        storage, length = UNTYPED, numel * dtypes.item_size_bytes(dtype)
+    reference = Reference(("storage", storage, key, "cpu", length))
+    arguments = (reference, 0, shape, strides, False, Call(ORDERED))
+    if dtype in STORAGES:
+        return Call(BY_STORAGE, arguments)
+    return Call(BY_DTYPE, (*arguments, Global("torch", dtype)))
+
+
+def to_tree(value: Any) -> Any:
+    """Turn a plain value of a checkpoint into what a pickle can say.
+
+    A numpy scalar becomes the Python number.
+    """
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(map(to_tree, value))
+    if kind is dict:
+        return {to_tree(key): to_tree(item) for key, item in value.items()}
+    if kind is OrderedDict:
+        pairs = [(to_tree(key), to_tree(item)) for key, item in value.items()]
+        return Call(ORDERED, items=pairs)
+    if kind is Counter:
+        return Call(COUNTER, (to_tree(dict(value)),))
+    return value.item() if hasattr(value, "dtype") else value
