@@ -145,7 +145,7 @@ def verify(path: str, as_json: bool) -> None:
 
 def _verify_dcp(path: str) -> Report:
     # Imported here: the other commands answer sooner without.
-    from distckpt.dcp_verify import verify_dcp
+    from distckpt.formats.dcp_verify import verify_dcp
 
     with Progress("verifying") as progress:
         return verify_dcp(path, progress.begin)

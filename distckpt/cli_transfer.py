@@ -12,8 +12,10 @@ from typing import Any
 
 import click
 
-from distckpt import foreign
 from distckpt.errors import ConfigError, DistckptError, FormatError, UnsupportedError
+from distckpt.formats import (
+    foreign,
+)
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_UNREADABLE,
@@ -82,7 +84,10 @@ def export_command(
     safetensors and torch, a directory for huggingface and dcp. It is streamed, read again,
     compared, and only then put in place.
     """
-    from distckpt import export, opened
+    from distckpt import opened
+    from distckpt.formats import (
+        export,
+    )
 
     if rename and to != foreign.DCP:
         msg = "--rename is for --to dcp; the names of others follow from --object."
@@ -146,7 +151,11 @@ def import_command(
     directory of them. Nothing in it is run: what is neither a tensor nor a plain value is
     refused by name.
     """
-    from distckpt import import_names, import_run, import_source
+    from distckpt.formats import (
+        import_names,
+        import_run,
+        import_source,
+    )
 
     with _exit_codes(), import_source.Source(source, kind, skip) as read:
         found = import_names.named(

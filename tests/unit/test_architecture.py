@@ -15,23 +15,19 @@ import distckpt
 # A module imports only from rows with lower numbers. ``__init__`` is exempt: it hands
 # names out lazily.
 LAYERS = {
-    0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity"}
-    | {"per_rank", "rendezvous", "collector"}
-    | {"names", "few_open", "pickle_tree"},
+    0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
+    | {"per_rank", "rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
-    | {"calls", "selection", "restore_names"}
-    | {"foreign", "optimizers", "pickle_read", "pickle_write", "terminal"},
-    2: {"layout", "lock", "storage", "dcp_metadata", "import_names"},
+    | {"calls", "selection", "restore_names", "terminal"},
+    2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena", "placing", "zip_file"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting"}
-    | {"safetensors_file", "torch_save"},
-    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan"}
-    | {"torch_load", "ring"},
-    6: {"verify", "tracked", "groups", "flight", "stored_tensor"} | {"dcp_directory"},
-    7: {"loading", "opened", "dcp_verify", "dcp_write", "import_source"},
-    8: {"checkpoint", "dcp_names", "export_names", "import_run"},
-    9: {"own_file", "export"},
+    | {"liveness", "worker", "arena"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
+    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
+    6: {"verify", "tracked", "groups", "flight", "stored_tensor"},
+    7: {"loading", "opened"},
+    8: {"checkpoint"},
+    9: {"own_file"},
     10: {"job", "snapshot"},
     11: {"claim", "construct", "save_plan", "exchange"},
     12: {"commit", "restore"},
@@ -40,6 +36,21 @@ LAYERS = {
     15: {"manager", "cli_transfer"},
     16: {"cli"},
 }
+# Those of ``formats`` stand between these: the same numbers.
+FORMATS = {
+    0: {"pickle_tree"},
+    1: {"foreign", "optimizers", "pickle_read", "pickle_write"},
+    2: {"dcp_metadata", "import_names"},
+    3: {"placing", "zip_file"},
+    4: {"safetensors_file", "torch_save"},
+    5: {"torch_load"},
+    6: {"dcp_directory"},
+    7: {"dcp_verify", "dcp_write", "import_source"},
+    8: {"dcp_names", "export_names", "import_run"},
+    9: {"export"},
+}
+for layer, row in FORMATS.items():
+    LAYERS[layer] |= {f"formats.{module}" for module in row}
 
 # What the command and the crash tests need answers at once: importing torch takes seconds.
 TORCH_FREE = {
@@ -48,11 +59,9 @@ TORCH_FREE = {
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan", "collector", "restore_names"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
-    *{"selection", "stored_tensor", "opened", "names", "few_open", "foreign", "placing"},
-    *{"pickle_tree", "pickle_read", "pickle_write", "zip_file", "torch_save", "torch_load"},
-    *{"safetensors_file", "dcp_metadata", "dcp_directory", "dcp_names", "dcp_write"},
-    *{"dcp_verify", "export", "export_names", "import_names", "import_run", "optimizers"},
-    *{"import_source", "terminal", "cli_transfer"},
+    *{"selection", "stored_tensor", "opened", "names", "few_open"},
+    *{"terminal", "cli_transfer"},
+    *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
@@ -65,7 +74,7 @@ PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
 FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}
 FILE_MODULES |= {"zipfile", "tarfile"}
 # Only ever given a view of a file that storage has opened.
-ON_OPENED_FILES = {"zip_file": {"import of zipfile"}}
+ON_OPENED_FILES = {"formats.zip_file": {"import of zipfile"}}
 
 # Modules, and calls of torch, that pickle.
 PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
@@ -76,13 +85,18 @@ PICKLING_CALLS = {
 }
 
 FOLDER = Path(distckpt.__file__).parent
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for pattern in ("*.py", "formats/*.py")
+    for path in FOLDER.glob(pattern)
+    if path.stem != "__init__"
+)
 LAYER_OF = {module: layer for layer, row in LAYERS.items() for module in row}
 
 
 @cache
 def parse(module):
-    return ast.parse((FOLDER / f"{module}.py").read_text())
+    return ast.parse((FOLDER / f"{module.replace('.', '/')}.py").read_text())
 
 
 def imports_of(tree):
@@ -100,7 +114,8 @@ def imports_of(tree):
 def own_imports_of(module):
     """Return the modules of the package that a module imports, anywhere in it."""
     dotted = (name.split(".") for name in imports_of(parse(module)))
-    return {parts[1] for parts in dotted if parts[0] == "distckpt" and len(parts) > 1}
+    own = [parts[1:] for parts in dotted if parts[0] == "distckpt" and len(parts) > 1]
+    return {".".join(parts[: 2 if parts[0] == "formats" else 1]) for parts in own}
 
 
 def dotted_name(node):

@@ -14,11 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch_helpers import assert_same, raw
 from unit_helpers import flip_bit
 
-from distckpt import cli, dcp_metadata
+from distckpt import cli
 from distckpt.boxes import Box
-from distckpt.dcp_directory import DcpDirectory
-from distckpt.dcp_metadata import Chunk, DcpMetadata, DcpTensor, DcpValue, Place
-from distckpt.dcp_verify import verify_dcp
 from distckpt.errors import (
     CheckpointNotFound,
     ChecksumError,
@@ -26,6 +23,12 @@ from distckpt.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
+from distckpt.formats import (
+    dcp_metadata,
+)
+from distckpt.formats.dcp_directory import DcpDirectory
+from distckpt.formats.dcp_metadata import Chunk, DcpMetadata, DcpTensor, DcpValue, Place
+from distckpt.formats.dcp_verify import verify_dcp
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -97,7 +100,10 @@ class Cut:
     """Saves one tensor in chunks along any dimensions, as ranks would."""
 
     def __init__(self, path, tensor, boxes):
-        from distckpt import storage, torch_save
+        from distckpt import storage
+        from distckpt.formats import (
+            torch_save,
+        )
 
         chunks = []
         end = 0

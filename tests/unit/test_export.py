@@ -34,10 +34,15 @@ from transfer_helpers import (
 from unit_helpers import flip_bit, make_saved
 
 import distckpt
-from distckpt import PerRank, dcp_write, dtypes, export, storage, torch_save
-from distckpt.dcp_verify import verify_dcp
+from distckpt import PerRank, dtypes, storage
 from distckpt.errors import ChecksumError, ConfigError, UnsupportedError
-from distckpt.foreign import DCP, EXPORTED, HUGGINGFACE, SAFETENSORS, TORCH
+from distckpt.formats import (
+    dcp_write,
+    export,
+    torch_save,
+)
+from distckpt.formats.dcp_verify import verify_dcp
+from distckpt.formats.foreign import DCP, EXPORTED, HUGGINGFACE, SAFETENSORS, TORCH
 from distckpt.layout import WHOLE, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -30,15 +30,12 @@ from transfer_helpers import (
 from unit_helpers import flip_bit
 
 import distckpt
-from distckpt import (
-    Checkpoint,
-    CheckpointManager,
-    dtypes,
+from distckpt import Checkpoint, CheckpointManager, dtypes, storage
+from distckpt.errors import ConfigError, UnsupportedError
+from distckpt.formats import (
     import_names,
-    storage,
     torch_save,
 )
-from distckpt.errors import ConfigError, UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

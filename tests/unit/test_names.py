@@ -5,7 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt import names, optimizers
+from distckpt import names
+from distckpt.formats import (
+    optimizers,
+)
 
 
 @given(st.lists(st.text() | st.integers(), min_size=1).map(tuple))

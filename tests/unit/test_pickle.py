@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt import pickle_read, pickle_write
 from distckpt.errors import UnsafeCheckpointError, UnsupportedError
-from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.formats import (
+    pickle_read,
+    pickle_write,
+)
+from distckpt.formats.pickle_tree import Call, Global, Reference
 
 PROTOCOLS = (2, 3, 4, 5)
 LEAVES = (

@@ -8,7 +8,7 @@ import pytest
 
 from distckpt import storage
 from distckpt.errors import ConfigError, StorageError
-from distckpt.placing import Placing
+from distckpt.formats.placing import Placing
 
 
 def make_file(path):

@@ -15,12 +15,17 @@ import torch
 from torch_helpers import assert_same, raw
 from unit_helpers import flip_bit
 
-from distckpt import dtypes, storage, torch_load, torch_save, zip_file
+from distckpt import dtypes, storage
 from distckpt.errors import (
     ChecksumError,
     FormatError,
     UnsafeCheckpointError,
     UnsupportedError,
+)
+from distckpt.formats import (
+    torch_load,
+    torch_save,
+    zip_file,
 )
 
 
@@ -285,8 +290,10 @@ def test_crafted_pickle_in_an_archive_is_refused_and_not_run(tmp_path, monkeypat
 
 def rebuild(storage_key, offset, shape, strides, *, numel=4):
     """Return the pickle of a tensor with these numbers, as torch spells it."""
-    from distckpt import pickle_write
-    from distckpt.pickle_tree import Call, Global, Reference
+    from distckpt.formats import (
+        pickle_write,
+    )
+    from distckpt.formats.pickle_tree import Call, Global, Reference
 
     key = ("storage", Global("torch", "FloatStorage"), storage_key, "cpu", numel)
     hooks = Call(Global("collections", "OrderedDict"))

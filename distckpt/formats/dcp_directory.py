@@ -12,12 +12,23 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from distckpt import dcp_metadata, dtypes, storage, torch_load
+from distckpt import dtypes, storage
 from distckpt.boxes import contiguous_runs, split_range, whole
-from distckpt.dcp_metadata import METADATA_FILE, Chunk, DcpTensor, DcpValue, Path, Place
 from distckpt.errors import CheckpointNotFound, FormatError
 from distckpt.few_open import FewOpen
-from distckpt.foreign import PIECE_BYTES, joined
+from distckpt.formats import (
+    dcp_metadata,
+    torch_load,
+)
+from distckpt.formats.dcp_metadata import (
+    METADATA_FILE,
+    Chunk,
+    DcpTensor,
+    DcpValue,
+    Path,
+    Place,
+)
+from distckpt.formats.foreign import PIECE_BYTES, joined
 from distckpt.storage import OpenFile
 
 _MAX_METADATA_BYTES = 2**32

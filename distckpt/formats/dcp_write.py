@@ -12,9 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import xxhash
 
-from distckpt import dcp_metadata, storage, torch_save
+from distckpt import storage
 from distckpt.boxes import Box
-from distckpt.dcp_metadata import (
+from distckpt.formats import (
+    dcp_metadata,
+    torch_save,
+)
+from distckpt.formats.dcp_metadata import (
     METADATA_FILE,
     Chunk,
     DcpMetadata,
@@ -23,7 +27,7 @@ from distckpt.dcp_metadata import (
     Path,
     Place,
 )
-from distckpt.foreign import Advance, Facts, Watched
+from distckpt.formats.foreign import Advance, Facts, Watched
 from distckpt.stored_tensor import StoredTensor
 
 _DATA_FILE = "__0_0.distcp"

@@ -9,16 +9,20 @@ from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from typing import Any
 
-from distckpt import safetensors_file, storage, torch_load
-from distckpt.dcp_directory import DcpDirectory
-from distckpt.dcp_metadata import DcpTensor, Path
+from distckpt import storage
 from distckpt.errors import (
     ConfigError,
     FormatError,
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from distckpt.foreign import DCP, SAFETENSORS, TORCH
+from distckpt.formats import (
+    safetensors_file,
+    torch_load,
+)
+from distckpt.formats.dcp_directory import DcpDirectory
+from distckpt.formats.dcp_metadata import DcpTensor, Path
+from distckpt.formats.foreign import DCP, SAFETENSORS, TORCH
 
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 256 * 2**20

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from distckpt import names, values
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.foreign import Tensor
-from distckpt.optimizers import SETTINGS, STATE
+from distckpt.formats.foreign import Tensor
+from distckpt.formats.optimizers import SETTINGS, STATE
 from distckpt.values import TensorRef
 
 _GROUPS = "param_groups"

@@ -14,12 +14,12 @@ from typing import Any
 from distckpt import opened, paths, shard_file
 from distckpt.chief import Chief
 from distckpt.errors import ConfigError, StorageError
-from distckpt.foreign import Advance, Facts, Tensor, Watched, compare, facts_of
+from distckpt.formats.foreign import Advance, Facts, Tensor, Watched, compare, facts_of
+from distckpt.formats.import_names import Named, identity_of
+from distckpt.formats.placing import Placing
 from distckpt.identity import Identity
-from distckpt.import_names import Named, identity_of
 from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
 from distckpt.manifest import Shard
-from distckpt.placing import Placing
 from distckpt.policy import Retention
 
 _COUNTER = "save_counter"

@@ -9,7 +9,7 @@ import struct
 from typing import Any
 
 from distckpt.errors import UnsupportedError
-from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.formats.pickle_tree import Call, Global, Reference
 
 _PROTOCOL = b"\x80\x02"
 _STOP = b"."

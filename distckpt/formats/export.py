@@ -10,21 +10,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distckpt import (
+from distckpt import storage, strict_json
+from distckpt.errors import ChecksumError, ConfigError
+from distckpt.formats import (
     dcp_names,
     dcp_write,
     pickle_write,
     safetensors_file,
-    storage,
-    strict_json,
     torch_load,
     torch_save,
 )
-from distckpt.dcp_directory import DcpDirectory
-from distckpt.dcp_metadata import DcpTensor
-from distckpt.errors import ChecksumError, ConfigError
-from distckpt.export_names import Chosen, choose
-from distckpt.foreign import (
+from distckpt.formats.dcp_directory import DcpDirectory
+from distckpt.formats.dcp_metadata import DcpTensor
+from distckpt.formats.export_names import Chosen, choose
+from distckpt.formats.foreign import (
     DCP,
     HUGGINGFACE,
     SAFETENSORS,
@@ -34,8 +33,8 @@ from distckpt.foreign import (
     Watched,
     compare,
 )
+from distckpt.formats.placing import Placing
 from distckpt.opened import OpenedCheckpoint
-from distckpt.placing import Placing
 from distckpt.stored_tensor import StoredTensor
 
 # Hugging Face's readers ask for it.

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from operator import add
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-from distckpt import dtypes, pickle_read, pickle_write
+from distckpt import dtypes
 from distckpt.boxes import Box, checked_size
 from distckpt.collector import collector_paused
 from distckpt.errors import FormatError, UnsupportedError
-from distckpt.pickle_tree import Call, Global
+from distckpt.formats import (
+    pickle_read,
+    pickle_write,
+)
+from distckpt.formats.pickle_tree import Call, Global
 
 METADATA_FILE = ".metadata"
 

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from distckpt import dtypes, pickle_write
+from distckpt import dtypes
 from distckpt.errors import UnsupportedError
-from distckpt.foreign import PIECE_BYTES, Tensor
-from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.formats import (
+    pickle_write,
+)
+from distckpt.formats.foreign import PIECE_BYTES, Tensor
+from distckpt.formats.pickle_tree import Call, Global, Reference
+from distckpt.formats.zip_file import ZipWriter
 from distckpt.storage import NewFile
-from distckpt.zip_file import ZipWriter
 
 _ROOT = "archive"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from distckpt import dtypes, strict_json
 from distckpt.errors import ShardFileError, UnsupportedError
-from distckpt.foreign import PIECE_BYTES, Tensor
+from distckpt.formats.foreign import PIECE_BYTES, Tensor
 from distckpt.shard_header import LENGTH, MAX_HEADER_BYTES, parse_spans
 from distckpt.storage import NewFile, OpenFile
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from typing import Any, NoReturn
 
 from distckpt.errors import UnsafeCheckpointError
-from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.formats.pickle_tree import Call, Global, Reference
 
 _MAX_PROTOCOL = 5
 _MAX_INT_BYTES = 512

@@ -8,14 +8,24 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from distckpt import dtypes, pickle_read
+from distckpt import dtypes
 from distckpt.boxes import checked_size
 from distckpt.errors import FormatError, UnsupportedError
-from distckpt.foreign import PIECE_BYTES
-from distckpt.pickle_tree import Call, Global, Reference
+from distckpt.formats import (
+    pickle_read,
+)
+from distckpt.formats.foreign import PIECE_BYTES
+from distckpt.formats.pickle_tree import Call, Global, Reference
+from distckpt.formats.torch_save import (
+    BY_DTYPE,
+    BY_STORAGE,
+    COUNTER,
+    ORDERED,
+    STORAGES,
+    UNTYPED,
+)
+from distckpt.formats.zip_file import Record, read_records
 from distckpt.storage import OpenFile
-from distckpt.torch_save import BY_DTYPE, BY_STORAGE, COUNTER, ORDERED, STORAGES, UNTYPED
-from distckpt.zip_file import Record, read_records
 
 _MAX_PICKLE_BYTES = 2**30
 _MAX_SIZE_BYTES = 2**62

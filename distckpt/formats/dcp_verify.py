@@ -11,13 +11,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from distckpt import dcp_metadata, storage
-from distckpt.dcp_directory import DcpDirectory, StoredDcpTensor
-from distckpt.dcp_metadata import METADATA_FILE, Chunk, DcpTensor, Place
+from distckpt import storage
 from distckpt.errors import DistckptError
-from distckpt.foreign import PIECE_BYTES, Advance
+from distckpt.formats import (
+    dcp_metadata,
+)
+from distckpt.formats.dcp_directory import DcpDirectory, StoredDcpTensor
+from distckpt.formats.dcp_metadata import METADATA_FILE, Chunk, DcpTensor, Place
+from distckpt.formats.foreign import PIECE_BYTES, Advance
+from distckpt.formats.zip_file import read_records
 from distckpt.verify import Report
-from distckpt.zip_file import read_records
 
 # What lies at each place: names, and chunks of tensors.
 _Items: TypeAlias = dict[Place, list[tuple[str, Chunk | None]]]

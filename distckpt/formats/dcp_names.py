@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distckpt import names, strict_json
-from distckpt.dcp_metadata import Path
-from distckpt.dcp_write import Item
 from distckpt.errors import ConfigError, UnsupportedError
+from distckpt.formats.dcp_metadata import Path
+from distckpt.formats.dcp_write import Item
+from distckpt.formats.optimizers import EMPTY_GROUPS, SETTINGS, STATE, StoredOptimizer, find
 from distckpt.opened import OpenedCheckpoint
-from distckpt.optimizers import EMPTY_GROUPS, SETTINGS, STATE, StoredOptimizer, find
 from distckpt.stored_tensor import StoredTensor
 
 _GROUPS = "param_groups"
