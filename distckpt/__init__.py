@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         latest_checkpoint,
     )
     from distckpt.rendezvous import init_process_group
+    from distckpt.restore_names import RestoreOptions
     from distckpt.save import CheckpointOptions
     from distckpt.stored_tensor import StoredTensor
 
@@ -75,6 +76,7 @@ __all__ = [
     "PerRank",
     "RanksFailed",
     "RestoreFailed",
+    "RestoreOptions",
     "RngState",
     "SaveFailed",
     "ShardFileError",
@@ -98,6 +100,7 @@ _HOMES = {
     "CheckpointState": "readers",
     "OpenedCheckpoint": "opened",
     "PerRank": "per_rank",
+    "RestoreOptions": "restore_names",
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",
     "checkpoints_iterator": "readers",

@@ -99,8 +99,10 @@ class Names:
 
 
 def _patterns(given: Any) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = (given,) if isinstance(given, str) else given
+    is_iterable = isinstance(patterns, Iterable)
+    patterns = tuple(patterns) if is_iterable else ()
+    if not is_iterable or not all(isinstance(pattern, str) for pattern in patterns):
         msg = f"include and exclude must be patterns, got {given!r:.200}."
         raise ConfigError(msg)
     return patterns

@@ -31,6 +31,7 @@ NAMES = [
     "PerRank",
     "RanksFailed",
     "RestoreFailed",
+    "RestoreOptions",
     "RngState",
     "SaveFailed",
     "ShardFileError",
