@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from distckpt import readers, tracked
-from distckpt.errors import ConfigError, MismatchError
+from distckpt.errors import ConfigError
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
 from distckpt.restore_names import Names, RestoreOptions
@@ -82,7 +82,7 @@ class Checkpoint:
         ``CheckpointManager.restore_or_initialize``, which falls back together.
 
         What is ``PerRank`` is taken by this process's rank in the default group (0
-        without one), and needs as many ranks as saved it.
+        without one), and needs as many ranks as saved it, or a ``resize``.
 
         After an error other than ``MismatchError`` tensors may hold a mixture.
 
@@ -101,14 +101,6 @@ class Checkpoint:
         manifest = readers.read_manifest(located.directory, located.manifest_digest)
         rank, world_size = _rank_and_world_size()
         nodes = nodes_of(self)
-        if nodes.per_rank and rank >= manifest.world_size:
-            paths = ", ".join(node.path for node in nodes.per_rank[:5])
-            msg = (
-                f"{located.directory} was saved by {manifest.world_size} ranks, this is "
-                f"rank {rank}: what it should have of its own (PerRank: {paths}) is not "
-                "there. Restore with as many ranks, or without tracking these."
-            )
-            raise MismatchError(msg)
         remembered = remembered_of(self)
         loading = Loading(located.directory, manifest, rank, world_size, remembered, names)
         with loading:

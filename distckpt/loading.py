@@ -5,9 +5,9 @@ Nothing here talks to other ranks; ``restore.py`` puts the votes between the par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
 from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
+from distckpt.per_rank import Resize
 from distckpt.read_plan import Located, ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
 from distckpt.restore_names import Names
@@ -27,7 +28,7 @@ from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
-from distckpt.tracked import Nodes
+from distckpt.tracked import Node, Nodes
 
 
 class _Wants(NamedTuple):
@@ -123,7 +124,8 @@ class Loading:
         self._stack = ExitStack()
         saved = Saved(manifest.assignment.rows, manifest.values, names)
         self._shared = RestorePlan(saved, remembered.known)
-        self._per_rank = RestorePlan(Saved({}, {}, names), remembered.known)
+        # By the rank that saved it, for what is this rank's own.
+        self._own_plans: dict[int, RestorePlan] = {}
         self._reads: ReadPlan | None = None
         self._rings: dict[torch.device, Ring] = {}
         # As they were when the files were opened: no user code runs from then on.
@@ -141,8 +143,9 @@ class Loading:
             StorageError: It cannot be opened.
         """
         with self._closed_on_error():
-            if nodes.per_rank:
-                self._per_rank = RestorePlan(self._own(nodes), self._remembered.known)
+            for rank in self._owners_of(nodes):
+                saved = self._saved_by(rank)
+                self._own_plans[rank] = RestorePlan(saved, self._remembered.known)
 
     def plan(self, nodes: Nodes) -> None:
         """List what will be read, and all that does not fit; runs user code.
@@ -155,12 +158,14 @@ class Loading:
             for node in nodes.shared:
                 node.plan(self._shared)
             for node in nodes.per_rank:
-                node.plan(self._per_rank)
-            self._shared.problems += self._per_rank.problems
-            if nodes.per_rank:
+                self._plan_own(node, nodes.resize[node.path])
+            for plan in self._own_plans.values():
+                self._shared.problems += plan.problems
+            own = self._own_plans.get(self._rank)
+            if own is not None:
                 self._shared.problems += [
                     f"{name}: this rank's own in the checkpoint, nothing here"
-                    for name in self._per_rank.saved.left_over()
+                    for name in own.saved.left_over()
                 ]
             self._shared.raise_problems(self._what)
             self.unexpected = self._shared.saved.left_over()
@@ -226,18 +231,50 @@ class Loading:
             self.close()
             raise
 
-    def _own(self, nodes: Nodes) -> Saved:
-        """Return what this rank has of its own in the checkpoint."""
-        if self._world_size != self._manifest.world_size:
-            paths = ", ".join(node.path for node in nodes.per_rank[:5])
+    def _owners_of(self, nodes: Nodes) -> Iterable[int]:
+        """Return the ranks of whose own things this one may need some.
+
+        Raises:
+            MismatchError: It needs those of a rank that has saved none, or more.
+        """
+        saved_by = self._manifest.world_size
+        if not nodes.per_rank:
+            return []
+        if not self._is_resized:
+            return [self._rank]
+        refused = [path for path, resize in nodes.resize.items() if resize == "error"]
+        refused = [path for path in refused if self._names.selects(path)]
+        if refused:
             msg = (
-                f"{self._what} was saved by {self._manifest.world_size} ranks, this job "
-                f"has {self._world_size}: what each rank has of its own (PerRank: "
-                f"{paths}) cannot be given to other ranks. Restore with the same number "
-                "of ranks, or without tracking these."
+                f"{self._what} was saved by {saved_by} ranks, this job has "
+                f"{self._world_size}: what each rank has of its own (PerRank: "
+                f"{', '.join(refused[:5])}) cannot be given to other ranks. Say what each "
+                "is to get (PerRank's resize), or restore with the same number of ranks, "
+                "or without tracking these."
             )
             raise MismatchError(msg)
-        reader = self._reader(self._rank)
+        if any(callable(resize) for resize in nodes.resize.values()):
+            return range(saved_by)
+        return [self._rank] if self._rank < saved_by else []
+
+    @property
+    def _is_resized(self) -> bool:
+        """Whether another number of ranks has saved."""
+        return self._world_size != self._manifest.world_size
+
+    def _plan_own(self, node: Node, resize: Resize) -> None:
+        """Plan what is this rank's own; see ``PerRank``."""
+        if self._is_resized and callable(resize):
+            function: Callable[[list[Any], int, int], Any] = resize
+            rank, world_size = self._rank, self._world_size
+            plans = [*self._own_plans.values()]
+            node.plan_resized(plans, lambda saved: function(saved, rank, world_size))
+        elif self._rank in self._own_plans:
+            node.plan(self._own_plans[self._rank])
+
+    def _saved_by(self, rank: int) -> Saved:
+        """Return what a rank has of its own in the checkpoint."""
+        reader = self._reader(rank)
         rows = {
             e.name: Row(e.name, e.dtype, e.global_shape, WHOLE)
             for e in reader.header.entries.per_rank.values()
@@ -364,11 +401,14 @@ class Loading:
 
     def _read_own(self) -> None:
         """Fill the tensors that are this rank's own."""
-        if not self._per_rank.reads:
-            return
-        reader = self._reader(self._rank)
+        for rank, plan in self._own_plans.items():
+            if plan.reads:
+                self._read_own_of(rank, plan)
+
+    def _read_own_of(self, rank: int, plan: RestorePlan) -> None:
+        reader = self._reader(rank)
         parts, owners = [], []
-        for name, tensor in self._per_rank.reads.items():
+        for name, tensor in plan.reads.items():
             known = self._remembered.known.describe(name, tensor)
             stored = reader.header.entries.per_rank[name]
             if known.address and stored.size_bytes:
@@ -376,9 +416,9 @@ class Loading:
                 # Kept until all is read, as in ``_memory_kept``.
                 owners.append(known.memory_of(tensor).untyped_storage())
             else:
-                self._fill(tensor, [(self._rank, stored)])
+                self._fill(tensor, [(rank, stored)])
         parts.sort(key=lambda part: part.stored.start)
-        with _blamed_on(self._rank):
+        with _blamed_on(rank):
             reader.read_entries(parts)
 
     def _fill(self, tensor: torch.Tensor, sources: list[tuple[int, Stored]]) -> None:
@@ -396,8 +436,9 @@ class Loading:
 
     def finish(self) -> None:
         """Set plain values and states; runs user code (``load_state_dict``)."""
-        for finish in (*self._shared.finishers, *self._per_rank.finishers):
-            finish()
+        for plan in (self._shared, *self._own_plans.values()):
+            for finish in plan.finishers:
+                finish()
 
     def close(self) -> None:
         """Close the files."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import torch
+
+from distckpt.errors import ConfigError
+
+# What a rank gets when as many ranks as saved are not there; see ``PerRank``.
+Resize: TypeAlias = Literal["error", "by_rank"] | Callable[[list[Any], int, int], Any]
 
 
 class PerRank:
@@ -16,10 +22,23 @@ class PerRank:
 
     Args:
         value: Anything that a ``Checkpoint`` can track.
+        resize: What a rank gets if another number of ranks has saved it. ``"error"``:
+            nothing, the restore fails. ``"by_rank"``: what the rank of its number saved;
+            ranks beyond keep what they have. Or a function ``(saved, rank, world_size)``
+            that returns what this rank gets, from the list of what each rank saved: state
+            dicts, plain values or tensors. It runs on every rank, when all have read
+            everything; so a data loader can divide the positions of all anew.
+
+    Raises:
+        ConfigError: Another ``resize``.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, *, resize: Resize = "error") -> None:
+        if resize not in ("error", "by_rank") and not callable(resize):
+            msg = f'resize must be "error", "by_rank" or a function, got {resize!r:.100}.'
+            raise ConfigError(msg)
         self.value = value
+        self.resize = resize
 
     def __repr__(self) -> str:
         return f"PerRank({self.value!r})"

@@ -258,6 +258,18 @@ class RestorePlan:
 
         return self._read_new(name, self.saved.take_row(name), allocate, device)
 
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Allocate a plain tensor for one of the checkpoint, to be filled."""
+
+        def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor:
+            return tensors.empty_plain(row.shape, dtype)
+
+        row = self.saved.take_row(name)
+        if row is None:
+            self.missing(name, "a tensor")
+            return tensors.empty_plain((0,), torch.uint8)
+        return self._read_new(name, row, allocate, None)
+
     def _read_like_live(
         self, reference: TensorRef, live: Callable[[], Mapping[str, torch.Tensor]]
     ) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from operator import not_
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SPLIT, WHOLE
 from distckpt.leaves import Leaves, join, key_text, tensors_in
-from distckpt.per_rank import PerRank
+from distckpt.per_rank import PerRank, Resize
 from distckpt.restore_plan import RestorePlan
 
 _MAX_DEPTH = 64
@@ -76,6 +76,10 @@ class Owners:
         return owner_of
 
 
+# Makes of what all ranks have saved what this one gets.
+Resized: TypeAlias = Callable[[list[Any]], Any]
+
+
 class Node(Protocol):
     """One tracked object at one path."""
 
@@ -87,13 +91,31 @@ class Node(Protocol):
     def plan(self, plan: RestorePlan) -> None:
         """Say what will be read, what is to be done then, and what does not fit."""
 
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """The same, of what another number of ranks has saved.
+
+        Args:
+            plans: For what each of them has saved.
+            resize: Makes of it, when it is read, what this rank gets.
+
+        Raises:
+            UnsupportedError: It is nothing that a function could make.
+        """
+
 
 @dataclass(slots=True)
 class Nodes:
-    """The tracked objects of one ``Checkpoint``: the job's, and this rank's own."""
+    """The tracked objects of one ``Checkpoint``: the job's, and this rank's own.
+
+    Attributes:
+        shared: The job's.
+        per_rank: This rank's.
+        resize: By path, what to do with the latter if another number of ranks saved it.
+    """
 
     shared: list[Node]
     per_rank: list[Node]
+    resize: dict[str, Resize]
 
 
 def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> Nodes:
@@ -109,13 +131,14 @@ def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> N
     walker = _Walker()
     for name, value in objects.items():
         walker.visit(key_text(name, name), value, partial(set_value, name))
-    return Nodes(walker.shared, walker.per_rank)
+    return Nodes(walker.shared, walker.per_rank, walker.resize)
 
 
 class _Walker:
     def __init__(self) -> None:
         self.shared: list[Node] = []
         self.per_rank: list[Node] = []
+        self.resize: dict[str, Resize] = {}
         self._owners = Owners()
 
     def visit(
@@ -123,7 +146,7 @@ class _Walker:
         path: str,
         value: Any,
         assign: Callable[[Any], None],
-        per_rank: bool = False,
+        mark: PerRank | None = None,
         depth: int = 0,
     ) -> None:
         if depth > _MAX_DEPTH:
@@ -131,9 +154,12 @@ class _Walker:
             raise UnsupportedError(msg)
         if isinstance(value, PerRank):
             inner = partial(setattr, value, "value")
-            self.visit(path, value.value, inner, True, depth + 1)
+            self.visit(path, value.value, inner, value, depth + 1)
             return
+        per_rank = mark is not None
         nodes = self.per_rank if per_rank else self.shared
+        if mark is not None:
+            self.resize[path] = mark.resize
         if isinstance(value, nn.Module):
             modules.check_supported(value, path)
             # First, as it takes the state dict: only that puts back the parameters that
@@ -152,7 +178,7 @@ class _Walker:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
                 set_item = partial(value.__setitem__, key)
-                self.visit(join(path, key), item, set_item, per_rank, depth + 1)
+                self.visit(join(path, key), item, set_item, mark, depth + 1)
         elif isinstance(value, tuple) and _holds_tracked(value):
             msg = f"{path}: a tuple cannot be updated in place; use a list."
             raise UnsupportedError(msg)
@@ -344,6 +370,18 @@ class ModuleNode:
                 lambda: _ignore(self._module.load_state_dict(loaded, strict=False))
             )
 
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """Refuse it: no function makes a module."""
+        raise _no_function(self.path)
+
+
+def _no_function(path: str) -> UnsupportedError:
+    msg = (
+        f"{path}: PerRank with a function is for plain values, tensors and objects with a "
+        'state dict, not for modules and optimizers; use resize="by_rank", or "error".'
+    )
+    return UnsupportedError(msg)
+
 
 def _state_dict_of(module: nn.Module) -> Mapping[str, Any]:
     # Parameters as they are: detaching a sharded one costs more than all else about it.
@@ -510,6 +548,10 @@ class OptimizerNode:
                         f"it, and all are in one group (number {index}) here"
                     )
 
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """Refuse it: no function makes a optimizer."""
+        raise _no_function(self.path)
+
     def _empty_group(self, index: int) -> str:
         return join(f"{self.path}/empty_groups", index)
 
@@ -623,6 +665,23 @@ class TensorNode:
         """Read into it."""
         plan.read_into(self.path, self._tensor)
 
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """Read all; copy what is made of them."""
+        saved = [plan.read_whole(self.path) for plan in plans if plan.selects(self.path)]
+        if saved:
+            plans[0].finishers.append(lambda: self._copy(resize(saved)))
+
+    def _copy(self, made: torch.Tensor) -> None:
+        if made.shape != self._tensor.shape:
+            # copy_ would repeat a smaller one.
+            msg = (
+                f"{self.path}: resize made a tensor of shape {list(made.shape)}, here is "
+                f"one of shape {list(self._tensor.shape)}."
+            )
+            raise ValueError(msg)
+        with torch.no_grad():
+            self._tensor.copy_(made)
+
 
 class StatefulNode:
     """Anything with ``state_dict`` and ``load_state_dict``: a scheduler, a loader."""
@@ -644,6 +703,13 @@ class StatefulNode:
             return
         state = plan.take_value(self.path, self._live_tensors)
         plan.finishers.append(lambda: _ignore(self._stateful.load_state_dict(state)))
+
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """Rebuild all state dicts; load what is made of them."""
+        states = _values_of(self.path, plans, type(self._stateful).__name__)
+        if states:
+            load = self._stateful.load_state_dict
+            plans[0].finishers.append(lambda: _ignore(load(resize(states))))
 
     def _state(self) -> dict[Any, Any]:
         state = self._stateful.state_dict()
@@ -683,6 +749,12 @@ class ValueNode:
             return
         plan.finishers.append(partial(self._set, plan.take_value(self.path)))
 
+    def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
+        """Take all; set what is made of them."""
+        found = _values_of(self.path, plans, "a plain value")
+        if found:
+            plans[0].finishers.append(lambda: self._set(resize(found)))
+
     def _set(self, value: Any) -> None:
         live = self._value
         if type(live) is type(value) and isinstance(live, dict):
@@ -692,3 +764,13 @@ class ValueNode:
             live[:] = value
         else:
             self._assign(value)
+
+
+def _values_of(path: str, plans: Sequence[RestorePlan], what: str) -> list[Any]:
+    """Take the plain values that all ranks have saved; none if they are not restored."""
+    selecting = [plan for plan in plans if plan.selects(path)]
+    for plan in selecting:
+        if not plan.saved.has_value(path):
+            plan.missing(path, what)
+            return []
+    return [plan.take_value(path) for plan in selecting]

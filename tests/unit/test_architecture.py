@@ -16,9 +16,9 @@ import distckpt
 # names out lazily.
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
-    | {"per_rank", "rendezvous", "collector", "few_open"},
+    | {"rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
-    | {"calls", "selection", "restore_names", "terminal"},
+    | {"calls", "selection", "restore_names", "terminal", "per_rank"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
