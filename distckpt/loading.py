@@ -20,6 +20,7 @@ from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
 from distckpt.layout import WHOLE, Row
 from distckpt.manifest import Manifest
+from distckpt.node import Node
 from distckpt.per_rank import Resize
 from distckpt.read_plan import Located, ReadPlan, ReadPlans, Wanted
 from distckpt.readers import open_shard
@@ -28,7 +29,7 @@ from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
-from distckpt.tracked import Node, Nodes
+from distckpt.tracked import Nodes
 
 
 class _Wants(NamedTuple):

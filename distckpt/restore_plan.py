@@ -64,6 +64,10 @@ class Saved:
         """Return the names directly below a path, tensors first, in saved order."""
         return self._below.get(path, [])
 
+    def names_under(self, prefix: str) -> list[str]:
+        """Return all names that begin so."""
+        return [n for n in (*self.rows, *self._values) if n.startswith(prefix)]
+
     def take_row(self, name: str) -> Row | None:
         """Return a tensor's row and note that somebody wants it."""
         self._taken.add(name)
