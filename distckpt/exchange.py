@@ -1,4 +1,7 @@
-"""What all ranks want is read once: each rank reads a part, and all get it.
+"""What all ranks have use for is read once: each rank reads a part, and all get it.
+
+That is what all of them want whole, and tensors that are cut otherwise than when they were
+saved, so that nearly every block of a file has something for every rank.
 
 A thread reads ahead and verifies each block; meanwhile the caller's thread sends and
 receives. A rank that cannot read its part sends on, whatever it has, so that nobody waits
@@ -19,7 +22,7 @@ import torch
 import xxhash
 
 from distckpt import tensors
-from distckpt.boxes import contiguous_runs, whole
+from distckpt.boxes import contiguous_runs, overlap
 from distckpt.comm import SHIPMENTS_UNDER_WAY, Shipment
 from distckpt.dtypes import item_size_bytes
 from distckpt.errors import ManagerBroken, StorageError
@@ -175,7 +178,7 @@ class Exchange:
         for unit in parcel.units:
             start = unit.source.start
             known = self._loading.target(unit.source.name)[1]
-            if start is not None and known.address:
+            if start is not None and known.address and known.is_whole:
                 # There may be tens of thousands of these.
                 target = known.address + start + unit.offset
                 ctypes.memmove(target, address + unit.at, unit.size_bytes)
@@ -212,25 +215,27 @@ class _Place:
     """Where the bytes of one tensor go: its own memory, or a copy if they cannot.
 
     Args:
-        tensor: To be filled; this rank holds all of it.
+        tensor: To be filled, with what this rank holds of it.
         known: What it is.
-        in_runs: Whether each unit goes there in one run.
+        in_runs: Whether each unit goes there in one run, if this rank holds all of it.
     """
 
     def __init__(self, tensor: torch.Tensor, known: KnownTensor, in_runs: bool) -> None:
+        assert known.box is not None, "not in its mesh"
         memory = known.memory_of(tensor).detach()
         self._tensor = tensor
-        self._box = whole(known.shape)
+        self._box = known.box
+        self._is_whole = known.is_whole
         self._item_bytes = item_size_bytes(known.dtype)
         self._left_bytes = known.size_bytes
         self._lent: AbstractContextManager[memoryview] | None = None
         self._on_loan: memoryview | None = None
         # All of it on the host, if it can be had there without a copy.
         self._on_host: memoryview | None = None
-        # The same as a tensor, wherever it is.
+        # The same as a tensor, wherever it is; only if a unit goes there in one run.
         self._flat: torch.Tensor | None = None
         is_plain = memory.is_contiguous() and not memory.is_conj() and not memory.is_neg()
-        if is_plain and (known.address or in_runs):
+        if is_plain and (known.address or (in_runs and self._is_whole)):
             self._flat = memory.reshape(-1).view(torch.uint8)
             if known.address:
                 self._on_host = self._flat.numpy().data
@@ -240,31 +245,37 @@ class _Place:
         start = unit.source.start
         if self._on_host is None or self._flat is None or start is None:
             return None
+        if not self._is_whole:
+            return None
         return self._flat[start + unit.offset : start + unit.offset + unit.size_bytes]
 
     def put(self, unit: Unit, data: torch.Tensor) -> None:
-        """Put a unit where it goes."""
+        """Put what this rank holds of a unit where it goes."""
         if self._flat is not None and self._on_host is None:
             assert unit.source.start is not None, unit
             start = unit.source.start + unit.offset
             with torch.no_grad():
                 self._flat[start : start + unit.size_bytes].copy_(data)
-        else:
-            self._copy(unit, data.numpy().data)
-        self._count(unit.size_bytes)
-
-    def _copy(self, unit: Unit, data: memoryview) -> None:
+            return
         target = self._on_host or self._on_loan
-        if target is None:
+        if target is None and self._left_bytes:
             self._lent = tensors.writable_bytes(self._tensor)
             target = self._on_loan = self._lent.__enter__()
-        if unit.source.start is not None:
+        if target is not None:
+            self._count(self._copy(unit, data.numpy().data, target))
+
+    def _copy(self, unit: Unit, data: memoryview, target: memoryview) -> int:
+        """Copy it; return how many bytes were copied."""
+        if unit.source.start is not None and self._is_whole:
             start = unit.source.start + unit.offset
             target[start : start + unit.size_bytes] = data
-            return
+            return unit.size_bytes
         box, item = unit.source.entry[1], self._item_bytes
-        end = unit.offset + unit.size_bytes
-        for source, index, length in contiguous_runs(box, box, self._box):
+        region = overlap(box, self._box)
+        if region is None:
+            return 0
+        end, copied = unit.offset + unit.size_bytes, 0
+        for source, index, length in contiguous_runs(region, box, self._box):
             # As much of the run as lies in the unit.
             first = max(source * item, unit.offset)
             last = min((source + length) * item, end)
@@ -273,6 +284,8 @@ class _Place:
                 target[start : start + last - first] = data[
                     first - unit.offset : last - unit.offset
                 ]
+                copied += last - first
+        return copied
 
     def _count(self, size_bytes: int) -> None:
         """Note that so many bytes are there; with the last ones, a copy goes over."""

@@ -116,6 +116,11 @@ class KnownTensor:
             and memory.dtype is self._dtype
         )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all of it."""
+        return self.box is not None and self.box.shape == self.shape
+
     def row(
         self, name: str, tensor: torch.Tensor, kind: str, same_as: str, numbering: Numbering
     ) -> Row:

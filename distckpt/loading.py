@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distckpt import tensors
-from distckpt.boxes import contiguous_runs, overlap
+from distckpt.boxes import contiguous_runs, overlap, whole
 from distckpt.collector import collector_paused
 from distckpt.comm import check_nothing_adrift
 from distckpt.errors import FormatError, MismatchError
@@ -95,11 +95,11 @@ class Loading:
     else is promised to it. The files are closed by ``close``, or by an error before
     ``read``.
 
-    What all ranks want whole can be left to ``exchange.py``: then ``read`` reads the rest.
+    What all ranks have use for can be left to ``exchange.py``: ``read`` reads the rest.
 
     Attributes:
-        wants: Equal on ranks that want the same whole tensors; zeros if nothing is left
-            to an exchange.
+        wants: Equal on ranks that want the same tensors; zeros if nothing is left to an
+            exchange.
         common: How what they want is exchanged; None likewise.
         unexpected: Names in the checkpoint that nothing here has asked for. A mismatch
             only if no other rank does either. Known once planned.
@@ -175,8 +175,8 @@ class Loading:
         """Open and check every file that will be read.
 
         Args:
-            exchange: Leave what this rank wants whole to an exchange, in which it reads a
-                part of that. Called again without, it is as if that had never been.
+            exchange: Leave what all ranks have use for to an exchange, in which this one
+                reads a part of that. Called again without, it is as if that had never been.
 
         Raises:
             FormatError: A file is not what the manifest says; ``shard_rank`` says whose.
@@ -208,10 +208,25 @@ class Loading:
         wants = _Wants({}, [], [])
         for name, tensor in self._shared.reads.items():
             known = wants.known[name] = self._remembered.known.describe(name, tensor)
-            if known.box is not None and known.size_bytes > 0:
-                is_whole = exchange and not (known.is_sharded and tensors.is_cut(tensor))
-                (wants.common if is_whole else wants.wanted).append((name, known.box))
+            if exchange and self._is_for_all(name, tensor, known):
+                wants.common.append((name, whole(known.shape)))
+            elif known.box is not None and known.size_bytes > 0:
+                wants.wanted.append((name, known.box))
         return wants
+
+    def _is_for_all(self, name: str, tensor: torch.Tensor, known: KnownTensor) -> bool:
+        """Tell whether every rank has use for what any rank reads of a tensor.
+
+        The same on all ranks of its mesh, whatever they hold of it.
+        """
+        if known.box is None or 0 in known.shape:
+            return False
+        if not known.is_sharded or not tensors.is_cut(tensor):
+            return True
+        # As it was saved, each rank's part lies by itself in the file of one.
+        saved = self._manifest.assignment.rows[name].sharding
+        as_saved = saved and (saved.mesh.shape, saved.placements)
+        return tensors.is_cut_inside(tensor) and as_saved != tensors.layout_of(tensor)
 
     def _exchange_plan(self, common: list[Wanted]) -> ExchangePlan:
         assignment = self._manifest.assignment

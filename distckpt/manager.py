@@ -62,11 +62,13 @@ class CheckpointManager:
         timeout: How long to wait for a rank that shows no sign of progress; a call into
             the filesystem may take three quarters of it.
         takeover: Fence another live job that holds the directory.
-        read_replicated: How a restore reads what all ranks want alike. ``"each"``: every
-            rank for itself; ranks of one host find it in the page cache. ``"once"``: each
-            rank a part of it, which it sends to all others; for storage that is slow for
-            many hosts. ``"auto"``: the faster one, by the numbers of hosts and ranks;
-            with one host always each (docs/decisions/0014).
+        read_replicated: How a restore reads what all ranks have use for: what all want
+            whole, and tensors that are cut along an inner dimension otherwise than when
+            they were saved. ``"each"``: every rank for itself; ranks of one host find it
+            in the page cache. ``"once"``: each rank a part of it, which it sends to all
+            others; for storage that is slow for many hosts. ``"auto"``: the faster one, by
+            the numbers of hosts and ranks; with one host always each
+            (docs/decisions/0014).
 
     Raises:
         ConfigError, UnsupportedError: A bad argument, on every rank.

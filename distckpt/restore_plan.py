@@ -256,7 +256,9 @@ class RestorePlan:
                 return tensors.empty_plain(row.shape, dtype, device)
             if row.shape == tuple(parameter.shape):
                 return tensors.empty_like(parameter, dtype)
-            if row.sharding is not None and row.sharding.is_replicated:
+            if row.sharding is None or row.sharding.is_replicated:
+                # Of another shape than the parameter: every rank has all of it, as of
+                # what torch makes from a sharded gradient (``new_zeros``).
                 return tensors.empty_replicated(parameter, row.shape, dtype)
             return None
 

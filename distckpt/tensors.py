@@ -101,6 +101,28 @@ def is_cut(tensor: torch.Tensor) -> bool:
     return any(length > 1 and not placed.is_replicate() for placed, length in spans)
 
 
+def is_cut_inside(tensor: torch.Tensor) -> bool:
+    """Tell whether it is sharded along another dimension than its first.
+
+    What a rank then holds are many short runs of the whole: of whatever was saved in rows,
+    nearly every block has something for every rank.
+    """
+    if not is_cut(tensor):
+        return False
+    layout: Any = tensor
+    spans = zip(layout.placements, layout.device_mesh.shape, strict=True)
+    return any(
+        length > 1 and not placed.is_replicate() and placed.dim % tensor.dim() > 0
+        for placed, length in spans
+    )
+
+
+def layout_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return a sharded tensor's mesh shape and placements, as ``sharding`` spells them."""
+    layout: Any = tensor
+    return tuple(layout.device_mesh.shape), _placements_of(tensor)
+
+
 def any_sharded() -> bool:
     """Tell whether there can be sharded tensors in this process."""
     return _DTENSOR_MODULE in sys.modules

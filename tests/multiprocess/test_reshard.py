@@ -1,0 +1,201 @@
+"""Any layout to any layout: every pair, bit for bit; and what is read for it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks, values_of
+from reshard_helpers import Job
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from distckpt import Checkpoint, CheckpointManager, readers
+
+# Every layout of every size that it can have; by default a part of them.
+EVERYTHING = "DISTCKPT_EVERY_RESHARD" in os.environ
+SIZES = (1, 2, 3, 4, 8)
+ALL = [
+    ("one", 1),
+    *product(("ddp", "stages", "tp", "columns"), SIZES[1:]),
+    *product(("fsdp",), SIZES),
+    *product(("hsdp", "fsdp-tp"), (4, 8)),
+]
+SOME = [
+    *(("one", 1), ("ddp", 2), ("stages", 3), ("fsdp", 2), ("fsdp", 3)),
+    *(("tp", 2), ("columns", 3), ("hsdp", 4), ("fsdp-tp", 4), ("fsdp", 4)),
+]
+CONFIGURATIONS = ALL if EVERYTHING else SOME
+NAMES = [f"{kind}-{size}" for kind, size in CONFIGURATIONS]
+
+
+def _folder(root, kind, size):
+    return os.path.join(root, f"{kind}-{size}")
+
+
+def _manager(checkpoint, directory, how="auto"):
+    return CheckpointManager(checkpoint, directory, max_to_keep=None, read_replicated=how)
+
+
+def _save(rank, root, kind, size):
+    job = Job(kind, filled=True, with_state=True)
+    with _manager(job.checkpoint(), _folder(root, kind, size)) as manager:
+        manager.save()
+
+
+def _restore_from_each(rank, root, kind, size, sources):
+    """Restore what each other job has saved; return how many tensors were compared."""
+    expected = Job(kind, filled=True, with_state=True)
+    compared = []
+    for index, source in enumerate(sources):
+        # Into objects that have made a step, and into fresh ones, which must be told by
+        # the checkpoint what state they had.
+        with_state = index % 2 == 0
+        job = Job(kind, filled=False, with_state=with_state)
+        how = "once" if index % 3 == 0 else "each"
+        with _manager(job.checkpoint(), _folder(root, *source), how) as manager:
+            assert manager.restore_or_initialize() is not None
+        try:
+            compared.append(job.check(expected))
+        except AssertionError as error:
+            msg = f"{source} to {kind, size}, {how}, state {with_state}"
+            raise AssertionError(msg) from error
+    return compared
+
+
+def _run(function, root, kind, size, *more):
+    group = size > 1 or kind not in ("one", "ddp", "stages")
+    return values_of(
+        run_ranks(function, size, root, kind, size, *more, timeout=300, process_group=group)
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Save one checkpoint of each layout and size."""
+    root = str(tmp_path_factory.mktemp("reshard"))
+    for kind, size in CONFIGURATIONS:
+        _run(_save, root, kind, size)
+    return root
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    CONFIGURATIONS,
+    ids=[f"{kind}-{size}" for kind, size in CONFIGURATIONS],
+)
+def test_every_layout_restores_what_every_other_has_saved(
+    saved, kind, size, report_figures
+):
+    """Model and three optimizers, even, uneven, empty and 0-dim, bit for bit."""
+    compared = _run(_restore_from_each, saved, kind, size, CONFIGURATIONS)
+    total = sum(map(sum, compared))
+    report_figures(
+        f"{len(CONFIGURATIONS)} sources, {total} tensors compared on {size} ranks"
+    )
+
+
+# What is read for it
+
+ROWS, COLUMNS = 1024, 1024
+
+
+class Reads:
+    """Counts what this process reads of shard files: bytes, and how many files."""
+
+    def __init__(self):
+        self.bytes_of = Counter()
+        real = os.preadv
+
+        def count(descriptor, buffers, offset):
+            size = real(descriptor, buffers, offset)
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if name.endswith(".safetensors") and offset >= self.data_start[name]:
+                self.bytes_of[name] += size
+            return size
+
+        self.data_start = {}
+        os.preadv = count
+
+    def watch(self, path):
+        """Leave the headers of a checkpoint out of account: they are read to know more."""
+        directory = readers.locate(path).directory
+        manifest = readers.read_manifest(directory)
+        for rank in range(manifest.world_size):
+            with readers.open_shard(directory, manifest, rank) as reader:
+                self.data_start[os.path.basename(reader.path)] = reader._data_start
+
+
+def _matrix(placement, filled):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+    part = whole if filled else torch.zeros_like(whole)
+    if isinstance(placement, Shard):
+        chunks = part.chunk(dist.get_world_size(), placement.dim)
+        part = chunks[dist.get_rank()].contiguous()
+    return DTensor.from_local(part.clone(), mesh, [placement], run_check=False)
+
+
+PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
+
+
+def _save_matrices(rank, directory, kind):
+    tensors = [_matrix(PLACEMENTS[kind], True) for _ in range(3)]
+    with _manager(Checkpoint(tensors=tensors), directory) as manager:
+        return manager.save()
+
+
+def _count_reads(rank, directory, path, kind, how):
+    expected = _matrix(PLACEMENTS[kind], True)
+    tensors = [_matrix(PLACEMENTS[kind], False) for _ in range(3)]
+    reads = Reads()
+    reads.watch(path)
+    with _manager(Checkpoint(tensors=tensors), directory, how) as manager:
+        manager.restore_or_initialize()
+    assert all(torch.equal(t.to_local(), expected.to_local()) for t in tensors)
+    needed = sum(tensor.to_local().nbytes for tensor in tensors)
+    return needed, sum(reads.bytes_of.values()), len(reads.bytes_of)
+
+
+CHANGES = [
+    # From, to, how, at most so much more than is needed, files a rank.
+    (("rows", 4), ("rows", 4), "each", 1.0, 1),
+    (("columns", 4), ("columns", 4), "each", 1.0, 1),
+    (("rows", 4), ("rows", 2), "each", 1.05, 2),
+    (("rows", 2), ("rows", 4), "each", 1.05, 1),
+    (("rows", 4), ("rows", 3), "each", 1.05, 2),
+    (("columns", 4), ("columns", 2), "each", 1.05, 2),
+    (("columns", 2), ("rows", 4), "each", 1.05, 2),
+    (("rows", 4), ("columns", 4), "once", 1.3, 4),
+    (("columns", 2), ("columns", 4), "once", 1.3, 2),
+    (("rows", 3), ("columns", 4), "once", 1.3, 3),
+    # Without the exchange, blocks are read by all that have something in them.
+    (("rows", 4), ("columns", 4), "each", 4.0, 4),
+    (("columns", 2), ("columns", 4), "each", 2.0, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "how", "factor", "files"),
+    CHANGES,
+    ids=[f"{a}{n}-{b}{m}-{how}" for (a, n), (b, m), how, *_ in CHANGES],
+)
+def test_a_restore_reads_little_more_than_it_needs(
+    tmp_path, report_figures, source, target, how, factor, files
+):
+    """And opens only files with something for it; counted by the calls that read."""
+    directory = str(tmp_path / "run")
+    (kind, size), (new_kind, new_size) = source, target
+    path = values_of(run_ranks(_save_matrices, size, directory, kind))[0]
+    counted = values_of(run_ranks(_count_reads, new_size, directory, path, new_kind, how))
+    needed, read = (sum(one[index] for one in counted) for index in (0, 1))
+    assert read <= factor * needed, (needed, read)
+    assert max(one[2] for one in counted) <= files, counted
+    report_figures(
+        f"{read / needed:.3f} of what is needed, {[one[2] for one in counted]} files"
+    )
