@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
+    from distckpt.pretrained import from_pretrained
     from distckpt.readers import (
         CheckpointState,
         checkpoints_iterator,
@@ -87,6 +88,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",
+    "from_pretrained",
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",
@@ -104,6 +106,7 @@ _HOMES = {
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",
     "checkpoints_iterator": "readers",
+    "from_pretrained": "pretrained",
     "get_checkpoint_state": "readers",
     "init_process_group": "rendezvous",
     "latest_checkpoint": "readers",

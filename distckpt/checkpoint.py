@@ -114,6 +114,11 @@ class Checkpoint:
             loading.finish()
 
 
+def objects_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the tracked objects by name."""
+    return {**checkpoint.__dict__["_objects"]}
+
+
 def remembered_of(checkpoint: Checkpoint) -> Remembered:
     """Return what a checkpoint remembers of the tensors that it tracks."""
     remembered: Remembered = checkpoint.__dict__["_remembered"]

@@ -32,6 +32,7 @@ from distckpt.groups import invite, open_channels
 from distckpt.job import Job, Ran, agree
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Vote, describe, raise_failures
+from distckpt.pretrained import Pretrained
 from distckpt.record import digest
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
@@ -199,8 +200,9 @@ def _make_job(
             f"'.' or '-' and not ending with '-'; got {name!r:.200}."
         )
         raise ConfigError(msg)
-    if arguments.init_fn is not None and not callable(arguments.init_fn):
-        msg = f"init_fn must be callable, got {arguments.init_fn!r:.100}."
+    init_fn = arguments.init_fn
+    if not (init_fn is None or callable(init_fn) or isinstance(init_fn, Pretrained)):
+        msg = f"init_fn must be callable, or from_pretrained(...), got {init_fn!r:.100}."
         raise ConfigError(msg)
     if arguments.read_replicated not in (AUTO, EACH, ONCE):
         msg = (

@@ -22,6 +22,7 @@ from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
 from distckpt.policy import IntervalGate, Pace
+from distckpt.pretrained import Pretrained
 from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
 
@@ -63,7 +64,7 @@ class Job:
     liveness: Liveness | None
     gate: IntervalGate
     read_step: Callable[[], int] | None
-    init_fn: Callable[[], Any] | None
+    init_fn: Callable[[], Any] | Pretrained | None
     timeout_seconds: float
     chief: Chief | None = None
     claimed: bool = False

@@ -23,6 +23,7 @@ from distckpt.errors import (
     StorageTimeout,
 )
 from distckpt.messages import Phase, Vote, describe
+from distckpt.pretrained import Pretrained
 from distckpt.restore import restore_or_initialize
 from distckpt.restore_names import RestoreOptions
 from distckpt.save import CheckpointOptions, save
@@ -56,7 +57,8 @@ class CheckpointManager:
             0-dim tensor, a counter object), or a callable.
         checkpoint_interval: Least number of steps between two saves; needs
             ``step_counter``.
-        init_fn: Called by ``restore_or_initialize`` where there is nothing to restore.
+        init_fn: Called by ``restore_or_initialize`` where there is nothing to restore; or
+            ``from_pretrained(path)``: what the modules then begin with.
         process_group: The ranks that checkpoint together; None means all. Any backend:
             the manager makes gloo groups of its own.
         timeout: How long to wait for a rank that shows no sign of progress; a call into
@@ -84,7 +86,7 @@ class CheckpointManager:
         checkpoint_name: str = "ckpt",
         step_counter: Any = None,
         checkpoint_interval: int | None = None,
-        init_fn: Callable[[], Any] | None = None,
+        init_fn: Callable[[], Any] | Pretrained | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,

@@ -34,6 +34,7 @@ class Phase(IntEnum):
     INITIALIZE = 12
     SYNC = 13
     LAND = 14
+    REPLICAS = 15
 
 
 class Status(IntEnum):

@@ -57,6 +57,11 @@ class ModuleNode:
         for name, parameter in modules.named_parameters(self._module):
             yield join(self.path, name), parameter
 
+    def own_tensors(self, known: KnownTensors) -> dict[str, torch.Tensor]:
+        """Return the module's own tensors in the state dict, by full name."""
+        values = self._own_part(known)
+        return dict(zip(self._own.names, values, strict=True))
+
     def saved_parameters(self, known: KnownTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Walk those that stand in the state dict as they are: faster."""
         values = self._own_part(known)

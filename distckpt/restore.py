@@ -23,6 +23,7 @@ from distckpt.exchange import Exchange
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
+from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry
 from distckpt.restore_names import Names, RestoreOptions
@@ -323,5 +324,12 @@ def _initialize(job: Job) -> None:
         raise_failures(votes, "init_fn failed", RestoreFailed)
         return {}
 
-    initialized = Ran(lambda: None if job.init_fn is None else job.init_fn())
+    initialized = Ran(lambda: _call_init_fn(job))
     agree(job.decisions, Phase.INITIALIZE, initialized, decide)
+
+
+def _call_init_fn(job: Job) -> None:
+    if isinstance(job.init_fn, Pretrained):
+        job.init_fn.load_into(job.checkpoint)
+    elif job.init_fn is not None:
+        job.init_fn()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,6 +27,7 @@ from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
+from distckpt.replicas import compare_replicas
 from distckpt.save_plan import SavePlan, decide_and_plan
 
 _logger = logging.getLogger(__name__)
@@ -50,11 +51,14 @@ class CheckpointOptions:
             waits for it. Whatever else changes these must call ``wait_staged()`` first.
         when_busy: What to do while an earlier save is still under way: ``"wait"`` for it,
             or ``"skip"`` this one.
+        validate_replicas: Compare first, by digests, what ranks believe to be replicated,
+            and fail the save, naming tensors and ranks, if it differs.
     """
 
     enable_async: bool = False
     staging: Staging = "eager"
     when_busy: WhenBusy = "wait"
+    validate_replicas: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ def save(
         begin = partial(_begin, job, request, counter)
         attempt, captured, plan = decide_and_plan(job, call, begin)  # S1 to S3
         step, options = request.result.step, request.result.options
+        if options.validate_replicas and job.world_size > 1:
+            compare_replicas(job, attempt, captured)
         if options.enable_async:
             flight = Flight(attempt, counter, last_step, step)
             take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
@@ -182,8 +188,11 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
     if step is not None and not -(2**63) < step < 2**63:
         msg = f"the training step must fit into 64 bits, step_counter says {step}."
         raise ConfigError(msg)
-    enable_async = bool(options.enable_async)
-    options = CheckpointOptions(enable_async, options.staging, options.when_busy)
+    options = replace(
+        options,
+        enable_async=bool(options.enable_async),
+        validate_replicas=bool(options.validate_replicas),
+    )
     return Request(step, number, bool(check_interval), options)
 
 

@@ -101,6 +101,15 @@ def is_cut(tensor: torch.Tensor) -> bool:
     return any(length > 1 and not placed.is_replicate() for placed, length in spans)
 
 
+def has_replicas(tensor: torch.Tensor) -> bool:
+    """Tell whether it is sharded so that several ranks hold the same part."""
+    if not is_sharded(tensor):
+        return False
+    layout: Any = tensor
+    spans = zip(layout.placements, layout.device_mesh.shape, strict=True)
+    return any(length > 1 and placed.is_replicate() for placed, length in spans)
+
+
 def is_cut_inside(tensor: torch.Tensor) -> bool:
     """Tell whether it is sharded along another dimension than its first.
 

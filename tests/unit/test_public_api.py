@@ -42,6 +42,7 @@ NAMES = [
     "UnsafeCheckpointError",
     "UnsupportedError",
     "checkpoints_iterator",
+    "from_pretrained",
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",

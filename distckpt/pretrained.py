@@ -1,0 +1,158 @@
+"""A warm start: the modules of a new job begin with what another one has saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from distckpt import readers, storage, tensors
+from distckpt.boxes import contiguous_runs, whole
+from distckpt.checkpoint import Checkpoint, objects_of, remembered_of
+from distckpt.dtypes import item_size_bytes
+from distckpt.errors import CheckpointNotFound, ConfigError, ShardFileError
+from distckpt.formats.foreign import SAFETENSORS
+from distckpt.formats.import_source import Source
+from distckpt.formats.safetensors_file import FileTensor
+from distckpt.known import KnownTensor, KnownTensors
+from distckpt.layout import WHOLE, Row
+from distckpt.leaves import key_text
+from distckpt.module_node import ModuleNode
+from distckpt.modules import unwrap
+from distckpt.names import escaped
+from distckpt.restore_names import Names, RestoreOptions
+from distckpt.restore_plan import RestorePlan, Saved, mismatch, unexpected
+
+
+def from_pretrained(
+    path: readers.Path,
+    options: RestoreOptions | None = None,
+    *,
+    tracked_as: str | None = None,
+) -> Pretrained:
+    """Begin with the weights in a checkpoint of any kind, where there is none of the job's.
+
+    For ``CheckpointManager``'s ``init_fn``: a run directory that has a checkpoint wins.
+    The tracked modules are filled, and nothing else; each rank reads the bytes that it
+    holds, whatever the layout. Strict: every parameter and buffer must be there, of the
+    same shape and dtype, and nothing that no module has.
+
+    Args:
+        path: A checkpoint of distckpt's (prefix, attempt or run directory), a safetensors
+            file, or a directory of Hugging Face's, with or without an index. The last two
+            have no checksums to verify.
+        options: What of it, and under which names. Names in a safetensors file are the
+            module's own (``layers.0.weight``), without where it is tracked.
+        tracked_as: For a safetensors file or directory: under which name the module is
+            tracked that it is for; not needed where there is one only.
+    """
+    return Pretrained(path, options or RestoreOptions(), tracked_as)
+
+
+class Pretrained:
+    """What ``from_pretrained`` returns."""
+
+    def __init__(
+        self, path: readers.Path, options: RestoreOptions, tracked_as: str | None
+    ) -> None:
+        self._path = os.fspath(path)
+        self._options = options
+        self._tracked_as = tracked_as
+
+    def load_into(self, checkpoint: Checkpoint) -> None:
+        """Fill the modules that are tracked: local, no collectives.
+
+        Raises:
+            CheckpointNotFound: There is nothing at the path.
+            MismatchError: It does not fit; lists every difference, changes nothing.
+            ConfigError: It is not clear which module is meant.
+            FormatError, StorageError: It cannot be read.
+        """
+        modules = {
+            name: value
+            for name, value in objects_of(checkpoint).items()
+            if isinstance(value, nn.Module)
+        }
+        try:
+            readers.locate_newest(self._path)
+        except CheckpointNotFound:
+            if not storage.exists(self._path):
+                raise
+            self._load_safetensors(checkpoint, modules)
+        else:
+            self._load_checkpoint(modules)
+
+    def _load_checkpoint(self, modules: Mapping[str, nn.Module]) -> None:
+        options = self._options
+        if options.include is None:
+            names = [key_text(name, name) for name in modules]
+            options = replace(options, include=names)
+        located = readers.locate_newest(self._path)
+        Checkpoint(**modules).restore(located.directory, options)
+
+    def _load_safetensors(
+        self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]
+    ) -> None:
+        name = self._tracked_as
+        if name is None and len(modules) == 1:
+            (name,) = modules
+        if name is None or name not in modules:
+            msg = (
+                f"{self._path}: for which of the tracked modules {sorted(modules)}? Say so "
+                "by tracked_as."
+            )
+            raise ConfigError(msg)
+        known = remembered_of(checkpoint).known
+        node = ModuleNode(key_text(name, name), unwrap(modules[name]))
+        with Source(self._path, SAFETENSORS) as source:
+            _fill_from(source.tree, node, known, Names(self._options), self._path)
+
+
+def _fill_from(
+    stored: Mapping[Any, FileTensor],
+    node: ModuleNode,
+    known: KnownTensors,
+    names: Names,
+    path: str,
+) -> None:
+    rows: dict[str, Row] = {}
+    for key, entry in stored.items():
+        here = names.here(key)
+        if names.selects(here):
+            full = f"{node.path}/{escaped(here)}"
+            rows[full] = Row(key, entry.dtype, entry.shape, WHOLE)
+    live = {
+        full: tensor
+        for full, tensor in node.own_tensors(known).items()
+        if names.selects(full.removeprefix(f"{node.path}/"))
+    }
+    # Of tied tensors such files have one name only.
+    first_of = {id(live[full]): full for full in live if full in rows}
+    for full, tensor in live.items():
+        if full not in rows and id(tensor) in first_of:
+            rows[full] = rows[first_of[id(tensor)]]
+    plan = RestorePlan(Saved(rows, {}, Names(), knows_ties=False), known)
+    for full, tensor in live.items():
+        plan.read_into(full, tensor)
+    problems = [*plan.problems, *unexpected(plan.saved.left_over())]
+    if problems:
+        raise mismatch(path, problems)
+    for key, tensor in plan.reads.items():
+        _fill(known.describe(key, tensor), tensor, stored[key])
+
+
+def _fill(known: KnownTensor, tensor: Any, stored: FileTensor) -> None:
+    if known.box is None or known.size_bytes == 0:
+        return
+    item = item_size_bytes(known.dtype)
+    with tensors.writable_bytes(tensor) as buffer:
+        for start, index, length in contiguous_runs(
+            known.box, whole(known.shape), known.box
+        ):
+            part = buffer[index * item : (index + length) * item]
+            if stored.file.read_into(stored.start + start * item, part) < len(part):
+                msg = f"{stored.file.path}: ends inside a tensor."
+                raise ShardFileError(msg)
