@@ -71,10 +71,12 @@ _FRAME = struct.Struct("<BI")
 _ANSWER, _SEND_DETAILS = 0, 1
 
 # Often at first: nearly always the others are there, and what is waited for takes less
-# than a millisecond. Then less and less often.
+# than a millisecond. Then less and less often, by the time that it has taken already: a
+# save behind the training loop waits for seconds, and every look takes time of the loop.
 _FIRST_POLL_SECONDS = 50e-6
 _FIRST_POLLS = 60
-_LAST_POLL_SECONDS = 2e-3
+_POLLS_PER_TIME = 20
+_LAST_POLL_SECONDS = 20e-3
 # How many shipments are under way at once: gloo works at two, others are made ready.
 SHIPMENTS_UNDER_WAY = 3
 # gloo's own limit for one operation. Ours come first, and they can be moved.
@@ -397,7 +399,7 @@ def _post(waiting: Waiting, start: Callable[[], Any]) -> Any:
 
 
 def _poll(waiting: Waiting, work: Any) -> None:
-    pause, num_polls = _FIRST_POLL_SECONDS, 0
+    pause, num_polls, since = _FIRST_POLL_SECONDS, 0, time.monotonic()
     try:
         while not work.is_completed():
             try:
@@ -409,7 +411,8 @@ def _poll(waiting: Waiting, work: Any) -> None:
             time.sleep(pause)
             num_polls += 1
             if num_polls > _FIRST_POLLS:
-                pause = min(2 * pause, _LAST_POLL_SECONDS)
+                waited = time.monotonic() - since
+                pause = min(waited / _POLLS_PER_TIME, _LAST_POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
         raise waiting.connection_broke(error) from error
