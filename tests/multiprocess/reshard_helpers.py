@@ -131,7 +131,7 @@ class Job:
         tracked = model
         if kind == "ddp" and self.world_size > 1:
             tracked = DistributedDataParallel(model)
-        self.objects = {"model": tracked, "epoch": 3 if filled else 0}
+        self.objects = {"model": tracked, "notes": {"epoch": 3 if filled else 0}}
         if shapes:
             self._add_optimizers(model, with_state)
 
@@ -214,7 +214,7 @@ class Job:
         for name, tensor in wanted.items():
             one, other = _raw(found[name]), _raw(tensor)
             assert found[name].dtype == tensor.dtype and one == other, name
-        assert self.objects["epoch"] == 3
+        assert self.objects["notes"] == {"epoch": 3}
         for kind in ("adamw", "sgd", "factored"):
             if kind in self.objects:
                 assert self.objects[kind].param_groups[0]["lr"] == 0.5, kind

@@ -57,7 +57,7 @@ def test_replicas_that_differ_fail_the_save_and_are_named(tmp_path, drifted, opt
         )
         assert unnoticed.text == f"{directory}/ckpt-2"
     assert len({failed.text for failed, _ in results}) == 1
-    assert committed(directory) == ["ckpt-1", "ckpt-2"]
+    assert committed(directory) == ["ckpt-2", "ckpt-1"]
 
 
 def _sharded(rank, directory, bad_rank):
