@@ -13,9 +13,7 @@ from typing import Any
 import click
 
 from distckpt.errors import ConfigError, DistckptError, FormatError, UnsupportedError
-from distckpt.formats import (
-    foreign,
-)
+from distckpt.formats import foreign
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_UNREADABLE,
@@ -85,9 +83,7 @@ def export_command(
     compared, and only then put in place.
     """
     from distckpt import opened
-    from distckpt.formats import (
-        export,
-    )
+    from distckpt.formats import export
 
     if rename and to != foreign.DCP:
         msg = "--rename is for --to dcp; the names of others follow from --object."
@@ -151,11 +147,7 @@ def import_command(
     directory of them. Nothing in it is run: what is neither a tensor nor a plain value is
     refused by name.
     """
-    from distckpt.formats import (
-        import_names,
-        import_run,
-        import_source,
-    )
+    from distckpt.formats import import_names, import_run, import_source
 
     with _exit_codes(), import_source.Source(source, kind, skip) as read:
         found = import_names.named(

@@ -16,10 +16,7 @@ from distckpt import dtypes, storage
 from distckpt.boxes import contiguous_runs, split_range, whole
 from distckpt.errors import CheckpointNotFound, FormatError
 from distckpt.few_open import FewOpen
-from distckpt.formats import (
-    dcp_metadata,
-    torch_load,
-)
+from distckpt.formats import dcp_metadata, torch_load
 from distckpt.formats.dcp_metadata import (
     METADATA_FILE,
     Chunk,

@@ -15,10 +15,7 @@ from distckpt import dtypes
 from distckpt.boxes import Box, checked_size
 from distckpt.collector import collector_paused
 from distckpt.errors import FormatError, UnsupportedError
-from distckpt.formats import (
-    pickle_read,
-    pickle_write,
-)
+from distckpt.formats import pickle_read, pickle_write
 from distckpt.formats.pickle_tree import Call, Global
 
 METADATA_FILE = ".metadata"

@@ -13,9 +13,7 @@ from typing import TypeAlias
 
 from distckpt import storage
 from distckpt.errors import DistckptError
-from distckpt.formats import (
-    dcp_metadata,
-)
+from distckpt.formats import dcp_metadata
 from distckpt.formats.dcp_directory import DcpDirectory, StoredDcpTensor
 from distckpt.formats.dcp_metadata import METADATA_FILE, Chunk, DcpTensor, Place
 from distckpt.formats.foreign import PIECE_BYTES, Advance

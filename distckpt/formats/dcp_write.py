@@ -14,10 +14,7 @@ import xxhash
 
 from distckpt import storage
 from distckpt.boxes import Box
-from distckpt.formats import (
-    dcp_metadata,
-    torch_save,
-)
+from distckpt.formats import dcp_metadata, torch_save
 from distckpt.formats.dcp_metadata import (
     METADATA_FILE,
     Chunk,

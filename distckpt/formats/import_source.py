@@ -16,10 +16,7 @@ from distckpt.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from distckpt.formats import (
-    safetensors_file,
-    torch_load,
-)
+from distckpt.formats import safetensors_file, torch_load
 from distckpt.formats.dcp_directory import DcpDirectory
 from distckpt.formats.dcp_metadata import DcpTensor, Path
 from distckpt.formats.foreign import DCP, SAFETENSORS, TORCH

@@ -11,9 +11,7 @@ from typing import Any, NoReturn
 from distckpt import dtypes
 from distckpt.boxes import checked_size
 from distckpt.errors import FormatError, UnsupportedError
-from distckpt.formats import (
-    pickle_read,
-)
+from distckpt.formats import pickle_read
 from distckpt.formats.foreign import PIECE_BYTES
 from distckpt.formats.pickle_tree import Call, Global, Reference
 from distckpt.formats.torch_save import (

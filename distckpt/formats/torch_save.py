@@ -13,9 +13,7 @@ from typing import Any
 
 from distckpt import dtypes
 from distckpt.errors import UnsupportedError
-from distckpt.formats import (
-    pickle_write,
-)
+from distckpt.formats import pickle_write
 from distckpt.formats.foreign import PIECE_BYTES, Tensor
 from distckpt.formats.pickle_tree import Call, Global, Reference
 from distckpt.formats.zip_file import ZipWriter

@@ -23,9 +23,7 @@ from distckpt.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from distckpt.formats import (
-    dcp_metadata,
-)
+from distckpt.formats import dcp_metadata
 from distckpt.formats.dcp_directory import DcpDirectory
 from distckpt.formats.dcp_metadata import Chunk, DcpMetadata, DcpTensor, DcpValue, Place
 from distckpt.formats.dcp_verify import verify_dcp
@@ -101,9 +99,7 @@ class Cut:
 
     def __init__(self, path, tensor, boxes):
         from distckpt import storage
-        from distckpt.formats import (
-            torch_save,
-        )
+        from distckpt.formats import torch_save
 
         chunks = []
         end = 0

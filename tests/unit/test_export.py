@@ -36,11 +36,7 @@ from unit_helpers import flip_bit, make_saved
 import distckpt
 from distckpt import PerRank, dtypes, storage
 from distckpt.errors import ChecksumError, ConfigError, UnsupportedError
-from distckpt.formats import (
-    dcp_write,
-    export,
-    torch_save,
-)
+from distckpt.formats import dcp_write, export, torch_save
 from distckpt.formats.dcp_verify import verify_dcp
 from distckpt.formats.foreign import DCP, EXPORTED, HUGGINGFACE, SAFETENSORS, TORCH
 from distckpt.layout import WHOLE, Row

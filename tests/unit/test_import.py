@@ -32,10 +32,7 @@ from unit_helpers import flip_bit
 import distckpt
 from distckpt import Checkpoint, CheckpointManager, dtypes, storage
 from distckpt.errors import ConfigError, UnsupportedError
-from distckpt.formats import (
-    import_names,
-    torch_save,
-)
+from distckpt.formats import import_names, torch_save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt import names
-from distckpt.formats import (
-    optimizers,
-)
+from distckpt.formats import optimizers
 
 
 @given(st.lists(st.text() | st.integers(), min_size=1).map(tuple))

@@ -12,10 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.errors import UnsafeCheckpointError, UnsupportedError
-from distckpt.formats import (
-    pickle_read,
-    pickle_write,
-)
+from distckpt.formats import pickle_read, pickle_write
 from distckpt.formats.pickle_tree import Call, Global, Reference
 
 PROTOCOLS = (2, 3, 4, 5)

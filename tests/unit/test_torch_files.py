@@ -22,11 +22,7 @@ from distckpt.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from distckpt.formats import (
-    torch_load,
-    torch_save,
-    zip_file,
-)
+from distckpt.formats import torch_load, torch_save, zip_file
 
 
 class Memory:
@@ -290,9 +286,7 @@ def test_crafted_pickle_in_an_archive_is_refused_and_not_run(tmp_path, monkeypat
 
 def rebuild(storage_key, offset, shape, strides, *, numel=4):
     """Return the pickle of a tensor with these numbers, as torch spells it."""
-    from distckpt.formats import (
-        pickle_write,
-    )
+    from distckpt.formats import pickle_write
     from distckpt.formats.pickle_tree import Call, Global, Reference
 
     key = ("storage", Global("torch", "FloatStorage"), storage_key, "cpu", numel)
