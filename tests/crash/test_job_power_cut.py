@@ -74,7 +74,7 @@ class Stage:
         self,
         spoil: Callable[[], None] | None = None,
         scenarios: Sequence[Scenario] = SCENARIOS,
-        each: int = 4,
+        each: int = 6,
     ) -> list[Crash]:
         """List the calls of both ranks at which the power is to be cut, and where."""
         found = []

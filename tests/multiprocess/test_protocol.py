@@ -294,7 +294,7 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
 
 
 @pytest.mark.parametrize("phase", ["before", "capture", "write", "restore"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [3])
 def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, phase):
     """Killed or stopped, the chief or another: errors in time, silence after, no loss."""
     cases = [(how, victim) for how in ("kill", "stop") for victim in (0, world_size - 1)]
@@ -340,7 +340,7 @@ def _end_of(process):
 
 @pytest.mark.parametrize(
     ("how", "victim"),
-    [("stop", 1), ("stop", 0), ("kill", 0), ("kill", 2), ("interrupt", 1)],
+    [("stop", 0), ("kill", 0), ("kill", 2), ("interrupt", 1)],
 )
 def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
     """Neither destructors nor threads hold up the interpreter's normal end."""

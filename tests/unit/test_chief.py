@@ -38,6 +38,8 @@ from distckpt.janitor import Janitor
 from distckpt.record import CLAIM, COMMIT
 from distckpt.verify import verify_attempt
 
+pytestmark = pytest.mark.alone
+
 
 class NoSweep(Janitor):
     """Leaves everything, as a janitor that has not come round to it yet."""

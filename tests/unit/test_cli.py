@@ -27,6 +27,8 @@ from distckpt import cli, state, storage
 from distckpt.layout import SPLIT, Row, Table
 from distckpt.manifest import Manifest, Shard
 
+pytestmark = pytest.mark.alone
+
 
 def run(*arguments):
     """Run the command in this process."""

@@ -376,7 +376,7 @@ def test_killed_in_the_middle_leaves_no_target_and_the_next_try_works(run_dir, t
     saved = make_saved(run_dir, 1)
     code = (
         "import os, signal, distckpt\n"
-        "from distckpt import export\n"
+        "from distckpt.formats import export\n"
         f"with distckpt.open({saved.prefix!r}) as opened:\n"
         f"    export.export(opened, {target!r}, {to!r}, export.Options(),\n"
         "                  lambda _: os.kill(os.getpid(), signal.SIGKILL))\n"

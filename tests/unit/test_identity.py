@@ -27,6 +27,7 @@ HOST = socket.gethostname()
         ({"SLURM_JOB_ID": ""}, f"process-{os.getpid()}@{HOST}"),
         ({}, f"process-{os.getpid()}@{HOST}"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.split("-")[0],
 )
 def test_current_with_these_variables_is_this_run(environ, run):
     """The launcher that knows most decides."""

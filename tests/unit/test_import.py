@@ -490,7 +490,7 @@ def test_killed_in_the_middle_leaves_no_run_directory(target, source):
     torch.save({"w": torch.ones(10)}, source)
     code = (
         "import os, signal\n"
-        "from distckpt import import_names, import_run, import_source\n"
+        "from distckpt.formats import import_names, import_run, import_source\n"
         f"with import_source.Source({source!r}, 'torch') as read:\n"
         f"    import_run.import_run(import_names.named(read.tree), {target!r},\n"
         "                          lambda _: os.kill(os.getpid(), signal.SIGKILL))\n"

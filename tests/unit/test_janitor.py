@@ -13,6 +13,8 @@ from distckpt import paths, storage
 from distckpt.errors import StorageError
 from distckpt.janitor import Janitor, remove_published
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def janitor(tmp_path):

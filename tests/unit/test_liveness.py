@@ -18,6 +18,8 @@ from distckpt import line, liveness
 from distckpt.line import Address
 from distckpt.liveness import HERE, WAIT, Place, Round
 
+pytestmark = pytest.mark.alone
+
 ROUND_3 = Round("decisions", 3)
 HERE_IN_ROUND_3 = Place("waiting in phase WRITE", {"decisions": 3})
 

@@ -13,6 +13,8 @@ import pytest
 from distckpt import lock
 from distckpt.lock import DirectoryLock
 
+pytestmark = pytest.mark.alone
+
 HOLDER = """
 import sys
 from distckpt.lock import DirectoryLock

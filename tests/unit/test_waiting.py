@@ -13,6 +13,8 @@ from distckpt.messages import Phase
 from distckpt.waiting import Waiting, Whereabouts
 from distckpt.worker import Worker
 
+pytestmark = pytest.mark.alone
+
 ROUND = Round("decisions", 1)
 GONE = Verdict(True, (2,), "rank 2 died.")
 MISSING = Verdict(False, (3,), "no answer from rank 3.")

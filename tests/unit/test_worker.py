@@ -14,6 +14,8 @@ from distckpt import calls, storage
 from distckpt.errors import StorageError, StorageTimeout
 from distckpt.worker import Worker
 
+pytestmark = pytest.mark.alone
+
 
 def _hang(release):
     """Hang in a call that storage knows of, until released."""
