@@ -5,7 +5,7 @@
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-"$python" -m pip install --quiet --disable-pip-version-check -r launch/requirements.txt '.[clients]'
+"$python" -m pip install --quiet --disable-pip-version-check -r launch/requirements.txt -e '.[clients]'
 
 runs=runs/clients
 rm -rf "$runs"

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distckpt import Checkpoint, CheckpointManager, readers
+from distckpt.comm import GroupChannel
 
 # Every layout of every size that it can have; by default a part of them.
 EVERYTHING = "DISTCKPT_EVERY_RESHARD" in os.environ
@@ -166,10 +167,26 @@ def _count_reads(rank, directory, path, kind, how):
     reads = Reads()
     reads.watch(path)
     with _manager(Checkpoint(tensors=tensors), directory, how) as manager:
-        manager.restore_or_initialize()
+        rounds = _rounds_of(manager.restore_or_initialize)
     assert all(torch.equal(t.to_local(), expected.to_local()) for t in tensors)
+    # However it lies: nobody is asked who has what.
+    assert rounds == ["CLAIM", "PROBE", "CANDIDATE", "PLAN", "READ", "APPLY"], rounds
     needed = sum(tensor.to_local().nbytes for tensor in tensors)
     return needed, sum(reads.bytes_of.values()), len(reads.bytes_of)
+
+
+def _rounds_of(call):
+    """Make a call; return the phases of the rounds of votes that it took."""
+    rounds, consult = [], GroupChannel.consult
+
+    def counted(self, vote, *arguments, **more):
+        rounds.append(vote.phase.name)
+        return consult(self, vote, *arguments, **more)
+
+    GroupChannel.consult = counted
+    call()
+    GroupChannel.consult = consult
+    return rounds
 
 
 CHANGES = [
