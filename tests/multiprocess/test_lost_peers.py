@@ -366,8 +366,8 @@ def test_a_rank_that_is_cut_off_is_named_at_the_deadline(
 
 CASES = [
     *product((2, 4), ("kill",), PHASES),
-    *product((8,), ("kill",), ("PROBE", "DECIDE", "WRITE answer", "READ")),
-    *product((4,), ("stop",), ("PROBE", "DECIDE", "WRITE", "READ", "APPLY")),
+    *product((8,), ("kill",), ("WRITE answer", "READ")),
+    *product((4,), ("stop",), ("PROBE", "WRITE", "READ")),
     *product((2, 8), ("stop",), ("WRITE",)),
     *product((4,), ("absent",), ("PROBE", "DECIDE", "WRITE", "READ")),
     *product((2, 8), ("absent",), ("WRITE",)),

@@ -30,8 +30,8 @@ ALL = [
     *product(("hsdp", "fsdp-tp"), (4, 8)),
 ]
 SOME = [
-    *(("one", 1), ("ddp", 2), ("stages", 3), ("fsdp", 2), ("fsdp", 3)),
-    *(("tp", 2), ("columns", 3), ("hsdp", 4), ("fsdp-tp", 4), ("fsdp", 4)),
+    *(("one", 1), ("ddp", 2), ("stages", 3), ("fsdp", 3)),
+    *(("tp", 2), ("columns", 3), ("hsdp", 4), ("fsdp-tp", 4)),
 ]
 CONFIGURATIONS = ALL if EVERYTHING else SOME
 NAMES = [f"{kind}-{size}" for kind, size in CONFIGURATIONS]
