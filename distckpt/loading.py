@@ -200,8 +200,10 @@ class Loading:
 
     def _look_at_tensors(self, exchange: bool) -> _Wants:
         names, live = [*self._shared.reads], [*self._shared.reads.values()]
+        # What all ranks read together follows from how it was saved, too.
+        saved = self._manifest.assignment if exchange else None
         return self._remembered.known.recall(
-            ("reads", exchange), live, names, lambda: self._list_wants(exchange)
+            ("reads", exchange), live, (names, saved), lambda: self._list_wants(exchange)
         )
 
     def _list_wants(self, exchange: bool) -> _Wants:

@@ -62,6 +62,11 @@ class ModuleNode:
         values = self._own_part(known)
         return dict(zip(self._own.names, values, strict=True))
 
+    def other_tensors(self, known: KnownTensors) -> list[str]:
+        """Name the tensors that hooks, or a user's own ``state_dict()``, have put there."""
+        self._own_part(known)
+        return [name for _, name, value in self._others if isinstance(value, torch.Tensor)]
+
     def saved_parameters(self, known: KnownTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Walk those that stand in the state dict as they are: faster."""
         values = self._own_part(known)

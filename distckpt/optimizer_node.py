@@ -195,7 +195,7 @@ class OptimizerNode:
         return True
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
-        """Refuse it: no function makes a optimizer."""
+        """Refuse it: no function makes an optimizer."""
         raise no_function(self.path)
 
     def _empty_group(self, index: int) -> str:

@@ -77,21 +77,20 @@ class Pretrained:
             if isinstance(value, nn.Module)
         }
         try:
-            readers.locate_newest(self._path)
+            located = readers.locate_newest(self._path)
         except CheckpointNotFound:
             if not storage.exists(self._path):
                 raise
             self._load_safetensors(checkpoint, modules)
         else:
-            self._load_checkpoint(modules)
+            self._load_checkpoint(located.directory, modules)
 
-    def _load_checkpoint(self, modules: Mapping[str, nn.Module]) -> None:
+    def _load_checkpoint(self, directory: str, modules: Mapping[str, nn.Module]) -> None:
         options = self._options
         if options.include is None:
             names = [key_text(name, name) for name in modules]
             options = replace(options, include=names)
-        located = readers.locate_newest(self._path)
-        Checkpoint(**modules).restore(located.directory, options)
+        Checkpoint(**modules).restore(directory, options)
 
     def _load_safetensors(
         self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]
@@ -118,17 +117,17 @@ def _fill_from(
     names: Names,
     path: str,
 ) -> None:
+    def is_selected(full: str) -> bool:
+        return names.selects(full.removeprefix(f"{node.path}/"))
+
     rows: dict[str, Row] = {}
     for key, entry in stored.items():
         here = names.here(key)
         if names.selects(here):
             full = f"{node.path}/{escaped(here)}"
             rows[full] = Row(key, entry.dtype, entry.shape, WHOLE)
-    live = {
-        full: tensor
-        for full, tensor in node.own_tensors(known).items()
-        if names.selects(full.removeprefix(f"{node.path}/"))
-    }
+    own = node.own_tensors(known)
+    live = {full: tensor for full, tensor in own.items() if is_selected(full)}
     # Of tied tensors such files have one name only.
     first_of = {id(live[full]): full for full in live if full in rows}
     for full, tensor in live.items():
@@ -137,6 +136,12 @@ def _fill_from(
     plan = RestorePlan(Saved(rows, {}, Names(), knows_ties=False), known)
     for full, tensor in live.items():
         plan.read_into(full, tensor)
+    for full in filter(is_selected, node.other_tensors(known)):
+        plan.saved.take_row(full)
+        plan.problems.append(
+            f"{full}: made anew by the module's state_dict(), so nothing from a safetensors "
+            "file would reach the module; exclude it"
+        )
     problems = [*plan.problems, *unexpected(plan.saved.left_over())]
     if problems:
         raise mismatch(path, problems)

@@ -96,15 +96,15 @@ def save(
     request = Ran(lambda: _request(step_read.value(), number, check_interval, options))
     if job.flight is not None and not _clear_the_way(job, request):
         return None
+    call = Ran(lambda: request.value().vote(Phase.DECIDE))
     if not job.claimed:
         # The first call of this manager: if all ranks make it alike, claim.
-        _compare_calls(job, request)
+        _compare_calls(job, call)
         ensure_claimed(job)
     counter, last_step = job.checkpoint.save_counter, job.gate.last_step
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
-        call = Ran(lambda: request.value().vote(Phase.DECIDE))
         begin = partial(_begin, job, request, counter)
         attempt, captured, plan = decide_and_plan(job, call, begin)  # S1 to S3
         step, options = request.result.step, request.result.options
@@ -196,7 +196,7 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
     return Request(step, number, bool(check_interval), options)
 
 
-def _compare_calls(job: Job, request: Ran[Request]) -> None:
+def _compare_calls(job: Job, call: Ran[Vote]) -> None:
     # Bad arguments of one rank must reach all of them, so they are a vote too.
 
     def decide(votes: Sequence[Vote]) -> Answer:
@@ -204,13 +204,7 @@ def _compare_calls(job: Job, request: Ran[Request]) -> None:
         check_called_alike(votes)
         return {}
 
-    agree(
-        job.decisions,
-        Phase.DECIDE,
-        request,
-        decide,
-        says=lambda r: r.vote(Phase.DECIDE),
-    )
+    agree(job.decisions, Phase.DECIDE, call, decide, says=lambda vote: vote)
 
 
 def _begin(job: Job, request: Ran[Request], counter: int) -> Attempt:

@@ -71,7 +71,8 @@ class Snapshot:
         self._image = arena.bytes[: shard_file.image_bytes(draft, outline)]
         self._draft = draft
         self._outline = outline
-        self._moves = moves
+        # Walked once: when all is copied, it keeps no tensor alive any more.
+        self._rest = moves.later(from_device=False)
         self._changed: list[str] | None = None
         self._events: list[torch.cuda.Event] = []
         self._beside: torch.cuda.Event | None = None
@@ -91,7 +92,7 @@ class Snapshot:
         Raises:
             SaveFailed: A tensor was changed meanwhile: the copy is good for nothing.
         """
-        self._copy(self._moves.later(from_device=False))
+        self._copy(self._rest)
         for event in self._events:
             event.synchronize()
         self.check_unchanged()

@@ -228,8 +228,10 @@ def read_records(file: OpenFile, start: int, size_bytes: int) -> dict[str, Recor
     try:
         with zipfile.ZipFile(view) as archive:
             listed = archive.infolist()
-    # What that module raises for damaged tables is not listed anywhere.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+    # Only BadZipFile is documented. But damaged tables also make it decode names that are
+    # no text, or (before Python 3.12) seek to before the start: both ValueErrors; or refuse
+    # a version of the format that it does not know: NotImplementedError.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         msg = f"{where}: no zip archive: {error}."
         raise FormatError(msg) from error
     # torch can be told to write none; then it writes zeros.

@@ -587,6 +587,36 @@ def test_columns_that_were_saved_apart_are_read_once_and_put_together(tmp_path, 
         assert num_bytes < total / 2 + 2 * exchange_plan._GRAIN_BYTES + 3 * 4096
 
 
+def _restore_one_then_the_other(rank, directory):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    values = torch.randn(600, 500, generator=torch.Generator().manual_seed(0))
+    for cut in (0, 1):
+        saved = distribute_tensor(values, mesh, [Shard(cut)])
+        with _manager(Checkpoint(table=saved), f"{directory}-{cut}") as manager:
+            manager.save()
+    reads = Reads()
+    live = distribute_tensor(torch.zeros(600, 500), mesh, [Shard(1)])
+    checkpoint = Checkpoint(table=live)
+    told = []
+    for cut in (1, 0, 1):
+        live.to_local().zero_()
+        with _manager(checkpoint, f"{directory}-{cut}") as manager:
+            reads.clear()
+            manager.restore_or_initialize()
+        assert torch.equal(live.full_tensor(), values)
+        told.append(reads.num_bytes)
+    return told
+
+
+def test_what_is_exchanged_follows_from_the_checkpoint_that_is_read(tmp_path):
+    """Not from the one before, which lay in its files otherwise."""
+    total = 600 * 500 * 4
+    directory = str(tmp_path / "run")
+    for told in values_of(run_ranks(_restore_one_then_the_other, 2, directory)):
+        # Columns from columns: its own. From rows: half of it all, and the rest received.
+        assert all(num_bytes < total / 2 + 3 * 4096 for num_bytes in told), told
+
+
 # The argument
 
 

@@ -20,6 +20,7 @@ from distckpt import (
     MismatchError,
     RestoreOptions,
     from_pretrained,
+    readers,
 )
 
 
@@ -159,6 +160,51 @@ def test_parts_and_other_names_can_be_taken(tmp_path):
         )
         start(tmp_path / f"new{prefix[:1]}", from_pretrained(path, options), model=model)
         assert torch.equal(model.tokens.weight, base.embedding.weight)
+
+
+class Packed(nn.Module):
+    """What it keeps is not what its state dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = nn.Linear(3, 3)
+        self.packed = torch.ones(4)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}unpacked"] = self.packed * 2
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_what_a_state_dict_makes_anew_is_refused_by_name(tmp_path, has_it):
+    """Filling it would change nothing in the module, whether the file has it or not."""
+    base = Packed()
+    state = {k: v for k, v in base.state_dict().items() if has_it or k != "unpacked"}
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    model = Packed()
+    with pytest.raises(MismatchError, match="model/unpacked: made anew") as caught:
+        start(tmp_path / "a", from_pretrained(path), model=model)
+    assert "1 differences" in str(caught.value)
+    init_fn = from_pretrained(path, RestoreOptions(exclude="unpacked"))
+    start(tmp_path / "b", init_fn, model=model)
+    assert torch.equal(model.plain.weight, base.plain.weight)
+
+
+def test_a_run_is_looked_up_once(tmp_path, monkeypatch):
+    """Else a job that goes on there could change what is meant in between."""
+    base = Tied()
+    path = as_run(tmp_path, base)
+    real, asked = readers.locate_newest, []
+
+    def locate(path):
+        asked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(readers, "locate_newest", locate)
+    model = Tied()
+    start(tmp_path / "new", from_pretrained(path), model=model)
+    assert same(model, base) and asked == [path]
 
 
 def test_the_module_that_a_file_is_for_must_be_clear(tmp_path):

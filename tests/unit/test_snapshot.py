@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -208,6 +210,22 @@ def test_lazy_copy_of_what_was_changed_is_refused(what, when):
     with pytest.raises(SaveFailed, match="wait_staged") as caught:
         check()
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_tensors_can_go_once_they_are_copied(tmp_path, lazily):
+    """While the file is written, what the user has dropped takes no memory any more."""
+    trained = Trained()
+    plan = Plan(trained.checkpoint)
+    snapshot = plan.snapshot(lazily=lazily)
+    snapshot.copy_rest()
+    snapshot.let_go()
+    gone = [weakref.ref(trained.module[0].weight), weakref.ref(trained.beside)]
+    plan.captured = trained.checkpoint = None
+    del trained
+    gc.collect()
+    assert [there() for there in gone] == [None, None]
+    assert snapshot.write(str(tmp_path / "file")).size_bytes > 0
 
 
 def test_lazy_copy_outlives_the_tensors_it_is_of(tmp_path):

@@ -379,9 +379,37 @@ def _cut(path):
     os.truncate(path, os.path.getsize(path) - 30)
 
 
+def _not_utf8(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/\u00e4", "x")
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.rindex("\u00e4".encode()))
+        file.write(b"\xff\xff")
+
+
+def _of_a_later_version(path):
+    torch.save(torch.ones(2), path)
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.rindex(b"PK\1\2") + 6)  # what is needed to extract it
+        file.write(struct.pack("<H", 73))
+
+
+def _table_before_the_start(path):
+    with_pickle(path, b"N.")
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.rindex(b"PK\5\6") + 12)  # how long it is
+        file.write(struct.pack("<L", len(data) + 1))
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (_table_before_the_start, "no zip archive"),
+        (_not_utf8, "no zip archive: 'utf-8' codec"),
+        (_of_a_later_version, "no zip archive: zip file version 7.3"),
         (_compressed, "compressed"),
         (_twice, "twice"),
         (_script, "not one that torch.save has written"),
