@@ -31,7 +31,14 @@ from outcome_helpers import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, SaveFailed
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointOptions,
+    PerRank,
+    SaveFailed,
+    storage,
+)
 
 DEADLINE_SECONDS = 2.0
 
@@ -201,6 +208,60 @@ def test_interrupt_in_user_code_stays_one_and_fails_the_save_elsewhere(tmp_path,
     assert second0.seconds < 1
     assert committed(directory) == ["ckpt-1"]
     assert_all_whole(directory)
+
+
+def _interrupt_the_beginning(rank, directory, enable_async):
+    checkpoint = make_checkpoint()
+    options = CheckpointOptions(enable_async=enable_async)
+    with _manager(checkpoint, directory) as manager:
+        manager.save()
+        train(checkpoint)
+        real = storage.make_directory
+
+        def make_directory(path):
+            # The chief's thread for storage is at work, its main thread waits for it.
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            real(path)
+
+        storage.make_directory = make_directory
+        found = [outcome(manager.save, options=options)]
+        storage.make_directory = real
+        found.append(outcome(manager.sync))
+        return found
+
+
+def _save_again(rank, directory):
+    checkpoint = make_checkpoint(seed=1)
+    with _manager(checkpoint, directory) as manager:
+        return manager.restore_or_initialize(), manager.save(), leftovers(directory)
+
+
+@pytest.mark.parametrize("enable_async", [False, True])
+def test_interrupt_while_the_chief_begins_ends_the_save_before_it_writes(
+    tmp_path, enable_async
+):
+    """Raised where it came, once all know; told to the others as why there is no save."""
+    directory = str(tmp_path / "run")
+    chief, *others = values_of(
+        run_ranks(_interrupt_the_beginning, 3, directory, enable_async)
+    )
+    assert chief[0].kind == "KeyboardInterrupt"
+    for first, second in others:
+        if enable_async:
+            assert first.kind == "ok"
+            assert "ckpt-2 was not committed" in second.text
+        else:
+            assert first.kind == "SaveFailed" and set(first.failures) == {0}
+            assert first.failures[0].startswith("KeyboardInterrupt")
+        # The chief is on its way out.
+        assert second.kind == "PeerLost" and "KeyboardInterrupt" in second.text
+        assert second.seconds < 1
+    assert committed(directory) == ["ckpt-1"]
+    assert_all_whole(directory)
+    for restored, saved, left in values_of(run_ranks(_save_again, 3, directory)):
+        assert restored == f"{directory}/ckpt-1"
+        assert saved.startswith(f"{directory}/ckpt-") and left == []
 
 
 # Ranks that die or stop
