@@ -447,18 +447,18 @@ def test_json_output_is_ascii(run_dir):
 # As a process
 
 
-def test_list_as_a_process_answers_at_once(several):
-    """Without torch, which takes seconds: processor time, the best of three runs.
-
-    Mostly 0.16 s; on a machine that is shared and slow at times, over twice that.
-    """
+def test_list_as_a_process_takes_less_than_300_ms(several, tmp_path, monkeypatch):
+    """Without torch it answers at once: processor time, the best of five runs."""
+    # As where it is installed: its modules are compiled once, not in every process.
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "compiled"))
     times = []
-    for _ in range(3):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_process("list", several).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 0.7
+    assert min(times) < 0.3
 
 
 def test_command_as_a_process_exits_with_its_code(saved):
