@@ -139,8 +139,8 @@ def _fill_from(
     for full in filter(is_selected, node.other_tensors(known)):
         plan.saved.take_row(full)
         plan.problems.append(
-            f"{full}: made anew by the module's state_dict(), so nothing from a safetensors "
-            "file would reach the module; exclude it"
+            f"{full}: made anew by the module's state_dict(), so nothing from a "
+            "safetensors file would reach the module; exclude it"
         )
     problems = [*plan.problems, *unexpected(plan.saved.left_over())]
     if problems:

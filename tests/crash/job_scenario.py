@@ -44,11 +44,9 @@ from distckpt.verify import verify_attempt
 # Real ranks are the business of the tests in another folder.
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
 
+from harness import EVERYTHING as EVERYTHING
 from harness import RankResult, run_ranks
 from outcome_helpers import make_checkpoint, state_of, train
-
-# Whether to strike everywhere, instead of at each call once.
-EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
 
 _TIMEOUT_SECONDS = 20.0
 _JOB_SECONDS = 60.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from job_scenario import EVERYTHING
 
 ROOT = Path(__file__).parents[2]
 
 
 # Mostly imports; a busy machine may take its time.
 @pytest.mark.skipif(
-    not os.environ.get("DISTCKPT_EVERY_CRASH"),
+    not EVERYTHING,
     reason="takes a minute; set DISTCKPT_EVERY_CRASH=1, or run launch/soak.sh",
 )
 @pytest.mark.timeout(400)

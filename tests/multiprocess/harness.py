@@ -34,6 +34,8 @@ _PRELOAD = [
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
+# Whether to try everything, instead of the part that CI has the time for.
+EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
 # Tests run several jobs from threads, and starting a process looks after all others: two
 # threads that ask for one exit status at a time get it once, and nonsense the other time.
 _lock = threading.Lock()

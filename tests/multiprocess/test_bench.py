@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import EVERYTHING
 
+WORKLOADS = ["gpt2-sharded", *(["ddp-replicated"] if EVERYTHING else [])]
 # What a peer could be like: one that is not there, and one that fails on one rank alone,
 # while the other waits for it.
 MISSING = "raise ModuleNotFoundError('made up: it is not there')"
@@ -74,7 +76,7 @@ def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stub
     bench = start(
         directory,
         stubs,
-        *("--workload", "gpt2-sharded"),
+        *("--workload", ",".join(WORKLOADS)),
         *("--compare", "dcp-tuned,torch-save,safetensors,torchsnapshot"),
         *("--json", str(found), "--plot", str(chart)),
     )
@@ -83,7 +85,7 @@ def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stub
     assert list(directory.iterdir()) == [], "everything is removed"
     results = json.loads(found.read_text())
     assert results["environment"]["world_size"] == 2
-    assert list(results["workloads"]) == ["gpt2-sharded"]
+    assert list(results["workloads"]) == WORKLOADS
     for name, workload in results["workloads"].items():
         assert name in output
         check_workload(workload)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from harness import run_ranks, values_of
+from harness import EVERYTHING, run_ranks, values_of
 from outcome_helpers import (
     Trap,
     assert_all_whole,
@@ -355,7 +355,7 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
 
 
 @pytest.mark.parametrize("phase", ["before", "capture", "write", "restore"])
-@pytest.mark.parametrize("world_size", [3])
+@pytest.mark.parametrize("world_size", [2, 3, 4] if EVERYTHING else [3])
 def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, phase):
     """Killed or stopped, the chief or another: errors in time, silence after, no loss."""
     cases = [(how, victim) for how in ("kill", "stop") for victim in (0, world_size - 1)]
@@ -399,10 +399,13 @@ def _end_of(process):
     return process.returncode, out, err, time.monotonic()
 
 
-@pytest.mark.parametrize(
-    ("how", "victim"),
-    [("stop", 0), ("kill", 2), ("interrupt", 1)],
-)
+# The others take as long as these, mostly imports.
+ENDS = [("stop", 0), ("kill", 2), ("interrupt", 1)]
+if EVERYTHING:
+    ENDS += [("stop", 1), ("kill", 0)]
+
+
+@pytest.mark.parametrize(("how", "victim"), ENDS)
 def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
     """Neither destructors nor threads hold up the interpreter's normal end."""
     arguments = [str(tmp_path / "rendezvous"), str(tmp_path / "run"), how, str(victim)]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import EVERYTHING
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "30", "--interval", "6", "--width", "32", "--layers", "1"]
@@ -41,7 +42,7 @@ def _train(world_size: int, directory: Path, text: Path, *arguments: str) -> str
 
 # Each takes a minute, mostly imports: the others only where everything is tried.
 JOBS = [("fsdp", 2)]
-if os.environ.get("DISTCKPT_EVERY_CRASH"):
+if EVERYTHING:
     JOBS += [("ddp", 2), ("fsdp", 4)]
 
 
