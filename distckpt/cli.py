@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from distckpt import paths, storage
+from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_transfer import export_command, import_command
 from distckpt.errors import CheckpointNotFound
 from distckpt.manifest import Manifest
@@ -29,8 +30,9 @@ from distckpt.terminal import (
     json_option,
     or_exit,
     print_json,
-    printable,
+    print_table,
     size,
+    steps,
 )
 from distckpt.verify import Report, verify_attempt
 
@@ -50,6 +52,8 @@ def main() -> None:
 
 main.add_command(export_command)
 main.add_command(import_command)
+main.add_command(doctor_command)
+main.add_command(repair_command)
 
 
 @main.command(name="list")
@@ -66,7 +70,7 @@ def list_command(directory: str, as_json: bool) -> None:
     if not rows:
         echo(f"{directory}: no checkpoint has been committed.")
         return
-    _print_table(
+    print_table(
         ["path", "state", "step", "saved", "age"],
         [
             [
@@ -99,7 +103,7 @@ def show(path: str, as_json: bool) -> None:
     echo(f"ranks      {manifest.world_size}")
     echo(f"size       {size(manifest.size_bytes)}")
     rows = manifest.assignment.rows.values()
-    _print_table(
+    print_table(
         ["tensor", "dtype", "shape", "bytes", "in files of ranks"],
         [
             [
@@ -132,8 +136,8 @@ def verify(path: str, as_json: bool) -> None:
         reports.append((path, _verify_dcp(path)))
     else:
         targets = or_exit(_targets, path)
-        with _progress(targets, as_json) as steps:
-            for name, directory, manifest_digest in steps:
+        with steps("verifying", targets, as_json) as each:
+            for name, directory, manifest_digest in each:
                 reports.append((name, verify_attempt(directory, manifest_digest)))
     if as_json:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
@@ -256,39 +260,6 @@ def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -
             f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
             "and fails if there is none."
         )
-
-
-def _print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
-) -> None:
-    # Imported here: a table takes longer to import than 'list --json' takes at all.
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    is_terminal = sys.stdout.isatty()
-    # Into a file or pipe no line is folded or cut.
-    console = Console(width=None if is_terminal else 10_000, highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column in right else "left",
-            overflow="fold",
-            no_wrap=not is_terminal,
-        )
-    for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
-    console.print(table)
-
-
-def _progress(targets: Sequence[tuple[str, str, str | None]], as_json: bool) -> Any:
-    return click.progressbar(
-        targets,
-        label="verifying",
-        file=sys.stderr,
-        hidden=as_json or len(targets) < 2 or not sys.stderr.isatty(),
-    )
 
 
 def _date(seconds: float) -> str:

@@ -150,13 +150,13 @@ def _sweep_name(
         published is not None
         and published.epoch < epoch
         and published not in listed
-        and _chain_of(path) == chain
+        and chain_of(path) == chain
     ):
         # Published but never recorded: its writer died between the two.
         remove_published(directory, published)
 
 
-def _chain_of(path: str) -> str | None:
+def chain_of(path: str) -> str | None:
     """Return the chain that made an attempt; None where its manifest won't tell.
 
     An attempt that was copied here from another run directory is not ours to delete.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from weakref import WeakValueDictionary
 
@@ -19,6 +21,13 @@ from distckpt.calls import watched
 
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
+_TRIAL_SECONDS = 20.0
+_TRY_IT = (
+    "import sys, filelock\n"
+    "try: filelock.FileLock(sys.argv[1]).acquire(timeout=0)\n"
+    "except filelock.Timeout: sys.exit(7)\n"
+)
+_REFUSED = 7
 
 # Of two managers in one process the newer wins: it takes the lock from the older one,
 # whose next append is fenced.
@@ -69,3 +78,21 @@ class DirectoryLock:
             self._lock.release(force=True)
         if _held_here.get(self._key) is self:
             del _held_here[self._key]
+
+
+def keeps_others_out(path: str) -> bool:
+    """Try out whether a lock on a file keeps another process of this host away from it.
+
+    Args:
+        path: Of the file; made, and not removed.
+    """
+    command = [sys.executable, "-c", _TRY_IT, path]
+    try:
+        with watched("lock", path), FileLock(path, timeout=0):
+            done = subprocess.run(
+                command, check=False, capture_output=True, timeout=_TRIAL_SECONDS
+            )
+    except (OSError, NotImplementedError, Timeout, subprocess.TimeoutExpired) as error:
+        _logger.warning("no lock on %s: %s", path, error)
+        return False
+    return done.returncode == _REFUSED

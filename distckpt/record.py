@@ -17,6 +17,7 @@ from distckpt.errors import CorruptStateError
 FORMAT = 1
 CLAIM = "claim"
 COMMIT = "commit"
+REPAIR = "repair"
 
 DIGEST_LENGTH = 32
 _MAX_SIZE_BYTES = 64 * 2**20
@@ -99,7 +100,7 @@ class Record:
         writer: Random id of the manager that wrote it.
         run: Identity of the job (see ``identity.py``).
         restart: How often the launcher had restarted the job.
-        action: ``"claim"`` or ``"commit"``.
+        action: ``"claim"``, ``"commit"`` or, by hand, ``"repair"``.
         written: Wall time, for people.
         live: Managed checkpoints, oldest first.
         kept: Committed but unmanaged: preserved, or forgotten by TensorFlow's rule.
@@ -138,7 +139,7 @@ class Record:
         _check(is_hex(self.writer, 16), "writer", self.writer)
         _check(isinstance(self.run, str) and len(self.run) <= 256, "run", self.run)
         _check(_is_count(self.restart), "restart", self.restart)
-        _check(self.action in (CLAIM, COMMIT), "action", self.action)
+        _check(self.action in (CLAIM, COMMIT, REPAIR), "action", self.action)
         _check(_is_time(self.written), "written", self.written)
         _check(
             self.last_preserved is None or _is_time(self.last_preserved),

@@ -21,7 +21,7 @@ from distckpt.errors import (
 )
 from distckpt.record import Record, digest
 
-_MAX_RECORD_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 _KEPT_RECORDS = 64
 _MAX_RACES = 10
 
@@ -80,7 +80,7 @@ def _newest_named(directory: str) -> int:
 
 def has_records(directory: str) -> bool:
     """Tell whether a directory has a chain, valid or not."""
-    return bool(_record_numbers(directory))
+    return bool(record_numbers(directory))
 
 
 def is_newest(directory: str, head: Head | None) -> bool:
@@ -139,7 +139,7 @@ def append(directory: str, record: Record) -> Head:
 
 def prune(directory: str) -> None:
     """Remove records long behind the newest; the newest holds everything in full."""
-    for number in _record_numbers(directory)[:-_KEPT_RECORDS]:
+    for number in record_numbers(directory)[:-_KEPT_RECORDS]:
         storage.remove_file(record_path(directory, number))
 
 
@@ -161,19 +161,20 @@ def record_path(directory: str, number: int) -> str:
     return os.path.join(directory, paths.RECORDS_DIRECTORY, paths.record_file(number))
 
 
-def _record_numbers(directory: str) -> list[int]:
+def record_numbers(directory: str) -> list[int]:
+    """List the numbers that have a file, valid or not, ascending."""
     names = storage.list_directory(os.path.join(directory, paths.RECORDS_DIRECTORY))
     numbers = (paths.parse_record_file(name) for name in names)
     return sorted(number for number in numbers if number is not None)
 
 
 def _newest_listed(directory: str) -> int:
-    return max(_record_numbers(directory), default=0)
+    return max(record_numbers(directory), default=0)
 
 
 def _read(directory: str, number: int) -> Head:
     path = record_path(directory, number)
-    data = storage.read_file(path, _MAX_RECORD_BYTES)
+    data = storage.read_file(path, MAX_RECORD_BYTES)
     try:
         record = Record.decode(data)
         if record.number != number:
@@ -182,11 +183,9 @@ def _read(directory: str, number: int) -> Head:
     except CorruptStateError as error:
         msg = (
             f"{path}: {error}. The newest record decides what is committed, so nothing "
-            "is guessed. Restore the file from a copy (the state file "
-            f"'{paths.STATE_FILE}' holds the same bytes if its number is {number}). Do not "
-            "just remove it: the next claim would then delete what it committed. Or start "
-            "in another run directory from the newest checkpoint that 'distckpt verify' "
-            "finds whole, with Checkpoint.restore as init_fn."
+            f"is guessed: 'distckpt repair {directory}' says which checkpoints there are "
+            "whole, and rebuilds the records from them. Do not just remove the file: the "
+            "next claim would then delete what it committed."
         )
         raise CorruptStateError(msg) from error
     return Head(record, digest(data))
@@ -201,16 +200,15 @@ def _any_checkpoint(directory: str) -> str | None:
 def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
     msg = (
         f"{directory} has checkpoints ({checkpoint}, ...) but no records in "
-        f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. Restore "
-        f"{paths.RECORDS_DIRECTORY} from a copy, or use another directory and "
-        "start from the checkpoint with init_fn."
+        f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. "
+        f"'distckpt repair {directory}' rebuilds the records from those that are whole."
     )
     raise CorruptStateError(msg)
 
 
 def _settle(path: str, data: bytes, error: StorageError) -> None:
     try:
-        found = storage.read_file(path, _MAX_RECORD_BYTES)
+        found = storage.read_file(path, MAX_RECORD_BYTES)
     except StorageError as second:
         raise _unknown(path, error) from second
     if found != data:

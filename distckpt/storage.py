@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
@@ -249,6 +250,15 @@ class NewFile:
                 os.close(descriptor)
 
 
+def can_write_directly(path: str) -> bool:
+    """Try out, with a new small file, whether writes go past the page cache."""
+    with NewFile(path, direct=True) as file:
+        file.write_at(0, [memoryview(mmap.mmap(-1, DIRECT_BYTES))])
+        is_direct = file._is_direct
+        file.finish(1)
+    return is_direct
+
+
 class OpenFile:
     """A regular file open for reading by offset.
 
@@ -474,6 +484,27 @@ def free_bytes(path: str) -> int:
     with _reported("statvfs", path):
         status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def free_inodes(path: str) -> int | None:
+    """Return how many files this user may still make; None where there is no limit."""
+    with _reported("statvfs", path):
+        status = os.statvfs(path)
+    return status.f_favail if status.f_files else None
+
+
+def modified(path: str) -> float:
+    """Return when a file was last written, by the filesystem's clock."""
+    with _reported("stat", path):
+        return os.stat(path).st_mtime
+
+
+def is_writable_by_others(path: str) -> bool:
+    """Tell whether any user may rename and delete in a directory; False if it is none."""
+    with _reported("stat", path), suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+    return False
 
 
 def _take_no_notice(_: memoryview) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from distckpt.errors import DistckptError
+
+_Item = TypeVar("_Item")
 
 EXIT_OK = 0
 EXIT_BAD = 1
@@ -61,6 +63,46 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} TiB"
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> None:
+    """Print a table; into a file or pipe no line of it is folded or cut.
+
+    Args:
+        columns: Their names.
+        rows: The cells.
+        right: Columns that are aligned to the right.
+    """
+    # Imported here: a table takes longer to import than 'list --json' takes at all.
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(width=None if is_terminal else 10_000, highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=not is_terminal,
+        )
+    for row in rows:
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def steps(label: str, items: Sequence[_Item], as_json: bool = False) -> Any:
+    """Return a context manager that hands items out, and shows how it gets on."""
+    return click.progressbar(
+        items,
+        label=label,
+        file=sys.stderr,
+        hidden=as_json or len(items) < 2 or not sys.stderr.isatty(),
+    )
 
 
 class Progress:

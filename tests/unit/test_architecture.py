@@ -25,7 +25,7 @@ LAYERS = {
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node"},
-    7: {"opened", "module_node"},
+    7: {"opened", "module_node", "repair", "doctor"},
     8: {"optimizer_node"},
     9: {"tracked"},
     10: {"loading"},
@@ -36,7 +36,7 @@ LAYERS = {
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save"},
-    18: {"manager", "cli_transfer"},
+    18: {"manager", "cli_transfer", "cli_repair"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -63,7 +63,7 @@ TORCH_FREE = {
     *{"calls", "read_plan", "exchange_plan", "collector", "restore_names"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
-    *{"terminal", "cli_transfer"},
+    *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 

@@ -501,3 +501,52 @@ def test_pending_save_is_not_listed(run_dir):
     before = len(run_json("list", run_dir)["checkpoints"])
     commit(chief, attempt, shards)
     assert (before, len(run_json("list", run_dir)["checkpoints"])) == (1, 2)
+
+
+def damage_records(directory):
+    """Flip a bit of the newest record, and take its copy away."""
+    flip_bit(state.record_path(directory, max(state.record_numbers(directory))), 100)
+    os.unlink(os.path.join(directory, "checkpoint"))
+
+
+def test_doctor_of_a_healthy_directory_is_well(saved):
+    done = run("doctor", saved.directory)
+    assert done.exit_code == 0
+    for text in ("hard links", "locks", "held by", "nobody", "1 live", "left over"):
+        assert text in done.output
+
+
+def test_doctor_of_damaged_records_names_the_repair(saved):
+    damage_records(saved.directory)
+    done = run("doctor", saved.directory, "--read-only")
+    assert done.exit_code == 1 and f"distckpt repair {saved.directory}" in done.output
+    found = run_json("doctor", saved.directory)
+    assert found["ok"] is False
+    assert [f["what"] for f in found["findings"] if f["verdict"] == "BAD"] == ["records"]
+
+
+@pytest.mark.parametrize("command", ["doctor", "repair"])
+def test_what_is_no_directory_is_said(command, tmp_path):
+    done = run(command, str(tmp_path / "missing"))
+    assert done.exit_code == 3 and "is not a directory" in done.stderr
+
+
+def test_repair_of_whole_records_does_nothing(saved):
+    done = run("repair", saved.directory, "--yes")
+    assert done.exit_code == 0 and "nothing to repair" in done.output
+    assert run_json("repair", saved.directory)["record"] is None
+
+
+def test_repair_says_what_it_would_do_and_does_it_with_yes(saved):
+    damage_records(saved.directory)
+    assert run("list", saved.directory).exit_code == 3
+    before = sorted(os.walk(saved.directory))
+    done = run("repair", saved.directory)
+    assert done.exit_code == 1 and "--yes" in done.output
+    assert saved.attempt.published in done.output and "live" in done.output
+    assert sorted(os.walk(saved.directory)) == before
+    assert run_json("repair", saved.directory)["repaired"] is False
+    done = run("repair", saved.directory, "--yes")
+    assert done.exit_code == 0 and "Appended record" in done.output
+    assert saved.prefix in run("list", saved.directory).output
+    assert run("verify", saved.directory).exit_code == 0
