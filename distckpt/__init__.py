@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
+    from distckpt.policy import on_signal
     from distckpt.pretrained import from_pretrained
     from distckpt.readers import (
         CheckpointState,
@@ -92,6 +93,7 @@ __all__ = [
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",
+    "on_signal",
     "open",
 ]
 
@@ -110,6 +112,7 @@ _HOMES = {
     "get_checkpoint_state": "readers",
     "init_process_group": "rendezvous",
     "latest_checkpoint": "readers",
+    "on_signal": "policy",
     "open": "opened",
 }
 

@@ -109,7 +109,7 @@ def _fly(
         flight.error = error if isinstance(error, Exception) else error.__cause__ or error
     finally:
         job.commits.lane.be_idle()
-        flight.done.set()
+        flight.finish()
 
 
 def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> bool:
@@ -163,6 +163,7 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         _undo(job, flight)
         raise flight.error
     assert flight.answer is not None
+    job.save_seconds.append(flight.seconds)
     job.take_lists(updated_lists(job, flight.answer))
     return True
 

@@ -6,6 +6,7 @@ Bad arguments are votes like every other error: those of one rank reach all of t
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from distckpt.errors import (
 )
 from distckpt.exchange_plan import is_faster_once
 from distckpt.groups import invite, open_channels
-from distckpt.job import Job, Ran, agree
+from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Vote, describe, raise_failures
+from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.record import digest
 from distckpt.waiting import Whereabouts
@@ -83,7 +85,7 @@ class Arguments:
             self.max_to_keep,
             self.keep_checkpoint_every_n_hours,
             self.checkpoint_name,
-            self.checkpoint_interval,
+            policy.SaveWhen.of(self.checkpoint_interval).alike(),
             bool(self.takeover),
             self.read_replicated,
         ]
@@ -114,6 +116,8 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         made = Ran(lambda: _make_job(arguments, decisions, commits, connect()))
         job = _agree_on_job(arguments, made, decisions)
         worker.raise_interrupt()
+        if job.stop is not None:
+            job.stop.notice.begin()
         decisions.lane.be_idle()
         return job
     except BaseException as error:
@@ -212,7 +216,7 @@ def _make_job(
         raise ConfigError(msg)
     arguments.retention()
     gate = policy.IntervalGate(arguments.checkpoint_interval)
-    if gate.interval is not None and arguments.step_counter is None:
+    if gate.when.interval is not None and arguments.step_counter is None:
         msg = "step_counter must be given if checkpoint_interval is not None."
         raise ConfigError(msg)
     return Job(
@@ -225,7 +229,17 @@ def _make_job(
         read_step=_step_reader(arguments.step_counter),
         init_fn=arguments.init_fn,
         timeout_seconds=arguments.wait.total_seconds(),
+        stop=_stop(gate.when.told),
     )
+
+
+def _stop(told: policy.OnSignal | None) -> Stop | None:
+    if told is None:
+        return None
+    if told.signals and threading.current_thread() is not threading.main_thread():
+        msg = "on_signal: signals can be handled by a manager of the main thread only."
+        raise ConfigError(msg)
+    return Stop(Notice(told.signals), told.file, told.grace_period_seconds)
 
 
 def _step_reader(step_counter: Any) -> Callable[[], int] | None:

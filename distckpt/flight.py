@@ -36,6 +36,7 @@ class Flight:
         let_go: Called when everything is copied and the user's thread changes nothing.
         released: Set then.
         thread: Brings it to its end.
+        seconds: How long it took, when it is done.
     """
 
     def __init__(
@@ -54,7 +55,14 @@ class Flight:
         self.let_go: Callable[[], None] = _nothing
         self.released = threading.Event()
         self.thread: threading.Thread | None = None
+        self.seconds = 0.0
+        self._began = time.monotonic()
         self._hook: Any = None
+
+    def finish(self) -> None:
+        """Note that the outcome is there."""
+        self.seconds = time.monotonic() - self._began
+        self.done.set()
 
     def wait_staged(self) -> None:
         """Wait until the user may change everything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -22,11 +23,33 @@ from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
 from distckpt.policy import IntervalGate, Pace
+from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
 
 _Result = TypeVar("_Result")
+
+
+@dataclass(slots=True)
+class Stop:
+    """What this rank knows of the job's being told to stop.
+
+    Attributes:
+        notice: Whether this process was told.
+        file: A file that tells it, too.
+        grace_period_seconds: How long after that the job is ended.
+        calls_left: After how many more calls of ``save()`` to ask.
+        agreed: Whether all ranks know it.
+        is_due: Whether the save for it is still to be made.
+    """
+
+    notice: Notice
+    file: str | None
+    grace_period_seconds: float
+    calls_left: int = 1
+    agreed: bool = False
+    is_due: bool = False
 
 
 @dataclass(slots=True)
@@ -55,6 +78,8 @@ class Job:
         arena: Where asynchronous saves are copied to.
         flight: The one that is under way.
         pace: How often ``save()`` is called.
+        save_seconds: How long the last saves took, from the question to the commit.
+        stop: Whether the job is told to stop; None if it does not ask for that.
     """
 
     checkpoint: Checkpoint
@@ -77,6 +102,8 @@ class Job:
     arena: Arena | None = None
     flight: Flight | None = None
     pace: Pace = field(default_factory=Pace)
+    save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    stop: Stop | None = None
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ from distckpt.errors import (
     StorageTimeout,
 )
 from distckpt.messages import Phase, Vote, describe
+from distckpt.policy import OnSignal, SaveWhen
 from distckpt.pretrained import Pretrained
 from distckpt.restore import restore_or_initialize
 from distckpt.restore_names import RestoreOptions
@@ -56,7 +57,8 @@ class CheckpointManager:
         step_counter: The training step: anything ``int()`` accepts that changes (a
             0-dim tensor, a counter object), or a callable.
         checkpoint_interval: Least number of steps between two saves; needs
-            ``step_counter``.
+            ``step_counter``. None: every call saves. With ``| on_signal("SIGTERM")`` behind
+            either, or by itself: once more when the job is told to stop.
         init_fn: Called by ``restore_or_initialize`` where there is nothing to restore; or
             ``from_pretrained(path)``: what the modules then begin with.
         process_group: The ranks that checkpoint together; None means all. Any backend:
@@ -85,7 +87,7 @@ class CheckpointManager:
         keep_checkpoint_every_n_hours: float | None = None,
         checkpoint_name: str = "ckpt",
         step_counter: Any = None,
-        checkpoint_interval: int | None = None,
+        checkpoint_interval: int | OnSignal | SaveWhen | None = None,
         init_fn: Callable[[], Any] | Pretrained | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
@@ -122,7 +124,16 @@ class CheckpointManager:
     @property
     def checkpoint_interval(self) -> int | None:
         """Least number of steps between two saves."""
-        return self._job.gate.interval
+        return self._job.gate.when.interval
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the job was told to stop: the same on every rank, from the same call on.
+
+        Only with ``on_signal``. The ranks agree in ``save()``, which has then saved, unless
+        there was no time left for it: leave the loop, and close the manager.
+        """
+        return self._job.stop is not None and self._job.stop.agreed
 
     @property
     def latest_checkpoint(self) -> str | None:
@@ -152,9 +163,13 @@ class CheckpointManager:
         committed yet. A later call brings it in, on all ranks the same one, and raises if
         it failed, as if it had never begun; see ``CheckpointOptions``.
 
+        With ``on_signal`` the ranks agree here on whether the job is told to stop, and the
+        call at which they do saves, whatever the interval and synchronously.
+
         Called by: every rank. Collectives: none if the interval rules the call out; else
         two rounds, one more if ranks track different things, three more the first time.
-        While an asynchronous save is under way, a round about every second.
+        While an asynchronous save is under way, a round about every second; with
+        ``on_signal`` another.
 
         Args:
             checkpoint_number: Number to save under, instead of the next one; it may
@@ -309,6 +324,8 @@ class CheckpointManager:
         if self._job.flight is not None:
             self._job.flight.release_optimizers()
         self._job.arena = None
+        if self._job.stop is not None:
+            self._job.stop.notice.end()
         if self._job.liveness is not None:
             self._job.liveness.leave(reason[:500])
         if self._job.chief is not None:
@@ -319,6 +336,9 @@ class CheckpointManager:
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
             raise _again(self._unusable) from self._unusable
+        notice = None if self._job.stop is None else self._job.stop.notice
+        if notice is not None:
+            notice.enter()
         try:
             result = call()
         except FencedError as error:
@@ -333,6 +353,8 @@ class CheckpointManager:
                 self._let_go(unusable, f"{error!r} in a call of the manager")
             raise
         finally:
+            if notice is not None:
+                notice.leave()
             self._job.decisions.lane.be_idle()
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
             self._job.decisions.lane.worker.raise_interrupt()

@@ -35,6 +35,7 @@ class Phase(IntEnum):
     SYNC = 13
     LAND = 14
     REPLICAS = 15
+    STOP = 16
 
 
 class Status(IntEnum):

@@ -304,7 +304,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     def finish() -> int | None:
         loading.finish()
         # Read before the vote: a step counter that raises must fail the restore on all.
-        return None if job.gate.interval is None else job.step()
+        return None if job.gate.when.saves_always else job.step()
 
     finished = Ran(finish)
     answer = agree(job.decisions, Phase.APPLY, finished, decide)
@@ -313,7 +313,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     if trial.min_counter is not None:
         # A newer checkpoint could not be read just now; its number stays its own.
         job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)
-    if job.gate.interval is not None:
+    if not job.gate.when.saves_always:
         job.gate.last_step = finished.result
 
 

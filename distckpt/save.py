@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.replicas import compare_replicas
 from distckpt.save_plan import SavePlan, decide_and_plan
+from distckpt.stop import agree_on_stop, has_time_to_save, note_saved
 
 _logger = logging.getLogger(__name__)
 
@@ -88,13 +90,23 @@ def save(
     # Elsewhere they may not ask now; this rank's error is its own.
     if step_read.error is not None and not job.gate.is_open:
         raise step_read.error
-    if step_read.error is None and not job.gate.allows(step_read.result, check_interval):
-        _look_after_flight(job)
-        return None
+    told_to_stop = agree_on_stop(job)
+    if step_read.error is None:
+        step = step_read.result
+        if told_to_stop and not job.gate.has_news(step):
+            _end_with_the_last(job)
+            return None
+        if not told_to_stop and not job.gate.allows(step, check_interval):
+            _look_after_flight(job)
+            return None
     if job.undefined:
         raise RestoreFailed(job.undefined)
     request = Ran(lambda: _request(step_read.value(), number, check_interval, options))
+    if told_to_stop:
+        request = _committed_on_return(request)
     if job.flight is not None and not _clear_the_way(job, request):
+        return None
+    if told_to_stop and not has_time_to_save(job):
         return None
     call = Ran(lambda: request.value().vote(Phase.DECIDE))
     if not job.claimed:
@@ -102,6 +114,7 @@ def save(
         _compare_calls(job, call)
         ensure_claimed(job)
     counter, last_step = job.checkpoint.save_counter, job.gate.last_step
+    began = time.monotonic()
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
@@ -117,6 +130,7 @@ def save(
             write = partial(_write, job, attempt, captured, plan)
             changes = write_and_commit(job, attempt, step, plan, write)  # S5 to S8
             job.take_lists(updated_lists(job, changes))
+            job.save_seconds.append(time.monotonic() - began)
     except OutcomeUnknown:
         raise  # the number may be in use
     except Exception:
@@ -125,6 +139,8 @@ def save(
         raise
     # S8 (every rank): only now does anything remember this save.
     job.gate.last_step = step
+    if told_to_stop:
+        note_saved(job)
     return job.path(attempt.prefix)
 
 
@@ -137,6 +153,27 @@ def _write(
     draft = draft_of(job, attempt, captured, file)
     path = job.path(attempt.pending, paths.shard_file(job.rank, job.world_size))
     return shard_file.write_outlined(path, draft, file.outline, file.loader(captured))
+
+
+# The last save of a job that is told to stop
+
+
+def _committed_on_return(request: Ran[Request]) -> Ran[Request]:
+    """Save at once and wait for it: nobody knows how much time there will be after it."""
+
+    def changed() -> Request:
+        options = request.value().options
+        options = replace(options, enable_async=False, when_busy="wait")
+        return replace(request.result, options=options)
+
+    return Ran(changed)
+
+
+def _end_with_the_last(job: Job) -> None:
+    """See to it that the save at this very step is committed."""
+    if job.flight is not None:
+        bring_in(job)
+    note_saved(job)
 
 
 # An asynchronous save under way

@@ -5,8 +5,9 @@ Run it under torchrun, on any number of processes:
     torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --directory runs/gpt
 
 Started again, or restarted by torchrun after a worker was lost, it goes on from the last
-commit. ``--kill-*`` make a worker kill itself, to see that for yourself. With
-``--strategy fsdp`` each rank holds a part of every parameter, and saves just that.
+commit. Told to stop (SIGTERM to torchrun), it saves once more and ends. ``--kill-*`` make a
+worker kill itself, to see that for yourself. With ``--strategy fsdp`` each rank holds a
+part of every parameter, and saves just that.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import distckpt
-from distckpt import Checkpoint, CheckpointManager, PerRank, RngState
+from distckpt import Checkpoint, CheckpointManager, PerRank, RngState, on_signal
 
 
 class Block(nn.Module):
@@ -292,7 +293,7 @@ def main() -> None:
         arguments.directory,
         max_to_keep=arguments.max_to_keep,
         step_counter=step,
-        checkpoint_interval=arguments.interval,
+        checkpoint_interval=arguments.interval | on_signal("SIGTERM"),
         timeout=timeout,
     ) as manager:
         restored = manager.restore_or_initialize()
@@ -304,7 +305,7 @@ def main() -> None:
             )
 
         last = time.perf_counter()
-        while step < arguments.steps:
+        while step < arguments.steps and not manager.should_stop:
             loss = model(loader.next_batch(rank, world_size).to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -327,7 +328,8 @@ def main() -> None:
                 )
                 last = now
         manager.sync()
-        say(f"done at step {int(step)}; kept: {', '.join(manager.checkpoints)}")
+        ended = "told to stop" if manager.should_stop else "done"
+        say(f"{ended} at step {int(step)}; kept: {', '.join(manager.checkpoints)}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -6,12 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import EVERYTHING
 
+from distckpt.readers import read_record
+
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--steps", "30", "--interval", "6", "--width", "32", "--layers", "1"]
 
 
@@ -21,20 +26,23 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train(world_size: int, directory: Path, text: Path, *arguments: str) -> str:
-    command = [
+def _command(world_size: int, directory: Path, text: Path, *arguments: str) -> list[str]:
+    return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc-per-node", str(world_size)),
         *("--max-restarts", "3", "--monitor-interval", "0.1"),
         *("--master-port", str(_free_port()), str(ROOT / "launch" / "train.py")),
         *("--directory", str(directory), "--text", str(text), *SMALL, *arguments),
     ]
+
+
+def _train(world_size: int, directory: Path, text: Path, *arguments: str) -> str:
     done = subprocess.run(
-        command,
+        _command(world_size, directory, text, *arguments),
         capture_output=True,
         text=True,
         timeout=110,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -80,3 +88,37 @@ def test_a_job_that_loses_workers_ends_bit_identical(tmp_path, strategy, world_s
         assert tracked in compared.stdout
     leftovers = [p.name for p in faults.glob(".ckpt-*")]
     assert leftovers == [], "the save that died was swept by the next claim"
+
+
+@pytest.mark.timeout(240)
+def test_a_job_whose_launcher_is_told_to_stop_saves_once_more(
+    tmp_path, report_figures: Callable[[str], None]
+):
+    """SIGTERM to torchrun, as a preempted host gets it: committed in time, to the step."""
+    text, directory = tmp_path / "text.txt", tmp_path / "run"
+    text.write_bytes(os.urandom(50_000))
+    more = ("--steps", "100000", "--interval", "100000", "--strategy", "fsdp")
+    job = subprocess.Popen(
+        _command(2, directory, text, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert job.stdout is not None
+    with job:
+        lines = (line for line in job.stdout if line.strip())
+        assert any("saved" in line for line in lines), "the first call saves"
+        told = time.time()
+        job.terminate()
+        rest = [*lines]
+    ended = time.time()
+    (last,) = (line for line in rest if "told to stop at step" in line)
+    step = int(last.split("step")[1].split(";")[0])
+    record = read_record(str(directory))
+    assert record is not None and record.live[-1].step == step > 1
+    seconds = record.live[-1].time - told
+    report_figures(
+        f"{seconds:.2f} s from the signal to committed, {ended - told:.2f} s to the end"
+    )
+    assert 0 < seconds < 10 and ended - told < 25, "of the 30 that there are"

@@ -18,7 +18,7 @@ LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
     | {"rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
-    | {"calls", "selection", "restore_names", "terminal", "per_rank"},
+    | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"},
     2: {"layout", "lock", "storage"},
     3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
@@ -32,7 +32,7 @@ LAYERS = {
     11: {"checkpoint"},
     12: {"own_file", "pretrained"},
     13: {"job", "snapshot"},
-    14: {"claim", "construct", "save_plan", "exchange"},
+    14: {"claim", "construct", "save_plan", "exchange", "stop"},
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save"},
@@ -70,7 +70,7 @@ TORCH_FREE = {
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
 PLAIN_OS = {
     *{"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"},
-    *{"register_at_fork", "setpriority", "PRIO_PROCESS"},
+    *{"register_at_fork", "kill", "setpriority", "PRIO_PROCESS"},
 }
 PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
 # Modules that touch files by themselves.

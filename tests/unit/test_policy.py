@@ -12,7 +12,7 @@ from unit_helpers import make_entry, make_record
 
 from distckpt import policy
 from distckpt.errors import ConfigError, CorruptStateError
-from distckpt.policy import IntervalGate, Retention
+from distckpt.policy import IntervalGate, Retention, SaveWhen, on_signal
 
 MAX_EXAMPLES = 150
 
@@ -308,3 +308,53 @@ def test_interval_gate_with_interval_that_is_no_integer_is_refused(interval):
     """Found when the manager is made."""
     with pytest.raises(ConfigError, match="checkpoint_interval"):
         IntervalGate(interval)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, SaveWhen(None, True, None)),
+        (5, SaveWhen(5, False, None)),
+        (on_signal("SIGTERM"), SaveWhen(None, False, on_signal("SIGTERM"))),
+        (5 | on_signal("SIGTERM"), SaveWhen(5, False, on_signal("SIGTERM"))),
+        (on_signal("SIGTERM") | 5, SaveWhen(5, False, on_signal("SIGTERM"))),
+        (None | on_signal("SIGTERM"), SaveWhen(None, True, on_signal("SIGTERM"))),
+    ],
+)
+def test_checkpoint_interval_is_a_number_a_rule_or_both(given, expected):
+    assert SaveWhen.of(given) == expected
+
+
+@pytest.mark.parametrize("given", ["5", 5.0, True, [5]])
+def test_checkpoint_interval_of_another_kind_is_refused(given):
+    with pytest.raises(ConfigError, match="checkpoint_interval"):
+        SaveWhen.of(given)
+    with pytest.raises((ConfigError, TypeError)):
+        on_signal("SIGTERM") | given
+
+
+@pytest.mark.parametrize(
+    ("signals", "more", "text"),
+    [
+        ((), {}, "name a signal"),
+        (("SIGKILL",), {}, "'SIGKILL'"),
+        (("SIGNOTHING",), {}, "'SIGNOTHING'"),
+        (("SIG_DFL",), {}, "'SIG_DFL'"),
+        (("TERM",), {}, "'TERM'"),
+        ((15,), {}, "15"),
+        (("SIGTERM",), {"grace_period_seconds": 0}, "grace_period_seconds"),
+        (("SIGTERM",), {"grace_period_seconds": float("inf")}, "grace_period_seconds"),
+    ],
+)
+def test_on_signal_with_this_argument_is_refused(signals, more, text):
+    with pytest.raises(ConfigError, match=text):
+        on_signal(*signals, **more)
+
+
+def test_gate_of_a_signal_alone_allows_only_calls_that_ask_for_it():
+    gate = IntervalGate(on_signal("SIGTERM"))
+    assert not gate.allows(3, True)
+    assert gate.allows(3, False)
+    gate.last_step = 3
+    assert not gate.allows(3, False) and not gate.has_news(3)
+    assert gate.has_news(4) and gate.has_news(None)

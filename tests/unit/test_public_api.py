@@ -46,6 +46,7 @@ NAMES = [
     "get_checkpoint_state",
     "init_process_group",
     "latest_checkpoint",
+    "on_signal",
     "open",
 ]
 
@@ -111,6 +112,7 @@ def test_the_managers_methods_and_properties_are_these():
         "latest_checkpoint",
         "restore_or_initialize",
         "save",
+        "should_stop",
         "sync",
         "wait_staged",
     }

@@ -1,0 +1,114 @@
+"""The ranks agree that the job is told to stop, and whether one more save fits in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from distckpt import storage
+from distckpt.comm import Answer
+from distckpt.errors import SaveFailed, StorageError
+from distckpt.job import Job, Ran, Stop, agree
+from distckpt.messages import Phase, Vote, raise_failures
+
+_logger = logging.getLogger(__name__)
+
+# About how often to ask.
+_ASK_SECONDS = 1.0
+
+
+def agree_on_stop(job: Job) -> bool:
+    """Ask now and then whether any rank was told to stop: all at the same call.
+
+    Called by: every rank, first thing in ``save()``. Collectives: one round about every
+    second, none without ``on_signal``, and none once all know.
+
+    Returns:
+        Whether this call is to save, if there is anything new, and however it goes on.
+    """
+    stop = job.stop
+    if stop is None or (stop.agreed and not stop.is_due):
+        return False
+    if not stop.agreed:
+        stop.calls_left -= 1
+        if stop.calls_left > 0:
+            return False
+        answer = _ask(job, stop)
+        stop.calls_left = answer["calls"]
+        if not answer["told"]:
+            return False
+        stop.agreed = stop.is_due = True
+        stop.notice.take()
+        if job.chief is not None:
+            _logger.warning("told to stop (rank %s): saving once more", answer["told"])
+    return True
+
+
+def has_time_to_save(job: Job) -> bool:
+    """Agree on whether a save can end before the job is ended.
+
+    Called by: every rank, when all have agreed to stop. Collectives: one round.
+    """
+    assert job.stop is not None
+    answer = _ask(job, job.stop)
+    if answer["has_time"]:
+        return True
+    job.stop.is_due = False
+    if job.chief is not None:
+        _logger.warning(
+            "no save before the end: earlier ones took up to %.1f s, and %.1f s of the "
+            "grace period are left",
+            *(answer["needed"], answer["left"]),
+        )
+    return False
+
+
+def note_saved(job: Job) -> None:
+    """Note that the newest state is saved: nothing is left to be done before the end."""
+    assert job.stop is not None
+    job.stop.is_due = False
+
+
+def _ask(job: Job, stop: Stop) -> Answer:
+    looked = Ran(lambda: _look(job, stop))
+
+    def says(seconds: float | None) -> Vote:
+        # In milliseconds, one more than there are: 0 says that nobody has told it.
+        told = 0 if seconds is None else 1 + int(1000 * seconds)
+        return Vote(Phase.STOP, size_bytes=told)
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "save() was refused", SaveFailed)
+        told = [vote.rank for vote in votes if vote.size_bytes]
+        passed = max(vote.size_bytes for vote in votes) / 1000
+        left = stop.grace_period_seconds - passed
+        needed = max(job.save_seconds, default=0.0)
+        return {
+            "told": told[:16],
+            "has_time": needed <= left,
+            "needed": float(needed),
+            "left": float(left),
+            "calls": job.pace.calls_in(_ASK_SECONDS),
+        }
+
+    return agree(job.decisions, Phase.STOP, looked, decide, says=says)
+
+
+def _look(job: Job, stop: Stop) -> float | None:
+    """Return since how many seconds this rank is told to stop; None if it is not."""
+    notice = stop.notice
+    if notice.since is None and stop.file is not None and _is_there(job, stop.file):
+        notice.note()
+    return None if notice.since is None else time.monotonic() - notice.since
+
+
+def _is_there(job: Job, path: str) -> bool:
+    try:
+        return job.on_disk(
+            job.decisions, f"looking for {path}", lambda: storage.exists(path)
+        )
+    except StorageError as error:
+        # No reason to end a job that could go on.
+        _logger.warning("cannot look for the file that tells to stop: %s", error)
+        return False
