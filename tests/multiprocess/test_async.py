@@ -497,8 +497,8 @@ def _strike_at(where, number):
         copy_rest = Snapshot.copy_rest
 
         def copy_half(self):
-            later = self._moves._later
-            del later[len(later) // 2 :]
+            rest = [*self._rest]
+            self._rest = rest[: len(rest) // 2]
             copy_rest(self)
             strike()
 
