@@ -284,7 +284,7 @@ def parse(text: bytes, data_bytes: int) -> Header:
         _refuse("header does not start with '{'")
     try:
         metadata, entries = _cut(text)
-        _check_metadata(metadata)
+        check_metadata(metadata)
         return _parse_ours(metadata, entries, data_bytes)
     except strict_json.JsonError as error:
         msg = f"header: {error}"
@@ -324,7 +324,8 @@ def _decode(text: bytes) -> str:
         raise ShardFileError(msg) from None
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> None:
+    """Apply the rules of the safetensors package to what stands beside the entries."""
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):

@@ -9,7 +9,12 @@ from typing import Any
 from distckpt import dtypes, strict_json
 from distckpt.errors import ShardFileError, UnsupportedError
 from distckpt.formats.foreign import PIECE_BYTES, Tensor
-from distckpt.shard_header import LENGTH, MAX_HEADER_BYTES, parse_spans
+from distckpt.shard_header import (
+    LENGTH,
+    MAX_HEADER_BYTES,
+    check_metadata,
+    parse_spans,
+)
 from distckpt.storage import NewFile, OpenFile
 
 _METADATA = "__metadata__"
@@ -122,7 +127,7 @@ def _read(file: OpenFile) -> dict[str, FileTensor]:
     if not isinstance(tree, dict):
         msg = "its header is no object."
         raise ShardFileError(msg)
-    tree.pop(_METADATA, None)
+    check_metadata(tree.pop(_METADATA, {}))
     start = LENGTH.size + length
     return {
         name: FileTensor(

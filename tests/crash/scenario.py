@@ -12,7 +12,8 @@ import os
 import random
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,7 +47,31 @@ TABLE = Table(
     )
 )
 ASSIGNMENT = Assignment([TABLE], [0] * WORLD_SIZE)
+# The same in little, for what is done hundreds of thousands of times.
+SMALL_TABLE = Table(
+    (
+        Row("model/weight", "float32", (40, 32), SPLIT),
+        Row("model/head", "float32", (40, 32), SPLIT, same_as="model/weight"),
+        Row("model/running", "uint8", (130, 4), WHOLE),
+        Row("model/phase", "complex128", (3, 5), SPLIT),
+        Row("step", "int64", (), WHOLE),
+    )
+)
 _OWN = Row("rng", "uint8", (100,), WHOLE)
+
+
+@contextmanager
+def all_saved_as(table: Table) -> Iterator[None]:
+    """Save other tensors meanwhile."""
+    global TABLE, ASSIGNMENT
+    before = TABLE, ASSIGNMENT
+    TABLE, ASSIGNMENT = table, Assignment([table], [0] * WORLD_SIZE)
+    content.cache_clear()
+    try:
+        yield
+    finally:
+        TABLE, ASSIGNMENT = before
+        content.cache_clear()
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,292 @@
+"""What all campaigns share: points that follow from a seed, workers, figures, a budget.
+
+A campaign tries to break one promise in many ways. Each way, a point, follows from the seed
+and its index alone. So a small part of it runs in the tests, and a large one by
+``launch/torture.sh``, which can be ended at any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+from scenario import Lost, Torn, in_workers
+
+from distckpt.errors import DistckptError
+
+Point = TypeVar("Point")
+
+SEED = 1
+_NUM_WORKERS = 2
+_FIRST_BATCH = 16
+_BATCH_SECONDS = 20.0
+_MAX_BATCH = 100_000
+
+
+class Hung(AssertionError):
+    """Somebody waits for longer than he may."""
+
+
+class NotReopened(AssertionError):
+    """What came back could not go on."""
+
+
+class Wrong(AssertionError):
+    """Something else is not as promised."""
+
+
+@dataclass
+class Figures:
+    """What came of the points.
+
+    Attributes:
+        tried: How many there were.
+        torn, lost, hung, unopenable, wrong: What was found; the first few as text.
+        others: What else is worth counting.
+    """
+
+    tried: int = 0
+    torn: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    unopenable: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
+
+    def check(self, where: object, body: Callable[[], object]) -> bool:
+        """Run a check and file what it finds; returns whether all is well."""
+        try:
+            body()
+        except Torn as error:
+            self.torn.append(f"{where}: {error}")
+        except Lost as error:
+            self.lost.append(f"{where}: {error}")
+        except (Hung, TimeoutError) as error:
+            self.hung.append(f"{where}: {error}")
+        except NotReopened as error:
+            self.unopenable.append(f"{where}: {error}")
+        except DistckptError as error:
+            self.unopenable.append(f"{where}: {type(error).__name__}: {error}")
+        except AssertionError as error:
+            self.wrong.append(f"{where}: {error}")
+        else:
+            return True
+        return False
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count something else."""
+        self.others[what] = self.others.get(what, 0) + number
+
+    @property
+    def findings(self) -> list[str]:
+        """All that was found."""
+        return [*self.torn, *self.lost, *self.hung, *self.unopenable, *self.wrong]
+
+    def add(self, other: Figures) -> None:
+        """Add those of other points."""
+        self.tried += other.tried
+        for what, number in other.others.items():
+            self.count(what, number)
+        for name in ("torn", "lost", "hung", "unopenable", "wrong"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def __str__(self) -> str:
+        others = "".join(
+            f", {number} {name}" for name, number in sorted(self.others.items())
+        )
+        return (
+            f"{self.tried} tried, {len(self.torn)} torn, {len(self.lost)} lost, "
+            f"{len(self.hung)} hung, {len(self.unopenable)} not reopenable, "
+            f"{len(self.wrong)} otherwise wrong{others}"
+        )
+
+    def demand_zeros(self) -> None:
+        """Fail with the first findings if there are any."""
+        assert not self.findings, "\n".join([str(self), *self.findings[:8]])
+
+
+class Campaign(ABC, Generic[Point]):
+    """One way to try to break a promise.
+
+    Attributes:
+        name: For the command line.
+        about: One line for people.
+        in_threads: Whether points are played in threads of one process, because they run
+            real ranks; else in forked workers.
+    """
+
+    name: str
+    about: str
+    in_threads = False
+
+    @contextmanager
+    def opened(self, scratch: str) -> Iterator[None]:
+        """Prepare what all points share, in an empty directory."""
+        yield
+
+    @contextmanager
+    def worker(self, folder: str) -> Iterator[None]:
+        """Prepare what the points of one worker share, in its folder."""
+        yield
+
+    def num_points(self) -> int | None:
+        """Return how many points there are, once opened; None if they never end."""
+        return None
+
+    @abstractmethod
+    def point(self, source: random.Random, index: int) -> Point:
+        """Return one point.
+
+        Args:
+            source: Draws what follows from seed and index.
+            index: Where there are so many points: which of them.
+        """
+
+    @abstractmethod
+    def play(self, folder: str, point: Point, figures: Figures) -> None:
+        """Play one point and file what comes of it.
+
+        Args:
+            folder: Of the worker; empty when it begins, and not cleared between points.
+            point: What to do.
+            figures: Where; ``tried`` is counted by the caller.
+        """
+
+
+def points_of(campaign: Campaign[Point], seed: int, first: int, stop: int) -> list[Point]:
+    """Return some points: those of a finite campaign in an order that the seed shuffles."""
+    total = campaign.num_points()
+    order: Sequence[int] | None = None
+    if total is not None:
+        order = random.Random(seed).sample(range(total), total)
+        stop = min(stop, total)
+    return [
+        campaign.point(
+            random.Random(f"{seed} {index}"), index if order is None else order[index]
+        )
+        for index in range(first, stop)
+    ]
+
+
+def play(campaign: Campaign[Point], scratch: str, points: Sequence[Point]) -> Figures:
+    """Play points, two at a time; the campaign is opened."""
+    folder = tempfile.mkdtemp(dir=scratch)
+    try:
+        found = (_play_in_threads if campaign.in_threads else _play_in_workers)(
+            campaign, folder, points
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    total = Figures()
+    for figures in found:
+        total.add(figures)
+    return total
+
+
+def _play_one(campaign: Campaign[Point], folder: str, point: Point) -> Figures:
+    figures = Figures(tried=1)
+    campaign.play(folder, point, figures)
+    return figures
+
+
+def _play_in_threads(
+    campaign: Campaign[Point], scratch: str, points: Sequence[Point]
+) -> list[Figures]:
+    def body(point: Point) -> Figures:
+        folder = tempfile.mkdtemp(dir=scratch)
+        try:
+            return _play_one(campaign, folder, point)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with ThreadPoolExecutor(_NUM_WORKERS) as pool:
+        return list(pool.map(body, points))
+
+
+def _play_in_workers(
+    campaign: Campaign[Point], scratch: str, points: Sequence[Point]
+) -> list[Figures]:
+    halves = [points[index::_NUM_WORKERS] for index in range(_NUM_WORKERS)]
+
+    def work(folder: str, mine: Sequence[Point]) -> dict[str, Any]:
+        total = Figures()
+        with campaign.worker(folder):
+            for point in mine:
+                total.add(_play_one(campaign, folder, point))
+        return asdict(total)
+
+    trees = in_workers(scratch, halves, work)
+    return [Figures(**tree) for tree in trees]
+
+
+def run(campaign: Campaign[Any], scratch: str, size: int, seed: int = SEED) -> Figures:
+    """Open a campaign and play its first points: what the tests do."""
+    folder = os.path.join(scratch, campaign.name)
+    os.mkdir(folder)
+    with campaign.opened(folder):
+        return play(campaign, folder, points_of(campaign, seed, 0, size))
+
+
+@dataclass
+class Progress:
+    """How far a campaign has come.
+
+    Attributes:
+        seed: Its seed.
+        index: The next point.
+        seconds: How long it has taken so far.
+        figures: What came of it.
+        is_through: Whether all points there are were tried.
+    """
+
+    seed: int
+    index: int = 0
+    seconds: float = 0.0
+    figures: Figures = field(default_factory=Figures)
+    is_through: bool = False
+
+
+def go_on(
+    campaign: Campaign[Any],
+    scratch: str,
+    progress: Progress,
+    seconds: float,
+    size: int | None,
+    report: Callable[[Progress], None],
+) -> None:
+    """Play on from where a campaign was, batch by batch, until its time is up.
+
+    Args:
+        campaign: The campaign.
+        scratch: An empty directory.
+        progress: Where it is; goes on with it.
+        seconds: Its time; one batch more may be played.
+        size: How many points at most, all together.
+        report: Called after each batch.
+    """
+    deadline = time.monotonic() + seconds
+    batch = _FIRST_BATCH
+    with campaign.opened(scratch):
+        total = campaign.num_points()
+        end = min(x for x in (total, size, 2**63) if x is not None)
+        while progress.index < end and time.monotonic() < deadline:
+            began = time.monotonic()
+            stop = min(progress.index + batch, end)
+            points = points_of(campaign, progress.seed, progress.index, stop)
+            progress.figures.add(play(campaign, scratch, points))
+            took = time.monotonic() - began
+            progress.index, progress.seconds = stop, progress.seconds + took
+            report(progress)
+            # As many as fit into some seconds: workers have a limit, and people wait.
+            fitting = int(len(points) * _BATCH_SECONDS / max(took, 0.01))
+            batch = max(_NUM_WORKERS, min(_MAX_BATCH, 8 * batch, fitting))
+        progress.is_through = progress.index >= end

@@ -1,0 +1,254 @@
+"""Bytes rot, files are cut off, lost, swapped or added: found, and the right file named.
+
+Every bit of every file of a small run directory is a point, and every length that a file
+can be cut to; so are files that are missing, emptied, swapped, or do not belong there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import campaign
+import pytest
+from campaign import Campaign, Figures, Wrong
+from scenario import (
+    SMALL_TABLE,
+    Journal,
+    Listing,
+    all_saved_as,
+    check_content,
+    claim,
+    make_chief,
+    save,
+)
+
+from distckpt import paths, readers
+from distckpt.errors import CorruptStateError, FormatError, StorageError
+from distckpt.verify import Report, verify_attempt
+
+pytestmark = pytest.mark.timeout(400)
+
+SIZE = 2_000
+
+FLIP, CUT, MISSING, EMPTY, LONGER = "flip", "cut", "missing", "emptied", "longer"
+SWAPPED, FOREIGN = "swapped", "foreign"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What happens to one file.
+
+    Attributes:
+        path: Of the file, in the run directory.
+        what: What happens.
+        where: Which bit, or how many bytes are left; else 0.
+        other: The file that takes its place.
+    """
+
+    path: str
+    what: str
+    where: int = 0
+    other: str = ""
+
+    def do(self, directory: str) -> None:
+        """Let it happen."""
+        path = os.path.join(directory, self.path)
+        if self.what == FLIP:
+            with open(path, "r+b") as file:
+                file.seek(self.where // 8)
+                byte = file.read(1)[0] ^ 1 << self.where % 8
+                file.seek(self.where // 8)
+                file.write(bytes([byte]))
+        elif self.what in (CUT, EMPTY):
+            os.truncate(path, self.where)
+        elif self.what == MISSING:
+            os.unlink(path)
+        elif self.what == LONGER:
+            with open(path, "ab") as file:
+                file.write(b"\0" * self.where)
+        elif self.what == SWAPPED:
+            shutil.copyfile(os.path.join(directory, self.other), path)
+        else:
+            with open(path, "xb") as file:
+                file.write(b"not ours")
+
+
+class Rot(Campaign[Damage]):
+    """Two checkpoints of two ranks, their records, and all that can happen to one file."""
+
+    name = "rot"
+    about = "bit flips, truncations, missing, swapped and foreign files"
+
+    @contextmanager
+    def opened(self, scratch: str) -> Iterator[None]:
+        """Make the run directory."""
+        with all_saved_as(SMALL_TABLE):
+            self._make(scratch)
+            yield
+
+    def _make(self, scratch: str) -> None:
+        self._template = os.path.join(scratch, "template")
+        chief = make_chief(self._template)
+        claim(chief)
+        journal = Journal(os.path.join(scratch, "journal"), ())
+        self._saved: Listing = tuple(
+            save(chief, self._template, journal, seed) for seed in (1, 2)
+        )
+        journal.close()
+        chief.close()
+        self._files = {
+            os.path.relpath(os.path.join(folder, name), self._template)
+            for folder, _, names in os.walk(self._template)
+            for name in names
+        } - {paths.LOCK_FILE, paths.STATE_FILE}
+        record = readers.read_record(self._template)
+        assert record is not None
+        self._digests = {e.attempt.published: e.manifest for e in record.live}
+        self._others, self._cuts = [*self._all_others()], [*self._all_cuts()]
+        self._sizes = [(path, 8 * self._size(path)) for path in sorted(self._files)]
+
+    def _size(self, path: str) -> int:
+        return os.path.getsize(os.path.join(self._template, path))
+
+    def _all_others(self) -> Iterator[Damage]:
+        for path in sorted(self._files):
+            yield from (Damage(path, MISSING), Damage(path, EMPTY))
+            yield from (Damage(path, LONGER, size) for size in (1, 8, 4096))
+            folder, name = os.path.split(path)
+            yield Damage(os.path.join(folder, f"more-{name}"), FOREIGN)
+            for other in sorted(self._files - {path}):
+                if os.path.splitext(other)[1] == os.path.splitext(name)[1]:
+                    yield Damage(path, SWAPPED, other=other)
+
+    def _all_cuts(self) -> Iterator[Damage]:
+        for path in sorted(self._files):
+            size = self._size(path)
+            # Every length of what is read as a whole, and around blocks of the rest.
+            lengths = {*range(1, min(size, 6000))}
+            lengths |= {n + d for n in range(0, size, 4096) for d in (-1, 0, 1)}
+            yield from (Damage(path, CUT, n) for n in sorted(lengths) if 0 < n < size)
+
+    def num_points(self) -> int:
+        """Return how many there are: most of them bits."""
+        return len(self._others) + len(self._cuts) + sum(bits for _, bits in self._sizes)
+
+    def point(self, source: random.Random, index: int) -> Damage:
+        """Return one."""
+        # Bits would bury all else in a small sample.
+        if index < len(self._others) or source.random() < 0.1:
+            return self._others[index % len(self._others)]
+        index -= len(self._others)
+        if index < len(self._cuts) or source.random() < 0.2:
+            return self._cuts[index % len(self._cuts)]
+        index -= len(self._cuts)
+        for path, bits in self._sizes:
+            if index < bits:
+                return Damage(path, FLIP, index)
+            index -= bits
+        raise AssertionError(index)
+
+    def play(self, folder: str, point: Damage, figures: Figures) -> None:
+        """Damage a copy, and look at it as a restore does."""
+        directory = os.path.join(folder, "run")
+        path = os.path.join(directory, point.path)
+        if not os.path.exists(directory):
+            shutil.copytree(self._template, directory)
+        try:
+            point.do(directory)
+            figures.count(point.what)
+            figures.check(point, lambda: self._check(directory, point))
+        finally:
+            if os.path.exists(path):
+                os.unlink(path)
+            if point.what != FOREIGN:
+                shutil.copyfile(os.path.join(self._template, point.path), path)
+
+    def _check(self, directory: str, point: Damage) -> None:
+        folder, file = os.path.split(point.path)
+        if folder == paths.RECORDS_DIRECTORY:
+            self._check_record(directory, point, file)
+            return
+        for saved in self._saved:
+            name = saved.published
+            report = verify_attempt(os.path.join(directory, name), self._digests[name])
+            if name != folder:
+                _demand(report.ok and not report.foreign, f"the other one: {report}")
+            elif point.what == FOREIGN:
+                _demand(report.ok and len(report.foreign) == 1, str(report))
+            else:
+                _demand(not report.ok, "not found by verify")
+                _demand(_names(report, os.path.join(directory, point.path)), str(report))
+        if point.what != FOREIGN:
+            self._check_read(directory, point, folder)
+
+    def _check_record(self, directory: str, point: Damage, name: str) -> None:
+        number = paths.parse_record_file(name)
+        newest = max(
+            n
+            for path in self._files
+            if (n := paths.parse_record_file(os.path.basename(path))) is not None
+        )
+        if number is None or number < newest or point.what == MISSING:
+            # Nobody reads it any more; or the one before it is the newest now.
+            readers.read_record(directory)
+            return
+        try:
+            found = readers.read_record(directory)
+        except CorruptStateError as error:
+            _demand(os.path.join(directory, point.path) in str(error), str(error))
+            _demand("distckpt repair" in str(error), str(error))
+        else:
+            raise Wrong(f"taken for {found}")
+
+    def _check_read(self, directory: str, point: Damage, folder: str) -> None:
+        """Read it, by way of the records' digests: nothing wrong may come out."""
+        (saved,) = (saved for saved in self._saved if saved.published == folder)
+        try:
+            check_content(directory, saved)
+        except (FormatError, StorageError) as error:
+            text = f"{error} {error.__cause__}"
+            _demand(os.path.join(directory, folder) in text, f"names nothing: {text}")
+        else:
+            raise Wrong("not found by reading all of it")
+        (other,) = (saved for saved in self._saved if saved.published != folder)
+        check_content(directory, other)
+
+
+def _demand(condition: bool, text: str) -> None:
+    if not condition:
+        raise Wrong(text[:1500])
+
+
+def _names(report: Report, path: str) -> bool:
+    return any(path in problem for problem in report.problems)
+
+
+CAMPAIGN = Rot()
+
+
+def test_rot_is_found_and_the_right_file_named(
+    scratch: str, report_figures: Callable[[str], None]
+):
+    """Before a byte of it could have come into a tensor; the other checkpoint is whole."""
+    figures = campaign.run(CAMPAIGN, scratch, SIZE)
+    report_figures(str(figures))
+    figures.demand_zeros()
+    assert figures.tried == SIZE
+    assert {FLIP, CUT, MISSING, SWAPPED, FOREIGN} <= set(figures.others)
+
+
+def test_rot_that_no_checksum_covers_is_found(
+    scratch: str, report_figures: Callable[[str], None], monkeypatch
+):
+    """The campaign itself: a reader that does not compare is found out."""
+    from distckpt.shard_file import ShardReader
+
+    monkeypatch.setattr(ShardReader, "_compare", lambda *_: None)
+    figures = campaign.run(CAMPAIGN, scratch, 200)
+    report_figures(str(figures))
+    assert figures.wrong or figures.torn
