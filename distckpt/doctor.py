@@ -16,7 +16,7 @@ from distckpt import paths, state, storage
 from distckpt.errors import FormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
-from distckpt.record import Record
+from distckpt.record import MAX_SIZE_BYTES, Record
 
 OK, WARNING, BAD = "ok", "warning", "BAD"
 
@@ -271,8 +271,8 @@ def _records(directory: str) -> tuple[Record | None, Finding]:
 def _copy(directory: str, newest: Record) -> Finding:
     path = os.path.join(directory, paths.STATE_FILE)
     try:
-        is_equal = storage.read_file(path, state.MAX_RECORD_BYTES) == newest.encode()
-    except StorageError:
+        is_equal = storage.read_file(path, MAX_SIZE_BYTES) == newest.encode()
+    except (FormatError, StorageError):
         is_equal = False
     if is_equal:
         return Finding("state file", OK, "is the newest record's copy")

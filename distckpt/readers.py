@@ -183,6 +183,8 @@ def locate(path: Path) -> Located:
     """
     text = checked_path(path).rstrip(os.sep) or os.sep
     if storage.exists(os.path.join(text, paths.MANIFEST_FILE)):
+        # A link that somebody names himself is his own.
+        text = os.path.realpath(text)
         return Located(text, _digest_in_records(text))
     root, name = os.path.split(text)
     root = root or os.curdir
@@ -272,8 +274,11 @@ def read_manifest(directory: str, expected_digest: str | None = None) -> Manifes
     Raises:
         ChecksumError: It is not the manifest that was committed.
         ManifestError: It is not a valid manifest.
+        UnsafeCheckpointError: It, or the directory, is a link.
         StorageError: It cannot be read.
     """
+    # By the records it is a directory of the run; a link could lead anywhere.
+    storage.refuse_link(directory)
     path = os.path.join(directory, paths.MANIFEST_FILE)
     data = storage.read_file(path, MAX_SIZE_BYTES)
     found = digest(data)

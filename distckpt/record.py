@@ -20,7 +20,8 @@ COMMIT = "commit"
 REPAIR = "repair"
 
 DIGEST_LENGTH = 32
-_MAX_SIZE_BYTES = 64 * 2**20
+# A hundred thousand checkpoints; what is larger takes too long to read.
+MAX_SIZE_BYTES = 16 * 2**20
 _MAX_INT = 2**63 - 1
 
 
@@ -197,7 +198,7 @@ class Record:
         Raises:
             CorruptStateError: Anything but the exact bytes of a valid record.
         """
-        _check(len(data) <= _MAX_SIZE_BYTES, "record's size in bytes", len(data))
+        _check(len(data) <= MAX_SIZE_BYTES, "record's size in bytes", len(data))
         try:
             tree = strict_json.loads(data)
         except strict_json.JsonError as error:

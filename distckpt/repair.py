@@ -189,7 +189,7 @@ def _basis_of(directory: str, names: Collection[str]) -> tuple[Record | None, in
 
 def _record_in(path: str) -> Record | None:
     try:
-        return Record.decode(storage.read_file(path, state.MAX_RECORD_BYTES))
+        return Record.decode(storage.read_file(path, record.MAX_SIZE_BYTES))
     except (StorageError, FormatError):
         return None
 

@@ -7,6 +7,7 @@ fenced. See docs/protocol.md for the proof.
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from distckpt.errors import (
     OutcomeUnknown,
     StorageError,
 )
-from distckpt.record import Record, digest
+from distckpt.record import MAX_SIZE_BYTES, Record, digest
 
-MAX_RECORD_BYTES = 64 * 2**20
 _KEPT_RECORDS = 64
 _MAX_RACES = 10
 
@@ -40,8 +40,11 @@ def read_head(directory: str) -> Head | None:
     Raises:
         CorruptStateError: There are records but the newest is not valid, or there are
             checkpoints but no records. Never taken for a fresh start.
+        UnsafeCheckpointError: The records are elsewhere, by way of a link.
         StorageError: The directory cannot be read.
     """
+    # Whoever made the directory could else have jobs read and write anywhere.
+    storage.refuse_link(os.path.join(directory, paths.RECORDS_DIRECTORY))
     races = 0
     while True:
         number = _newest_number(directory)
@@ -106,6 +109,13 @@ def append(directory: str, record: Record) -> Head:
     records = os.path.join(directory, paths.RECORDS_DIRECTORY)
     path = record_path(directory, record.number)
     data = record.encode()
+    if len(data) > MAX_SIZE_BYTES:
+        num_listed = len(record.committed)
+        msg = (
+            f"{path}: a record of {len(data)} bytes, for {num_listed} checkpoints; at most "
+            f"{MAX_SIZE_BYTES} are read again. Keep fewer: give max_to_keep."
+        )
+        raise StorageError(msg, operation="append", path=path, errno=errno.EFBIG)
     temporary = os.path.join(records, paths.temporary_file(record.epoch))
     try:
         # Complete and durable before it gets a name in the chain: no reader can ever
@@ -174,7 +184,7 @@ def _newest_listed(directory: str) -> int:
 
 def _read(directory: str, number: int) -> Head:
     path = record_path(directory, number)
-    data = storage.read_file(path, MAX_RECORD_BYTES)
+    data = storage.read_file(path, MAX_SIZE_BYTES)
     try:
         record = Record.decode(data)
         if record.number != number:
@@ -208,7 +218,7 @@ def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
 
 def _settle(path: str, data: bytes, error: StorageError) -> None:
     try:
-        found = storage.read_file(path, MAX_RECORD_BYTES)
+        found = storage.read_file(path, MAX_SIZE_BYTES)
     except StorageError as second:
         raise _unknown(path, error) from second
     if found != data:

@@ -401,6 +401,18 @@ def exists(path: str) -> bool:
     return False
 
 
+def refuse_link(path: str) -> None:
+    """Refuse a name that is a link, so that what is below it may be anywhere.
+
+    Raises:
+        UnsafeCheckpointError: It is one.
+    """
+    with _reported("lstat", path), suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            msg = f"{path} is a symbolic link; nothing below it is read or written."
+            raise UnsafeCheckpointError(msg)
+
+
 def is_directory(path: str) -> bool:
     """Tell whether a path is a directory (or a link to one)."""
     with _reported("stat", path):

@@ -213,3 +213,10 @@ def test_directory_that_was_never_claimed_says_so(tmp_path):
     found = findings_of(str(tmp_path))
     assert "never claimed" in found["held by"][0][1]
     assert "no job has claimed" in found["records"][0][1]
+
+
+def test_state_file_that_is_no_file_is_told(saved):
+    path = os.path.join(saved, paths.STATE_FILE)
+    os.unlink(path)
+    os.mkfifo(path)
+    assert one(saved, "state file")[0] == doctor.WARNING

@@ -17,6 +17,7 @@ from distckpt.errors import (
     FormatError,
     OutcomeUnknown,
     StorageError,
+    UnsafeCheckpointError,
 )
 from distckpt.record import Record, digest
 
@@ -393,3 +394,21 @@ def test_append_refuses_a_record_that_is_not_valid(chain):
     """What cannot be read back is not even built."""
     with pytest.raises(CorruptStateError):
         dataclasses.replace(make_record(1), number=0)
+
+
+def test_append_of_a_record_that_nobody_could_read_is_refused(chain, monkeypatch):
+    """Found before anything is written, not by the next job that opens the directory."""
+    monkeypatch.setattr(state, "MAX_SIZE_BYTES", 100)
+    before = sorted(os.walk(chain))
+    with pytest.raises(StorageError, match="max_to_keep"):
+        state.append(chain, make_record(1))
+    assert sorted(os.walk(chain)) == before
+
+
+def test_records_that_are_elsewhere_are_refused(chain, tmp_path):
+    """A directory that somebody has made could have us write anywhere."""
+    records = os.path.join(chain, paths.RECORDS_DIRECTORY)
+    os.rename(records, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", records)
+    with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
+        state.read_head(chain)

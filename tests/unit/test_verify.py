@@ -8,6 +8,8 @@ import pytest
 from unit_helpers import ARRAYS, flip_bit, make_saved
 
 from distckpt import state
+from distckpt.errors import UnsafeCheckpointError
+from distckpt.readers import locate, read_manifest
 from distckpt.verify import verify_attempt
 
 
@@ -100,3 +102,15 @@ def test_verify_finds_a_flipped_bit_anywhere_in_the_manifest(saved, position):
     path = saved.file("manifest.json")
     flip_bit(path, position % os.path.getsize(path))
     assert not verify(saved, entry.manifest).ok
+
+
+def test_checkpoint_that_is_a_link_is_refused_but_for_who_names_it_himself(saved):
+    """By the records it is of the run; a link that a person gives is his own."""
+    elsewhere = os.path.join(os.path.dirname(saved.directory), "elsewhere")
+    os.rename(saved.published, elsewhere)
+    os.symlink(elsewhere, saved.published)
+    assert "symbolic link" in verify_attempt(saved.published, None).problems[0]
+    with pytest.raises(UnsafeCheckpointError):
+        read_manifest(locate(saved.prefix).directory)
+    assert locate(saved.published).directory == elsewhere
+    assert verify_attempt(locate(saved.published).directory, None).ok
