@@ -1,4 +1,4 @@
-"""A disk whose power can be cut: ext4 on a loop device, shut down as a crash would.
+"""A disk whose power can be cut: a filesystem on a loop device, shut down as by a crash.
 
 ``FS_IOC_SHUTDOWN`` stops the filesystem at once: what is not on the disk by then is lost.
 Mounting it again replays the journal, as after a real power cut.
@@ -17,14 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from storage_calls import Call, Killer
+from storage_calls import MIDDLE, Call, Killer
 
 _SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), linux/fs.h
-# Whether the journal is written out first: with it, names survive that were not synced;
-# without it, nothing does.
-LOG_FLUSHED, LOG_LOST = 1, 2
+# What is written out first: everything; the journal, so that names survive that were not
+# synced, without content; nothing.
+ALL_SYNCED, LOG_FLUSHED, LOG_LOST = 0, 1, 2
+MODES = (ALL_SYNCED, LOG_FLUSHED, LOG_LOST)
 
-_SIZE_BYTES = 48 * 2**20
+EXT4, XFS = "ext4", "xfs"
+_MIB = 2**20
+# The image is sparse: what is not written takes no room. mkfs.xfs makes no smaller one.
+_SIZE_BYTES = {EXT4: 48 * _MIB, XFS: 300 * _MIB}
+_MAKE = {EXT4: ["mkfs.ext4", "-q", "-F"], XFS: ["mkfs.xfs", "-q", "-f"]}
 
 
 class NoPowerSwitch(Exception):
@@ -32,15 +37,16 @@ class NoPowerSwitch(Exception):
 
 
 @contextmanager
-def mounted_disk(image: str, path: str) -> Iterator[Disk]:
-    """Make an ext4 filesystem in a file and mount it."""
+def mounted_disk(image: str, path: str, kind: str = EXT4) -> Iterator[Disk]:
+    """Make a filesystem in a file and mount it."""
     disk = Disk(image, path)
-    with open(image, "wb") as file:
-        file.truncate(_SIZE_BYTES)
-    if shutil.which("mkfs.ext4") is None:
-        msg = "mkfs.ext4 is not installed"
+    command = _MAKE[kind]
+    if shutil.which(command[0]) is None:
+        msg = f"{command[0]} is not installed"
         raise NoPowerSwitch(msg)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    with open(image, "wb") as file:
+        file.truncate(_SIZE_BYTES[kind])
+    subprocess.run([*command, image], check=True, stdout=subprocess.DEVNULL)
     os.makedirs(path, exist_ok=True)
     try:
         disk.mount()
@@ -91,7 +97,7 @@ class Cutter(Killer):
         index, self.num_calls = self.num_calls, self.num_calls + 1
         if index != self.index:
             return call.run()
-        if self.where == "middle":
+        if self.where == MIDDLE and call.has_middle:
             call.run_half()
         assert self.disk is not None
         self.disk.cut(self.mode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import mmap
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from distckpt.layout import SPLIT, WHOLE, Assignment, Piece, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.record import Record
+from distckpt.shard_header import Draft, Outline
 from distckpt.values import encode
 from distckpt.verify import verify_attempt
 
@@ -125,9 +127,14 @@ def claim(chief: Chief) -> None:
 
 
 def write_shards(
-    directory: str, attempt: Attempt, seed: int, ranks: Iterable[int] = range(WORLD_SIZE)
+    directory: str,
+    attempt: Attempt,
+    seed: int,
+    ranks: Iterable[int] = range(WORLD_SIZE),
+    *,
+    staged: bool = False,
 ) -> list[Shard]:
-    """Write the shard files of some ranks."""
+    """Write the shard files of some ranks; staged, as asynchronous saves do."""
     shards = []
     for rank in ranks:
         entries = [
@@ -137,7 +144,8 @@ def write_shards(
         own = Piece(_OWN, boxes.whole(_OWN.shape), rank)
         data = content(seed)[f"rng of {rank}"]
         entries.append(shard_file.Entry(own, _loader(data), per_rank=True))
-        written = shard_file.write(
+        write = _write_staged if staged else shard_file.write
+        written = write(
             os.path.join(directory, attempt.pending, paths.shard_file(rank, WORLD_SIZE)),
             entries,
             attempt=attempt.published,
@@ -147,6 +155,20 @@ def write_shards(
         )
         shards.append(Shard(written.size_bytes, written.header, 0))
     return shards
+
+
+def _write_staged(
+    path: str, entries: Sequence[shard_file.Entry], **whose: Any
+) -> shard_file.Written:
+    ordered = sorted(entries, key=lambda entry: shard_file.order(entry.piece))
+    outline = Outline([(entry.piece, entry.per_rank) for entry in ordered])
+    draft = Draft(outline, **whose)
+    image = memoryview(mmap.mmap(-1, shard_file.image_bytes(draft, outline)))
+    start = draft.size_bytes
+    for entry, size in zip(ordered, outline.sizes, strict=True):
+        image[start : start + size] = entry.load()
+        start += size
+    return shard_file.write_image(path, image, draft, outline)
 
 
 def _loader(data: bytes) -> Callable[[], memoryview]:
@@ -225,12 +247,18 @@ class Journal:
 
 
 def save(
-    chief: Chief, directory: str, journal: Journal, seed: int, number: int | None = None
+    chief: Chief,
+    directory: str,
+    journal: Journal,
+    seed: int,
+    number: int | None = None,
+    *,
+    staged: bool = False,
 ) -> Saved:
     """Make one save, from the decision to the acknowledgement."""
     attempt = chief.begin(number, highest_number(journal.listing))
     try:
-        shards = write_shards(directory, attempt, seed)
+        shards = write_shards(directory, attempt, seed, staged=staged)
     except DistckptError:
         chief.abandon(attempt)
         raise
@@ -253,17 +281,19 @@ def highest_number(listing: Listing) -> int:
     return max((number[1] for number in numbers if number is not None), default=0)
 
 
-def run(directory: str, journal: Journal, *, threaded: bool = False) -> None:
+def run(
+    directory: str, journal: Journal, *, threaded: bool = False, staged: bool = False
+) -> None:
     """Live a whole life: two managers, five saves, retention, a failure, reading."""
     first = make_chief(directory, threaded=threaded)
     claim(first)
-    save(first, directory, journal, 1)
-    save(first, directory, journal, 2)
+    save(first, directory, journal, 1, staged=staged)
+    save(first, directory, journal, 2, staged=staged)
     failed = first.begin(None, 2)
     write_shards(directory, failed, 99, ranks=[0])
     first.abandon(failed)
-    save(first, directory, journal, 3)
-    save(first, directory, journal, 4, number=2)
+    save(first, directory, journal, 3, staged=staged)
+    save(first, directory, journal, 4, number=2, staged=staged)
     second = make_chief(directory, threaded=threaded)
     claim(second)
     try:
@@ -273,7 +303,7 @@ def run(directory: str, journal: Journal, *, threaded: bool = False) -> None:
     else:
         msg = "the older manager was not fenced"
         raise AssertionError(msg)
-    save(second, directory, journal, 5)
+    save(second, directory, journal, 5, staged=staged)
     for saved in journal.listing:
         check_content(directory, saved)
     assert second.settle(10) and first.settle(10)

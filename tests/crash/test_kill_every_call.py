@@ -141,11 +141,11 @@ class Stage:
         if os.path.exists(self._copy):
             shutil.copytree(self._copy, self.directory)
 
-    def live(self, *, threaded: bool = False) -> None:
+    def live(self, *, threaded: bool = False, staged: bool = False) -> None:
         """Run the whole scenario."""
         journal = Journal(self.journal, ())
         try:
-            run(self.directory, journal, threaded=threaded)
+            run(self.directory, journal, threaded=threaded, staged=staged)
         finally:
             journal.close()
 

@@ -1,78 +1,202 @@
-"""The power is cut at every call of the storage module, on a real filesystem."""
+"""The power is cut at every call of the storage module, on real filesystems.
+
+Claim, saves, retention and reading, synchronous and staged; what is not on the disk is lost
+in three ways; half of the time the power goes again while somebody recovers.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
+import campaign
 import pytest
-from power import LOG_FLUSHED, LOG_LOST, Cutter, mounted_disk
-from scenario import in_workers
-from test_kill_every_call import Figures, Point, Stage, _calls, _points
+from campaign import Campaign, Figures, Hung, Wrong
+from power import EXT4, MODES, XFS, Cutter, Disk, mounted_disk
+from scenario import HUNG, KILLED, Journal, Listing, in_child, read_text, recover
+from storage_calls import BEFORE, MIDDLE, Killer, intercepted
+from test_kill_every_call import Stage, _calls, _points
 
 from distckpt import state, storage
 
 # Hundreds of crash points; a busy machine may take its time.
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("power_switch")]
 
+SIZE = 300
 _SEED = 60
+_KINDS = (EXT4, XFS)
+# So many calls has a recovery at most; where there are fewer, the power does not go again.
+_RECOVERY_CALLS = 90
 
 
-@pytest.fixture
-def few_records(monkeypatch):
-    """Keep so few records that some are pruned under the cuts, too."""
-    monkeypatch.setattr(state, "_KEPT_RECORDS", 4)
+@dataclass(frozen=True)
+class Cut:
+    """One cut, or two.
 
-
-def _cut_at_all(scratch: str, points: list[tuple[Point, int]]) -> Figures:
-    """Run the scenario, cut the power at one point, come back and check; for each point.
-
-    Each worker has one disk for all of its points.
+    Attributes:
+        kind: The filesystem.
+        mode: What is lost.
+        staged: Whether saves are written as asynchronous ones are.
+        index: Before which call.
+        place: Or in the middle of it.
+        name: The call.
+        again: At which call of the recovery it goes again; None for never.
     """
-    halves = [points[index::2] for index in range(2)]
 
-    def work(folder: str, mine: Any) -> dict[str, Any]:
-        figures = Figures()
-        stage = Stage(folder)
-        jobs = os.path.dirname(stage.directory)
-        with mounted_disk(os.path.join(folder, "image"), jobs) as disk:
-            for (index, place, name), mode in mine:
-                where = f"mode {mode}, {place} call {index}, {name}"
+    kind: str
+    mode: int
+    staged: bool
+    index: int
+    place: str
+    name: str
+    again: int | None
+
+
+class PowerCuts(Campaign[Cut]):
+    """Each state that a disk can be in, on each filesystem, lost in each way."""
+
+    name = "power-cuts"
+    about = "power cuts at every filesystem call, on ext4 and xfs, again in the recovery"
+
+    def __init__(self, kinds: tuple[str, ...] = _KINDS, again: bool = True) -> None:
+        self._kinds = kinds
+        self._again = again
+
+    @contextmanager
+    def opened(self, scratch: str) -> Iterator[None]:
+        """Count the calls, and keep so few records that some are pruned, too."""
+        kept, state._KEPT_RECORDS = state._KEPT_RECORDS, 4
+        try:
+            stage = Stage(scratch)
+            # There, too, when a disk is mounted on it.
+            os.makedirs(os.path.dirname(stage.directory))
+            self._states = []
+            for staged in (False, True):
                 stage.clear()
-                cutter = Cutter(index, place, disk=disk, mode=mode)
-                figures.kill(where, stage, cutter, stage.live)
-                disk.switch_on()
-                figures.check(where, lambda: stage.recover(stage.check(), _SEED))
-        return asdict(figures)
+                os.makedirs(os.path.dirname(stage.directory))
+                calls = _calls(partial(stage.live, staged=staged))
+                points = _points(calls, all_places=False)
+                self._states += [(staged, *point) for point in points]
+            yield
+        finally:
+            state._KEPT_RECORDS = kept
 
-    total = Figures()
-    for result in in_workers(scratch, halves, work):
-        total.add(Figures(**result))
-    return total
+    def num_points(self) -> int:
+        """Return how many there are; with a second cut, each may be played in many ways."""
+        variants = len(self._kinds) * len(MODES)
+        return len(self._states) * variants * (_RECOVERY_CALLS if self._again else 1)
+
+    def point(self, source: random.Random, index: int) -> Cut:
+        """Return one."""
+        rest, which = divmod(index, len(self._states))
+        staged, call, place, name = self._states[which]
+        rest, mode = divmod(rest, len(MODES))
+        kind = self._kinds[rest % len(self._kinds)]
+        again = None
+        if self._again and source.random() < 0.5:
+            again = source.randrange(_RECOVERY_CALLS)
+        return Cut(kind, MODES[mode], staged, call, place, name, again)
+
+    @contextmanager
+    def worker(self, folder: str) -> Iterator[None]:
+        """Mount one disk of each kind, for all cuts of a worker."""
+        self._stages: dict[str, tuple[Stage, Disk]] = {}
+        with self._mounted(folder, list(self._kinds)):
+            yield
+
+    @contextmanager
+    def _mounted(self, folder: str, kinds: list[str]) -> Iterator[None]:
+        if not kinds:
+            yield
+            return
+        mine = os.path.join(folder, kinds[0])
+        os.mkdir(mine)
+        stage = Stage(mine)
+        image, path = os.path.join(mine, "image"), os.path.dirname(stage.directory)
+        with mounted_disk(image, path, kinds[0]) as disk:
+            self._stages[kinds[0]] = stage, disk
+            with self._mounted(folder, kinds[1:]):
+                yield
+
+    def play(self, folder: str, point: Cut, figures: Figures) -> None:
+        """Cut the power, come back, perhaps cut it again, and check."""
+        stage, disk = self._stages[point.kind]
+        stage.clear()
+        # Else a cut that comes soon brings back what was there before.
+        storage.sync_directory(disk.path)
+        live = partial(stage.live, staged=point.staged)
+        cutter = Cutter(point.index, point.place, disk=disk, mode=point.mode)
+
+        def body() -> None:
+            _demand(_cut(stage, cutter, live), "the power was not cut")
+            disk.switch_on()
+            listing = stage.check()
+            if point.again is not None:
+                listing = self._cut_again(stage, disk, point, listing, figures)
+            stage.recover(listing, _SEED + 1)
+
+        figures.count(point.kind)
+        figures.check(point, body)
+
+    def _cut_again(
+        self, stage: Stage, disk: Disk, point: Cut, listing: Listing, figures: Figures
+    ) -> Listing:
+        """Cut the power while somebody recovers; returns what is listed then."""
+        assert point.again is not None
+
+        def come_back() -> None:
+            stage.forget()
+            journal = Journal(stage.journal, listing)
+            try:
+                recover(stage.directory, journal, _SEED)
+            finally:
+                journal.close()
+
+        place = MIDDLE if point.again % 5 == 0 else BEFORE
+        cutter = Cutter(point.again, place, disk=disk, mode=point.mode)
+        if _cut(stage, cutter, come_back):
+            figures.count("cut again")
+            disk.switch_on()
+        return stage.check()
 
 
-def _some_points(scratch: str, every: int = 1) -> list[tuple[Point, int]]:
-    """List each state that a disk can be in, alternately with the journal kept or lost."""
-    stage = Stage(scratch)
-    os.makedirs(
-        os.path.dirname(stage.directory)
-    )  # there, too, when a disk is mounted on it
-    points = _points(_calls(stage.live), all_places=False)[::every]
-    modes = (LOG_LOST, LOG_FLUSHED)
-    return [(point, modes[number % 2]) for number, point in enumerate(points)]
+def _cut(stage: Stage, cutter: Killer, body: Callable[[], None]) -> bool:
+    """Run something in a process that dies with the power; False if it did not."""
+
+    def die() -> None:
+        with intercepted(cutter):
+            body()
+
+    status = in_child(die, stage.errors)
+    if status == HUNG:
+        raise Hung("nothing happens")
+    _demand(status in (0, KILLED), read_text(os.path.dirname(stage.errors), "errors"))
+    return status == KILLED
 
 
-def test_power_cut_at_every_call_loses_nothing(
-    scratch: str, report_figures: Callable[[str], None], few_records: None
-):
-    """What was acknowledged is there after a cut before or in any storage call."""
-    points = _some_points(scratch)
-    figures = _cut_at_all(scratch, points)
+def _demand(condition: bool, text: str) -> None:
+    if not condition:
+        raise Wrong(text[:1500])
+
+
+CAMPAIGN = PowerCuts()
+
+
+def test_power_cuts_lose_nothing(scratch: str, report_figures: Callable[[str], None]):
+    """What was acknowledged is there after one cut or two, whole; and a job goes on."""
+    figures = campaign.run(CAMPAIGN, scratch, SIZE)
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.killed == figures.points == len(points) > 200
+    assert figures.tried == SIZE
+    assert min(figures.others[kind] for kind in _KINDS) > SIZE / 3
+    assert figures.others["cut again"] > SIZE / 4
+
+
+# The tests themselves: what is not synced must be found out.
 
 
 def test_power_cut_without_file_fsync_is_found(
@@ -80,18 +204,19 @@ def test_power_cut_without_file_fsync_is_found(
 ):
     """A file that is not synced is found out: the cuts are real."""
     monkeypatch.setattr(storage.os, "fsync", lambda descriptor: None)
-    figures = _cut_at_all(scratch, _some_points(scratch, every=6))
+    figures = campaign.run(PowerCuts(again=False), scratch, 60)
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable
 
 
+@pytest.mark.parametrize("kind", _KINDS)
 def test_power_cut_without_directory_sync_is_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch
+    scratch: str, report_figures: Callable[[str], None], monkeypatch, kind: str
 ):
-    """A name that is not synced is found out."""
+    """A name that is not synced is found out, on each filesystem."""
     monkeypatch.setattr(storage, "sync_directory", lambda path: None)
     # On ext4 the next fsync of any file takes names along; this one comes at once.
     monkeypatch.setattr(state, "write_copy", lambda directory, head: None)
-    figures = _cut_at_all(scratch, _some_points(scratch, every=3))
+    figures = campaign.run(PowerCuts((kind,), again=False), scratch, 90)
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable

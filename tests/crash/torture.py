@@ -24,6 +24,7 @@ from campaign import Campaign, Figures, Progress
 # By name; each module has a CAMPAIGN.
 MODULES = {
     "fuzz": "test_fuzz",
+    "power-cuts": "test_power_cut",
     "rot": "test_rot",
 }
 _MEMORY = "/dev/shm"
