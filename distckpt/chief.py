@@ -133,18 +133,30 @@ class Chief:
             StorageError: It cannot be written, or has no hard links.
             CorruptStateError: Its records cannot be read.
         """
-        records = os.path.join(self._directory, paths.RECORDS_DIRECTORY)
         storage.make_directories(self._directory)
         self._acquire_lock()
-        newest = state.read_head(self._directory)
-        if newest != self._head:
-            self._load(newest)
-        storage.make_directories(records)
-        epoch = 1 if newest is None else newest.record.epoch + 1
+        for _ in range(_MAX_CLAIMS_LOST):
+            newest = state.read_head(self._directory)
+            if newest != self._head:
+                self._load(newest)
+            try:
+                return self._try_directory()
+            except StorageError:
+                # A chief that has claimed meanwhile sweeps what this one tries it with.
+                if state.is_newest(self._directory, newest):
+                    raise
+        raise DirectoryInUseError(self._claimed_again_and_again())
+
+    def _try_directory(self) -> Probe:
+        storage.make_directories(os.path.join(self._directory, paths.RECORDS_DIRECTORY))
+        epoch = 1 if self._head is None else self._head.record.epoch + 1
         check_filesystem(self._directory, epoch)
         self._probe = Probe(self._directory, epoch, paths.random_hex(8))
         self._probe.leave()
         return self._probe
+
+    def _claimed_again_and_again(self) -> str:
+        return f"{self._directory}: other jobs claim it again and again."
 
     def _acquire_lock(self) -> None:
         if self._lock is None:
@@ -199,8 +211,7 @@ class Chief:
                 continue
             break
         else:
-            msg = f"{self._directory}: other jobs claim it again and again."
-            raise DirectoryInUseError(msg)
+            raise DirectoryInUseError(self._claimed_again_and_again())
         self._head = head
         self._epoch = head.record.epoch
         self._after_append()

@@ -91,8 +91,10 @@ def is_newest(directory: str, head: Head | None) -> bool:
     number = 0 if head is None else head.record.number
     if storage.exists(record_path(directory, number + 1)):
         return False
+    if head is None:
+        return not record_numbers(directory)  # the first may have been pruned
     # Asked last: while the record itself stands, its successor cannot have been pruned.
-    return head is None or storage.exists(record_path(directory, number))
+    return storage.exists(record_path(directory, number))
 
 
 def append(directory: str, record: Record) -> Head:
@@ -125,7 +127,7 @@ def append(directory: str, record: Record) -> Head:
             storage.link(temporary, path)
         except StorageError as error:
             # EEXIST and lost replies look alike: what the file holds decides.
-            _settle(path, data, error)
+            _settle(directory, record.number, data, error)
         try:
             storage.sync_directory(records)
         except StorageError as error:
@@ -139,11 +141,7 @@ def append(directory: str, record: Record) -> Head:
     except StorageError as error:
         raise _unknown(path, error) from error
     if newest > record.number:
-        msg = (
-            f"another manager has appended after {path}; this one is fenced. The newest "
-            "record says whether it knew of this one."
-        )
-        raise FencedError(msg)
+        raise _overtaken(path)
     return Head(record, digest(data))
 
 
@@ -216,14 +214,27 @@ def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
     raise CorruptStateError(msg)
 
 
-def _settle(path: str, data: bytes, error: StorageError) -> None:
+def _settle(directory: str, number: int, data: bytes, error: StorageError) -> None:
+    path = record_path(directory, number)
     try:
         found = storage.read_file(path, MAX_SIZE_BYTES)
     except StorageError as second:
+        # A newer manager has swept this one's temporary file, and pruned the record that
+        # took its number.
+        with suppress(StorageError):
+            if _newest_listed(directory) > number:
+                raise _overtaken(path) from error
         raise _unknown(path, error) from second
     if found != data:
         msg = f"{path} is taken by another record; a newer manager owns the directory."
         raise FencedError(msg) from error
+
+
+def _overtaken(path: str) -> FencedError:
+    return FencedError(
+        f"another manager has appended after {path}; this one is fenced. The newest record "
+        "says whether it knew of this one."
+    )
 
 
 def _unknown(path: str, error: StorageError) -> OutcomeUnknown:

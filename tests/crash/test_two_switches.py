@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import current_thread
 from typing import Any
 
 import pytest
+from incarnations import NEW, OLD, Actor, Contest, Stops
 from scenario import (
     Journal,
     Listing,
@@ -35,7 +36,6 @@ from scenario import (
     unlisted,
 )
 from storage_calls import Call
-from test_fencing import NEW, OLD, Actor, Duel
 
 from distckpt import paths, readers, state
 from distckpt.errors import DistckptError
@@ -106,7 +106,7 @@ class Incarnation(Actor):
                 break
 
 
-class Interleaving(Duel):
+class Interleaving(Contest):
     """One schedule of two switches.
 
     Attributes:
@@ -114,9 +114,7 @@ class Interleaving(Duel):
         seen: What the bystander found wrong.
     """
 
-    def __init__(
-        self, directory: str, template: Template, stops: Mapping[str, set[int]]
-    ) -> None:
+    def __init__(self, directory: str, template: Template, stops: Stops) -> None:
         super().__init__(directory, stops)
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(template.directory, directory)
@@ -210,14 +208,14 @@ def _play(
     figures: Figures, folder: str, template: Template, i: int, j: int | None
 ) -> list[bool]:
     """Play one schedule; returns the calls that the second one made."""
-    stops = {OLD: {i}, NEW: set() if j is None else {j}}
-    duel = Interleaving(os.path.join(folder, "run"), template, stops)
+    stops = {OLD: {i: NEW}, NEW: {} if j is None else {j: OLD}}
+    contest = Interleaving(os.path.join(folder, "run"), template, stops)
     where = f"switched before calls {i} and {j}"
-    duel.run()
+    contest.run()
     figures.schedules += 1
-    figures.fenced += any(actor.fenced for actor in duel.actors.values())
+    figures.fenced += any(actor.fenced for actor in contest.actors.values())
     try:
-        duel.check()
+        contest.check()
     except Torn as error:
         figures.torn.append(f"{where}: {error}")
     except Lost as error:
@@ -226,8 +224,8 @@ def _play(
     except DistckptError as error:
         figures.unopenable.append(f"{where}: {type(error).__name__}: {error}")
     finally:
-        duel.close()
-    return duel.calls[NEW]
+        contest.close()
+    return contest.calls[NEW]
 
 
 def _switches(calls: list[bool]) -> list[int]:

@@ -26,6 +26,7 @@ MODULES = {
     "fuzz": "test_fuzz",
     "power-cuts": "test_power_cut",
     "rot": "test_rot",
+    "schedules": "test_schedules",
 }
 _MEMORY = "/dev/shm"
 
