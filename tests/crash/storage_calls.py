@@ -158,7 +158,7 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-REFUSED, LOST_REPLY = "refused", "lost reply"
+REFUSED, LOST_REPLY, SHORT = "refused", "lost reply", "short"
 
 _FAILING_OS = (
     "close",
@@ -177,6 +177,7 @@ _FAILING_OS = (
     "unlink",
 )
 # Their effect on the disk may be there although an error was reported.
+CAN_BE_SHORT = ("preadv", "pwritev")
 CAN_LOSE_REPLY = ("link", "makedirs", "mkdir", "pwritev", "rename", "rmtree", "unlink")
 
 
@@ -205,15 +206,26 @@ class Faults:
         index = len(self.names)
         self.names.append(name)
         due = index >= self._index >= 0 if self._for_ever else index == self._index
-        if not due:
+        if not due or (self._how == SHORT and name not in CAN_BE_SHORT):
             return original(*arguments, **keywords)
         self.fired.append(name)
+        if self._how == SHORT:
+            return _half(name, original, *arguments)
         # A failed close has closed the descriptor all the same.
         if name == "close" or (self._how == LOST_REPLY and name in CAN_LOSE_REPLY):
             original(*arguments, **keywords)
         elif name == "rmtree":
             _remove_half(arguments[0])
         raise OSError(self._error, os.strerror(self._error))
+
+
+def _half(name: str, original: Any, descriptor: int, buffers: Any, offset: int) -> int:
+    """Write or read only a half of what was asked for, at least a byte."""
+    size = max(1, sum(map(len, buffers)) // 2)
+    if name == "pwritev":
+        return os.pwrite(descriptor, b"".join(map(bytes, buffers))[:size], offset)
+    count: int = original(descriptor, [memoryview(buffers[0])[:size]], offset)
+    return count
 
 
 class _Namespace(ModuleType):

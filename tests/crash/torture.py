@@ -23,6 +23,7 @@ from campaign import Campaign, Figures, Progress
 
 # By name; each module has a CAMPAIGN.
 MODULES = {
+    "errors": "test_errors_at_every_call",
     "fuzz": "test_fuzz",
     "power-cuts": "test_power_cut",
     "rot": "test_rot",
