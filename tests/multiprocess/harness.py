@@ -20,7 +20,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = [
+# What takes long to import, and every rank needs.
+PRELOAD = [
     "torch",
     "torch.distributed",
     "torch.optim",
@@ -33,7 +34,7 @@ _PRELOAD = [
     "pytest",
 ]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOAD)
+_context.set_forkserver_preload(PRELOAD)
 # Whether to try everything, instead of the part that CI has the time for.
 EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
 # Tests run several jobs from threads, and starting a process looks after all others: two
