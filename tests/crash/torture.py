@@ -25,6 +25,7 @@ from campaign import Campaign, Figures, Progress
 MODULES = {
     "errors": "test_errors_at_every_call",
     "fuzz": "test_fuzz",
+    "hangs": "test_hangs",
     "kills": "test_kills",
     "power-cuts": "test_power_cut",
     "rot": "test_rot",

@@ -1,0 +1,209 @@
+"""Ranks that are killed, stopped, cut off or elsewhere: named in time, on every survivor.
+
+A killed rank is named within a second of its death on every rank that waits; one that is
+stopped, cut off or elsewhere at the deadline; no call outlasts that by more than a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import campaign
+import pytest
+import torch.distributed as dist
+from campaign import Campaign, Figures, Hung
+
+# Real ranks are the business of the tests in another folder.
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
+
+from harness import run_ranks, values_of
+from lost_peer_helpers import (
+    DEADLINE_SECONDS,
+    LATE_SECONDS,
+    PHASES,
+    NoNetwork,
+    lose,
+    lose_network,
+    manager_of,
+    network_of,
+)
+from outcome_helpers import make_checkpoint, outcome
+
+# Many jobs; a busy machine may take its time.
+pytestmark = pytest.mark.timeout(600)
+
+SIZE = 20
+KILL, STOP, ABSENT, DROP, RESET, STORE = "kill", "stop", "absent", "drop", "reset", "store"
+HOW = (KILL, STOP, ABSENT, DROP, RESET, STORE)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How one rank is lost to the others, or what else.
+
+    Attributes:
+        how: One of ``HOW``.
+        world_size: Number of ranks.
+        victim: Which of them.
+        phase: When; only for the first three.
+    """
+
+    how: str
+    world_size: int
+    victim: int
+    phase: str = ""
+
+
+class Hangs(Campaign[Loss]):
+    """Jobs of real ranks, each of which loses one.
+
+    Attributes:
+        late: How long after the death, or the deadline, the last survivor knew it.
+    """
+
+    name = "hangs"
+    about = "ranks killed, stopped, elsewhere, cut off, reset; the store's death"
+    in_threads = True
+
+    def __init__(self) -> None:
+        self.late: dict[str, list[float]] = {how: [] for how in HOW}
+        # Namespaces are made one at a time: so is the machine's list of them.
+        self._turn = threading.Lock()
+
+    def point(self, source: random.Random, index: int) -> Loss:
+        """Return one: all ways by turns."""
+        how = HOW[index % len(HOW)]
+        world_size = source.choice(
+            (2, 3, 4, 4, 8) if how in (KILL, STOP, ABSENT) else (2, 4)
+        )
+        victim = source.choice((0, world_size - 1, source.randrange(world_size)))
+        if how == STORE:
+            return Loss(how, world_size, 0)
+        if how in (DROP, RESET):
+            return Loss(how, world_size, victim)
+        phase = source.choice(PHASES)
+        if phase == "WRITE answer" and (victim or how == ABSENT):
+            # Once it has voted, the others need only the chief: see test_job_crashes.py.
+            phase = "WRITE"
+        return Loss(how, world_size, victim, phase)
+
+    def play(self, folder: str, point: Loss, figures: Figures) -> None:
+        """Lose it; what was late is tried again with less going on."""
+        figures.count(point.how)
+        found = Figures()
+        with self._turn:
+            well = found.check(point, lambda: self._lose(os.path.join(folder, "1"), point))
+        if not well and "assert" in str(found.findings):
+            found = Figures()
+            with self._turn:
+                found.check(point, lambda: self._lose(os.path.join(folder, "2"), point))
+        figures.add(found)
+
+    def _lose(self, folder: str, point: Loss) -> None:
+        os.mkdir(folder)
+        directory = os.path.join(folder, "run")
+        try:
+            if point.how == STORE:
+                late = _lose_store(directory, point.world_size)
+            elif point.how in (DROP, RESET):
+                with network_of(point.world_size) as network:
+                    late = lose_network(directory, network, point.how, point.victim)
+            else:
+                arguments = (point.how, point.phase, point.victim)
+                late = lose(directory, point.world_size, *arguments)
+        except NoNetwork as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        except AssertionError as error:
+            if "killed=True" in str(error):
+                raise Hung(str(error)) from error
+            raise
+        self.late[point.how].append(late)
+
+
+# The death of the store that the job was started with
+
+
+def _lose_store(directory: str, world_size: int) -> float:
+    """Run a job whose store is killed: it goes on; a manager made then fails in time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    store = context.Process(target=_serve_store, args=(port, world_size), daemon=True)
+    store.start()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            *(run_ranks, _outlive_the_store, world_size, directory, port, world_size),
+            process_group=False,
+        )
+        saved = [Path(f"{directory}.saved-{rank}") for rank in range(world_size)]
+        while not running.done() and not all(path.exists() for path in saved):
+            time.sleep(0.02)
+        store.kill()
+        store.join()
+        Path(f"{directory}.cut").touch()
+        results = values_of(running.result())
+    for second, third in results:
+        assert second.kind == "ok" and second.seconds < LATE_SECONDS, second
+        assert third.kind != "ok", third
+        assert third.seconds < DEADLINE_SECONDS + LATE_SECONDS, third
+    return max(third.seconds - DEADLINE_SECONDS for _, third in results)
+
+
+def _serve_store(port: int, world_size: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, None, is_master=True, wait_for_workers=False)
+    time.sleep(60)
+    del store
+
+
+def _outlive_the_store(rank: int, directory: str, port: int, world_size: int) -> Any:
+    store = dist.TCPStore(
+        *("127.0.0.1", port, world_size),
+        is_master=False,
+        timeout=timedelta(seconds=DEADLINE_SECONDS),
+    )
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    manager = manager_of(make_checkpoint(), directory, DEADLINE_SECONDS)
+    manager.save()
+    Path(f"{directory}.saved-{rank}").touch()
+    while not os.path.exists(f"{directory}.cut"):
+        time.sleep(0.01)
+    second = outcome(manager.save)
+    manager.close()
+    return second, outcome(manager_of, make_checkpoint(), directory, DEADLINE_SECONDS)
+
+
+CAMPAIGN = Hangs()
+
+
+def test_nobody_waits_for_ever(scratch: str, report_figures: Callable[[str], None]):
+    """Whatever a rank is lost by: named by all in time, and only that save is lost."""
+    hangs = Hangs()
+    figures = campaign.run(hangs, scratch, SIZE)
+    seconds = ", ".join(
+        f"{how} {median(late):.2f} to {max(late):.2f} s"
+        for how, late in hangs.late.items()
+        if late
+    )
+    report_figures(f"{figures}; known after death or deadline: {seconds}")
+    figures.demand_zeros()
+    assert set(HOW) == set(figures.others)
