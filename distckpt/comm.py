@@ -26,6 +26,7 @@ from distckpt import messages
 from distckpt.errors import (
     Desync,
     DistckptError,
+    FencedError,
     ManagerBroken,
     RanksFailed,
     RestoreFailed,
@@ -293,7 +294,14 @@ class GroupChannel:
                 answer = self.lane.worker.finish(lambda: decide(votes))
         except DistckptError as error:
             judged = how.hung(error) if isinstance(error, StorageTimeout) else error
-            self._answer(vote.phase, messages.encode_error(judged))
+            try:
+                self._answer(vote.phase, messages.encode_error(judged))
+            except ManagerBroken as broken:
+                # A chief that was away for long: its peers have gone, and a newer one has
+                # the directory. That is the reason, and says more than that they went.
+                if isinstance(error, FencedError):
+                    raise error from broken
+                raise
             if judged is error:
                 raise
             raise judged from error

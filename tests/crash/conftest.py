@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
+# Real ranks are the business of the tests in another folder.
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
 
 from power import LOG_LOST, NoPowerSwitch, mounted_disk
 

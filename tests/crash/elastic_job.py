@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from job_scenario import Notes
+from notes import Notes
 
 # Real ranks are the business of the tests in another folder.
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))

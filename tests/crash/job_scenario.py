@@ -8,7 +8,6 @@ steps of the protocol: a rank's vote, the chief's decision, its answer.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from notes import Notes
 from power import Disk
 from scenario import Lost, Torn, _epoch_of, claim_and_check_clean, unlisted
 from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, intercepted
@@ -248,31 +248,6 @@ def one_place_each(points: Sequence[Point]) -> list[Point]:
         some = places(point)
         chosen.append(point._replace(where=some[turn % len(some)]))
     return chosen
-
-
-# What ranks tell, also when they die
-
-
-class Notes:
-    """What the ranks of a job tell, outside the run directory: written at once."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def add(self, what: str, *values: Any) -> None:
-        """Write one line, whole or not at all."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        descriptor = os.open(self._path, flags)
-        os.write(descriptor, (json.dumps([what, *values]) + "\n").encode())
-        os.close(descriptor)
-
-    def read(self, what: str) -> list[Any]:
-        """Return the values of all lines of one kind."""
-        if not os.path.exists(self._path):
-            return []
-        with open(self._path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-        return [values for kind, *values in lines if kind == what]
 
 
 class Told(NamedTuple):

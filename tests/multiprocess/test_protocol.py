@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,9 @@ from distckpt import (
     SaveFailed,
     storage,
 )
+from distckpt.chief import Chief
+from distckpt.identity import Identity
+from distckpt.policy import Retention
 
 DEADLINE_SECONDS = 2.0
 
@@ -788,3 +792,58 @@ def test_with_block_left_by_an_error_on_one_rank_ends_the_others_in_time(tmp_pat
 
 if __name__ == "__main__":
     _exit_main(int(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5]))
+
+
+def _be_away_in_a_commit(rank, directory):
+    """The chief stops before it writes a manifest; its peer dies meanwhile."""
+    manager = CheckpointManager(
+        make_checkpoint(), directory, max_to_keep=None, timeout=timedelta(seconds=20)
+    )
+    manager.save()
+    stopped = Path(f"{directory}.pid")
+    if rank == 0:
+        real = storage.write_new_file
+
+        def stop_first(path, data):
+            if path.endswith("manifest.json"):
+                stopped.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            real(path, data)
+
+        storage.write_new_file = stop_first
+        saved = outcome(manager.save)
+        return saved, outcome(manager.save), outcome(manager.close)
+    threading.Thread(target=outcome, args=(manager.save,), daemon=True).start()
+    while not stopped.exists() or not stopped.read_text():
+        time.sleep(0.01)
+    os._exit(9)
+
+
+def test_chief_that_was_away_is_told_that_it_is_fenced(tmp_path):
+    """Not just that its peers have gone: another job has the directory by now."""
+    directory = str(tmp_path / "run")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_ranks, _be_away_in_a_commit, 2, directory, timeout=60)
+        stopped = Path(f"{directory}.pid")
+        while not running.done() and not (stopped.exists() and stopped.read_text()):
+            time.sleep(0.01)
+        time.sleep(0.5)  # until its peer has gone
+        newer = Chief(
+            directory,
+            checkpoint_name="ckpt",
+            retention=Retention(None),
+            identity=Identity("newer", 0),
+            takeover=True,
+        )
+        newer.prepare_claim()
+        newer.finish_claim()
+        assert newer.settle(20)
+        os.kill(int(stopped.read_text()), signal.SIGCONT)
+        chief, _ = running.result()
+    newer.close()
+    assert chief.ok, chief
+    saved, again, closed = chief.value
+    assert saved.kind == again.kind == "FencedError", (saved, again)
+    assert "claimed by job 'newer'" in saved.text
+    assert closed.kind == "ok" and closed.seconds < 5, closed
+    assert committed(directory) == ["ckpt-1"]
