@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from distckpt.line import Address
 from distckpt.liveness import ChiefLiveness, Liveness
 from distckpt.messages import Phase, Vote
 from distckpt.record import digest
+from distckpt.rendezvous import incarnation
 from distckpt.waiting import Lane, Whereabouts
 
 # How many groups this process has made over the same ranks: the next one's keys in the
@@ -71,9 +71,8 @@ def _new_group(members: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
     them knows, which need not be the same number, and uses a name again when a group
     was destroyed.
     """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     who = digest(",".join(map(str, members)).encode())
-    key = f"distckpt/groups/{restart}/{who}/{_num_made[members]}"
+    key = f"distckpt/groups/{incarnation()}/{who}/{_num_made[members]}"
     _num_made[members] += 1
     try:
         store = PrefixStore(key, _get_default_store())

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import (  # type: ignore[attr-defined]  # public, not exported
+    DistStoreError,
     PrefixStore,
+    Store,
     TCPStore,
 )
 from torch.distributed.constants import default_pg_timeout
+
+_KEYS = "distckpt/rendezvous"
+_POLL_SECONDS = 0.02
+# What the workers of this start of the job agreed on; "" if they did not.
+_agreed = ""
+
+
+def incarnation() -> str:
+    """Return what tells this start of the workers from earlier ones of the same job."""
+    return _agreed or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def init_process_group(
@@ -21,8 +35,9 @@ def init_process_group(
 
     torchrun's agent keeps its store through a restart of the workers, and a plain
     ``init_process_group`` then reads the addresses of the dead ones: over half of the
-    restarts on gloo hang or fail. Here each restart uses keys of its own. Outside
-    torchrun this is torch's function.
+    restarts on gloo hang or fail. Here the workers agree on keys of their own first. (The
+    restart count does not do: agents of an elastic job that joined at different times
+    have different ones.) Outside torchrun this is torch's function.
 
     Called by: every rank, once. Collectives: a rendezvous.
 
@@ -35,6 +50,7 @@ def init_process_group(
     Source:
         https://github.com/pytorch/pytorch/issues/135712
     """
+    global _agreed
     arguments = dict(options)
     if timeout is not None:
         arguments["timeout"] = timeout
@@ -49,10 +65,65 @@ def init_process_group(
             timeout=timeout or default_pg_timeout,
             wait_for_workers=False,
         )
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _agreed = _agree(store, rank, world_size, timeout or default_pg_timeout)
         arguments |= {
-            "store": PrefixStore(f"distckpt/restart-{restart}", store),
+            "store": PrefixStore(f"{_KEYS}/{_agreed}", store),
             "rank": rank,
             "world_size": world_size,
         }
     dist.init_process_group(backend, **arguments)
+
+
+def _agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Agree on a name that no earlier start of the workers has used; returns it.
+
+    The store may hold what the dead have written, under every key that could be thought
+    of. So each rank writes a number that it draws, and rank 0 answers with the name beside
+    that number: who finds its own number has been answered just now.
+
+    Raises:
+        DistStoreError: Not all ranks came in time.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    drawn = os.urandom(8).hex()
+    if rank == 0:
+        _answer_all(store, drawn, range(1, world_size), deadline)
+        return drawn
+    store.set(f"{_KEYS}/hello/{rank}", drawn)
+    answer = f"{_KEYS}/answer/{rank}"
+    while True:
+        store.wait([answer], _left(deadline))
+        number, _, name = store.get(answer).decode().partition(" ")
+        if number == drawn:
+            store.set(f"{_KEYS}/came/{rank}", name)
+            return name
+        if time.monotonic() > deadline:
+            msg = f"rank {rank}: rank 0 did not answer within {timeout}; has it died?"
+            raise DistStoreError(msg)
+        time.sleep(_POLL_SECONDS)
+
+
+def _answer_all(store: Store, name: str, ranks: Sequence[int], deadline: float) -> None:
+    """Tell all other ranks the name, until each has said that it knows it."""
+    waiting = list(ranks)
+    answered: dict[int, bytes] = {}
+    while waiting:
+        hellos = [f"{_KEYS}/hello/{rank}" for rank in waiting]
+        store.wait(hellos, _left(deadline))
+        for rank, drawn in zip(waiting, store.multi_get(hellos), strict=True):
+            # Some are of the dead: then those of the living are still to come.
+            if answered.get(rank) != drawn:
+                store.set(f"{_KEYS}/answer/{rank}", f"{drawn.decode()} {name}")
+                answered[rank] = drawn
+        came = [f"{_KEYS}/came/{rank}" for rank in waiting]
+        if store.check(came):
+            said = zip(waiting, store.multi_get(came), strict=True)
+            waiting = [rank for rank, known in said if known.decode() != name]
+        if waiting and time.monotonic() > deadline:
+            msg = f"ranks {waiting[:16]} did not come to init_process_group in time."
+            raise DistStoreError(msg)
+        time.sleep(_POLL_SECONDS * bool(waiting))
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(0.001, deadline - time.monotonic()))

@@ -2,8 +2,8 @@
 
 An elastic job (``--nnodes 1:2``) of a sharded model loses the chief's host in the middle of
 a commit: cut off, and its worker frozen. It shrinks to the other host and goes on from the
-newest commit. Then the frozen chief wakes up: it is fenced, and told so. Its launcher, or a
-new one, lets the job grow again.
+newest commit. Then the frozen chief wakes up: it is fenced, and told so. A new launcher on
+its host lets the job grow again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Hosts:
         self._folder = folder
         self.directory = str(folder / "run")
         self.notes = Notes(str(folder / "notes"))
-        self._launchers: list[subprocess.Popen[bytes]] = []
+        self._launchers: dict[int, subprocess.Popen[bytes]] = {}
         self._store = self._enter(2, [sys.executable, "-c", _SERVE, self._meet, str(PORT)])
         assert self._store.stdout is not None
         assert self._store.stdout.readline() == b"there\n"
@@ -74,9 +74,15 @@ class Hosts:
         command += ["--local-addr", self._network.host(index), "--monitor-interval", "0.1"]
         command += [str(WORKER), self.directory, str(self._folder / "notes")]
         device = self._network.device(index)
-        self._launchers.append(
-            self._enter(index, command, GLOO_SOCKET_IFNAME=device, HOST=str(index))
+        self._launchers[index] = self._enter(
+            index, command, GLOO_SOCKET_IFNAME=device, HOST=str(index)
         )
+
+    def launch_again(self, index: int) -> None:
+        """Start another launcher on a host in the place of the first."""
+        self._launchers[index].kill()
+        self._launchers[index].wait()
+        self.launch(index)
 
     def freeze_the_chief(self) -> None:
         """Let it stop at its next commit."""
@@ -100,7 +106,7 @@ class Hosts:
 
     def close(self) -> None:
         """End everything."""
-        for process in (*self._launchers, self._store):
+        for process in (*self._launchers.values(), self._store):
             process.kill()
             process.wait()
             if process.stdout is not None:
@@ -164,6 +170,7 @@ def test_job_shrinks_fences_its_zombie_and_grows_again(
         assert told[0][2] == "FencedError" and "has been claimed" in told[0][3], told
 
         woken_at = time.monotonic()
+        hosts.launch_again(int(zombie))
         hosts.wait_for(lambda: len(saved(2, woken_at)) >= 4, "saves of two again")
         grown = [t for t in hosts.told("restored") if t[1] > woken_at and t[4] == 2]
         record = read_record(hosts.directory)
