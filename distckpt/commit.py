@@ -9,6 +9,7 @@ from distckpt.chief import Chief
 from distckpt.comm import Answer, How
 from distckpt.errors import (
     DistckptError,
+    FencedError,
     ManagerBroken,
     OutcomeUnknown,
     SaveFailed,
@@ -18,6 +19,7 @@ from distckpt.job import Job, Ran, agree
 from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
+from distckpt.record import Record
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
 
@@ -69,11 +71,12 @@ def write_and_commit(
             how=How(patient=True, hung=chief.judge_undone),
         )
     except ManagerBroken as error:
+        newest = _newest_record(job)
+        if newest is not None and newest.epoch > attempt.epoch:
+            raise _fenced(job, attempt, newest, error) from error
         no_vote = written.error is not None
         never_began = job.chief is not None and not chief.began
-        committed = (
-            False if no_vote or never_began else _look_whether_committed(job, attempt)
-        )
+        committed = False if no_vote or never_began else _is_listed(attempt, newest)
         raise _with_outcome(error, job.path(attempt.prefix), committed) from error
 
 
@@ -138,16 +141,32 @@ class _ChiefsPart:
         return OutcomeUnknown(f"{error} {what}; the next save or restore will tell.")
 
 
-def _look_whether_committed(job: Job, attempt: Attempt) -> bool | None:
-    """Look into the newest record; None if the attempt is not there, as yet."""
+def _newest_record(job: Job) -> Record | None:
+    """Read the newest record; None if there is none, or it cannot be read just now."""
     # Not waited for long: the call has had its time already.
     worker = Worker(_LAST_LOOK_SECONDS)
     try:
-        record = worker.finish(lambda: readers.read_record(job.directory))
+        return worker.finish(lambda: readers.read_record(job.directory))
     except DistckptError:
         return None
-    listed = record is not None and any(e.attempt == attempt for e in record.committed)
+
+
+def _is_listed(attempt: Attempt, newest: Record | None) -> bool | None:
+    """Tell whether an attempt is committed; None if it is not there, as yet."""
+    listed = newest is not None and any(e.attempt == attempt for e in newest.committed)
     return True if listed else None
+
+
+def _fenced(
+    job: Job, attempt: Attempt, newest: Record, error: ManagerBroken
+) -> FencedError:
+    """Say that this rank was away for so long that another job has the directory."""
+    what = "was committed before" if _is_listed(attempt, newest) else "was not committed"
+    return FencedError(
+        f"{job.directory} has been claimed by job {newest.run!r} (epoch {newest.epoch}, "
+        f"this one is {attempt.epoch}) while this rank was away; {attempt.prefix} {what}, "
+        f"or was released since. What came of the other ranks: {error}"
+    )
 
 
 def _with_outcome(error: ManagerBroken, path: str, committed: bool | None) -> ManagerBroken:

@@ -34,6 +34,9 @@ _SERVE = (
     "store = TCPStore(sys.argv[1], int(sys.argv[2]), None, True, wait_for_workers=False);"
     "print('there', flush=True); time.sleep(1000)"
 )
+# An agent that shares its store remembers the first one that it had, also when the job
+# grows and others begin with a new one (torch 2.13, dynamic_rendezvous.py).
+_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 # Else a host that is gone is noticed after 15 seconds, and others are waited for for 30.
 _RENDEZVOUS = "is_host=false,last_call_timeout=1,keep_alive_interval=1,join_timeout=120"
 
@@ -62,7 +65,7 @@ class Hosts:
                 inside,
                 stdout=subprocess.PIPE if index == 2 else log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, **_ENVIRONMENT, **environment},
             )
 
     def launch(self, index: int) -> None:
