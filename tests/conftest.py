@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,13 @@ import pytest
 # that are about it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if os.environ.get("DISTCKPT_MUTANT"):
+    # See tests/crash/mutants.py: one step of the protocol is wrong, and a test must see it.
+    sys.path.insert(0, str(Path(__file__).parent / "crash"))
+    from mutants import apply_from_environment
+
+    apply_from_environment()
 
 _figures = pytest.StashKey[list[str]]()
 

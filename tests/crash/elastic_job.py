@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from notes import Notes
+from notes import Notes, read_lines
 
 # Real ranks are the business of the tests in another folder.
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
@@ -153,7 +153,8 @@ class ElasticJob:
 
     def __init__(self, folder: str, interval: int = 3, max_to_keep: int = 3) -> None:
         self.directory = os.path.join(folder, "run")
-        self.notes = Notes(os.path.join(folder, "notes"))
+        self._told: dict[str, list[Told]] = {}
+        self._read_bytes = 0
         self._notes_path = os.path.join(folder, "notes")
         self._arguments = (interval, max_to_keep)
         self._agent: Any = None
@@ -186,17 +187,18 @@ class ElasticJob:
 
     def workers(self) -> list[Worker]:
         """Return all workers that ever started, the newest last."""
-        found = []
-        for rank, restart, agent, _, pid in self.notes.read("started"):
-            found.append(Worker(rank, restart, pid, agent))
-        return found
+        return [
+            Worker(told.rank, told.restart, told.values[0], told.agent)
+            for told in self.told("started")
+        ]
 
     def told(self, what: str) -> list[Told]:
         """Return all that workers have told of one kind."""
-        return [
-            Told(rank, restart, agent, at, values)
-            for rank, restart, agent, at, *values in self.notes.read(what)
-        ]
+        # Only what is new: a job that runs for an hour tells much.
+        lines, self._read_bytes = read_lines(self._notes_path, self._read_bytes)
+        for kind, rank, restart, agent, at, *values in lines:
+            self._told.setdefault(kind, []).append(Told(rank, restart, agent, at, values))
+        return self._told.get(what, [])
 
     def kill_agent(self) -> float:
         """Kill the agent; its workers live on. Returns when."""

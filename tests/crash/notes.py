@@ -27,3 +27,14 @@ class Notes:
         with open(self._path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         return [values for kind, *values in lines if kind == what]
+
+
+def read_lines(path: str, offset: int) -> tuple[list[list[Any]], int]:
+    """Read the whole lines from an offset on; returns them and where they end."""
+    if not os.path.exists(path):
+        return [], 0
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], offset + end

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import campaign
+import mutants
 from campaign import Campaign, Figures, Progress
 
 # By name; each module has a CAMPAIGN.
@@ -64,7 +65,7 @@ def write_progress(path: Path, progress: Progress) -> None:
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("campaign", choices=sorted(MODULES))
+    parser.add_argument("campaign", choices=[*sorted(MODULES), "mutants"])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=campaign.SEED)
     parser.add_argument("--size", type=int, help="how many points at most, all together")
@@ -72,6 +73,8 @@ def main() -> None:
         "--directory", type=Path, default=Path("runs/torture"), help="for its progress"
     )
     arguments = parser.parse_args()
+    if arguments.campaign == "mutants":
+        mutants.play(list(mutants.MUTANTS))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     chosen = load(arguments.campaign)
     path = progress_file(arguments.directory, chosen.name, arguments.seed)

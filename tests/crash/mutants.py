@@ -1,0 +1,438 @@
+"""Mutants of the protocol: each has one step wrong, and a named test that must find it.
+
+``python tests/crash/mutants.py`` plays them all, one process of pytest each; a mutant that
+no test kills is a hole in the tests. Meanwhile ``DISTCKPT_MUTANT`` names it.
+
+On ext4 and xfs any fsync makes earlier changes of names durable, too. So some mutants do no
+harm there; what finds them are the tests of the order of durable steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from distckpt import chief, janitor, paths, readers, shard_file, state, storage, strict_json
+from distckpt.chief import Chief
+from distckpt.errors import StorageError
+from distckpt.janitor import remove_published
+from distckpt.state import Head
+
+HERE = Path(__file__).parent
+VARIABLE = "DISTCKPT_MUTANT"
+
+
+class Mutant(NamedTuple):
+    """One mutant.
+
+    Attributes:
+        apply: Makes it.
+        killed_by: The test that must fail.
+    """
+
+    apply: Callable[[], None]
+    killed_by: str
+
+
+MUTANTS: dict[str, Mutant] = {}
+_POWER = "tests/crash/test_power_cut.py::test_power_cuts_lose_nothing"
+_KILLS = "tests/crash/test_kill_every_call.py::test_kill_at_every_call_loses_nothing"
+_SCHEDULES = "tests/crash/test_schedules.py::test_incarnations_at_random_calls_stay_in_line"
+_ERRORS = "tests/crash/test_errors_at_every_call.py::test_errors_harm_only_that_save"
+_ROT = "tests/crash/test_rot.py::test_rot_is_found_and_the_right_file_named"
+_CRAFTED = "tests/crash/test_crafted.py"
+
+
+def _mutant(killed_by: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def add(apply: Callable[[], None]) -> Callable[[], None]:
+        MUTANTS[apply.__name__.replace("_", "-")] = Mutant(apply, killed_by)
+        return apply
+
+    return add
+
+
+def _put(owner: Any, name: str, new: Any) -> None:
+    # What the crash tests stand between must look as if it came from there.
+    if owner is storage:
+        new.__module__ = storage.__name__
+    setattr(owner, name, new)
+
+
+# What is not synced
+
+
+def _sync_but(is_skipped: Callable[[str], bool]) -> None:
+    honest = storage.sync_directory
+
+    def sync_directory(path: str) -> None:
+        if not is_skipped(path):
+            honest(path)
+
+    _put(storage, "sync_directory", sync_directory)
+
+
+def _chief_syncs_but(is_skipped: Callable[[str], bool]) -> None:
+    """Leave a call out: who writes the calls down sees that it is not made."""
+
+    class Storage:
+        def __getattr__(self, name: str) -> Any:
+            return sync_directory if name == "sync_directory" else getattr(storage, name)
+
+    def sync_directory(path: str) -> None:
+        if not is_skipped(path):
+            storage.sync_directory(path)
+
+    chief.storage = Storage()  # type: ignore[assignment]
+
+
+@_mutant(_POWER)
+def no_sync_of_files() -> None:
+    """Leave the content of files to the kernel."""
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda _: None) if name == "fsync" else getattr(os, name)
+
+    storage.os = Os()  # type: ignore[assignment]
+    honest = os.fsync
+
+    def sync_directory(path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        honest(descriptor)
+        os.close(descriptor)
+
+    _put(storage, "sync_directory", sync_directory)
+
+
+@_mutant("tests/unit/test_chief.py::test_save_happens_in_the_durable_order")
+def no_sync_of_the_published_name() -> None:
+    """Do not sync the run directory."""
+    _chief_syncs_but(
+        lambda path: os.path.exists(os.path.join(path, paths.RECORDS_DIRECTORY))
+    )
+
+
+@_mutant(_POWER)
+def no_sync_of_the_records() -> None:
+    """Do not sync the records' directory, nor what takes it along on the way."""
+    _sync_but(lambda path: os.path.basename(path) == paths.RECORDS_DIRECTORY)
+    _put(state, "write_copy", lambda directory, head: None)
+
+
+@_mutant("tests/unit/test_chief.py::test_save_happens_in_the_durable_order")
+def no_sync_of_the_pending_directory() -> None:
+    """Do not sync the names of shard files and manifest."""
+    _chief_syncs_but(lambda path: paths.parse_pending(os.path.basename(path)) is not None)
+
+
+@_mutant("tests/unit/test_storage.py")
+def failed_fsync_tried_again() -> None:
+    """Call fsync a second time, which reports success."""
+    honest = os.fsync
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return twice if name == "fsync" else getattr(os, name)
+
+    def twice(descriptor: int) -> None:
+        try:
+            storage_os.fsync(descriptor)
+        except OSError:
+            storage_os.fsync(descriptor)
+
+    storage_os = os
+    storage.os = Os()  # type: ignore[assignment]
+    del honest
+
+
+# The order of steps
+
+
+@_mutant(_KILLS)
+def deleted_before_the_commit() -> None:
+    """Delete what the record is about to release."""
+    honest = Chief._append_commit
+
+    def hasty(self: Chief, attempt: paths.Attempt, *rest: Any) -> None:
+        for entry in self._live[:-1]:
+            remove_published(self._directory, entry.attempt)
+        honest(self, attempt, *rest)
+
+    _put(Chief, "_append_commit", hasty)
+
+
+@_mutant(_KILLS)
+def recorded_before_published() -> None:
+    """Append the record, then rename."""
+    honest, rename = Chief._append_commit, storage.rename
+    held: list[tuple[str, str]] = []
+
+    def later(source: str, target: str) -> None:
+        if paths.parse_published(os.path.basename(target)) is not None:
+            held.append((source, target))
+        else:
+            rename(source, target)
+
+    def first(self: Chief, *arguments: Any) -> None:
+        honest(self, *arguments)
+        for source, target in held:
+            rename(source, target)
+        held.clear()
+
+    _put(storage, "rename", later)
+    _put(Chief, "_append_commit", first)
+
+
+@_mutant(_KILLS)
+def published_before_the_manifest() -> None:
+    """Rename the directory, then write the manifest into it."""
+    write, rename = storage.write_new_file, storage.rename
+    held: list[tuple[str, bytes]] = []
+
+    def later(path: str, data: bytes) -> None:
+        if path.endswith(paths.MANIFEST_FILE):
+            held.append((path, data))
+        else:
+            write(path, data)
+
+    def first(source: str, target: str) -> None:
+        rename(source, target)
+        for path, data in held:
+            write(os.path.join(target, os.path.basename(path)), data)
+        held.clear()
+
+    _put(storage, "write_new_file", later)
+    _put(storage, "rename", first)
+
+
+@_mutant(_KILLS)
+def acknowledged_before_the_record() -> None:
+    """Say that it is committed, and append the record with the next save."""
+    honest, begin = Chief._append_commit, Chief.begin
+    held: list[tuple[Any, ...]] = []
+
+    def later(self: Chief, *arguments: Any) -> None:
+        held.append(arguments)
+
+    def first(self: Chief, *arguments: Any) -> paths.Attempt:
+        for one in held:
+            honest(self, *one)
+        held.clear()
+        return begin(self, *arguments)
+
+    _put(Chief, "_append_commit", later)
+    _put(Chief, "begin", first)
+
+
+@_mutant(
+    "tests/unit/test_janitor.py::test_remove_published_renames_and_syncs_before_it_deletes"
+)
+def deleted_in_place() -> None:
+    """Delete a published attempt without renaming it first."""
+
+    def in_place(directory: str, attempt: paths.Attempt) -> None:
+        storage.remove_tree(os.path.join(directory, attempt.published))
+
+    _put(janitor, "remove_published", in_place)
+
+
+# Records
+
+
+@_mutant(_KILLS)
+def record_written_in_place() -> None:
+    """Write a record under its final name."""
+
+    def in_place(directory: str, new: Any) -> Head:
+        path = state.record_path(directory, new.number)
+        storage.write_new_file(path, new.encode())
+        storage.sync_directory(os.path.dirname(path))
+        return Head(new, state.digest(new.encode()))
+
+    _put(state, "append", in_place)
+
+
+@_mutant(_SCHEDULES)
+def record_that_replaces_another() -> None:
+    """Give a record its name by rename."""
+
+    def link(source: str, target: str) -> None:
+        copy = f"{source[:-4]}.copy"
+        os.link(source, copy)
+        os.rename(copy, target)
+
+    _put(storage, "link", link)
+
+
+@_mutant(_SCHEDULES)
+def claim_that_does_not_read_again() -> None:
+    """Take the next number, and keep the lists that were read before."""
+    honest = Chief._load
+
+    def stale(self: Chief, head: Head | None) -> None:
+        if hasattr(self, "_live"):
+            self._head = head
+        else:
+            honest(self, head)
+
+    def record_of_old_lists(self: Chief) -> Any:
+        found = claim_record(self)
+        if self._head is None:
+            return found
+        return chief.replace(found, live=self._live, kept=self._kept, releasing=())
+
+    claim_record = Chief._claim_record
+    _put(Chief, "_load", stale)
+    _put(Chief, "_claim_record", record_of_old_lists)
+
+
+@_mutant(_SCHEDULES)
+def link_alone_taken_for_a_commit() -> None:
+    """Do not look whether the number was taken, overtaken and pruned."""
+    honest = state._newest_listed
+
+    def newest(directory: str) -> int:
+        caller = sys._getframe(1).f_code.co_name
+        return 0 if caller == "append" else honest(directory)
+
+    _put(state, "_newest_listed", newest)
+
+
+@_mutant(_ERRORS)
+def lost_reply_taken_for_a_failure() -> None:
+    """Believe an error of the link."""
+
+    def settle(directory: str, number: int, data: bytes, error: StorageError) -> None:
+        raise error
+
+    _put(state, "_settle", settle)
+
+
+@_mutant(_ERRORS)
+def unknown_outcome_taken_for_a_failure() -> None:
+    """Remove an attempt whose record may be there."""
+
+    def unknown(path: str, error: StorageError) -> StorageError:
+        return StorageError(str(error), operation="link", path=path)
+
+    _put(state, "_unknown", unknown)
+
+
+# Whose it is
+
+
+@_mutant(_SCHEDULES)
+def sweep_of_any_epoch() -> None:
+    """Sweep whatever no list names."""
+    honest = janitor._sweep
+
+    def greedy(directory: str, epoch: int, *rest: Any) -> None:
+        honest(directory, epoch + 1000, *rest)
+
+    _put(janitor, "_sweep", greedy)
+
+
+@_mutant(_KILLS)
+def attempts_with_one_name() -> None:
+    """Use the name of an attempt again."""
+    honest = paths.random_hex
+    _put(paths, "random_hex", lambda size: "0" * 8 if size == 4 else honest(size))
+
+
+@_mutant("tests/unit/test_chief.py")
+def sweep_of_any_chain() -> None:
+    """Sweep what another run directory's chain has made."""
+    honest = janitor._sweep_name
+
+    def careless(directory: str, name: str, epoch: int, chain: str, listed: Any) -> None:
+        found = janitor.chain_of(os.path.join(directory, name))
+        honest(directory, name, epoch, found or chain, listed)
+
+    _put(janitor, "_sweep_name", careless)
+
+
+# What is read
+
+
+@_mutant(_ROT)
+def checksums_not_compared() -> None:
+    """Take any bytes."""
+    _put(shard_file.ShardReader, "_compare", lambda *_: None)
+
+
+@_mutant(_ROT)
+def manifests_digest_not_compared() -> None:
+    """Take any manifest that says it is right."""
+    honest = readers.read_manifest
+
+    def careless(directory: str, expected_digest: str | None = None) -> Any:
+        return honest(directory)
+
+    import distckpt.verify
+
+    _put(readers, "read_manifest", careless)
+    _put(distckpt.verify, "read_manifest", careless)
+
+
+@_mutant(_CRAFTED)
+def links_followed() -> None:
+    """Open whatever a name leads to."""
+    storage._READ_FLAGS &= ~os.O_NOFOLLOW
+
+
+@_mutant(_CRAFTED)
+def last_of_two_keys_taken() -> None:
+    """Read JSON as Python does."""
+    import json
+
+    _put(strict_json, "_DECODER", json.JSONDecoder())
+
+
+def apply_from_environment() -> None:
+    """Be the mutant that the environment names, if it names one."""
+    name = os.environ.get(VARIABLE)
+    if name:
+        MUTANTS[name].apply()
+
+
+def main() -> None:
+    """Play them all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="only these")
+    play(parser.parse_args().names or list(MUTANTS))
+
+
+def play(names: Sequence[str]) -> NoReturn:
+    """Play some, and end this process with whether all were killed."""
+    survived = []
+    for name in names:
+        test = MUTANTS[name].killed_by
+        began = time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", test]
+        done = subprocess.run(
+            command,
+            cwd=HERE.parents[1],
+            env={**os.environ, VARIABLE: name},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # 1: a test has failed; anything else is no verdict.
+        is_killed = done.returncode == 1 and " failed" in done.stdout
+        if not is_killed:
+            survived.append(name)
+        seconds = time.monotonic() - began
+        verdict = "killed" if is_killed else f"SURVIVED ({done.returncode})"
+        print(f"{verdict:14} {name:36} {seconds:5.0f} s  {test}", flush=True)
+    print(f"{len(names)} mutants, {len(survived)} survived")
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()
