@@ -57,9 +57,10 @@ class CutFigures(Figures):
 class Stage:
     """Disks to cut the power of: each cut begins with a copy of an image."""
 
-    def __init__(self, scratch: str) -> None:
+    def __init__(self, scratch: str, world_size: int = 2) -> None:
         self._scratch = scratch
-        self._template = Template(scratch, 2)
+        self._world_size = world_size
+        self._template = Template(scratch, world_size)
         for name in (_EMPTY, _SAVED):
             folder = os.path.join(scratch, name)
             with mounted_disk(self._image(name), folder) as disk:
@@ -76,14 +77,15 @@ class Stage:
         scenarios: Sequence[Scenario] = SCENARIOS,
         each: int = 6,
     ) -> list[Crash]:
-        """List the calls of both ranks at which the power is to be cut, and where."""
+        """List the calls of two ranks at which the power is to be cut, and where."""
         found = []
+        size = self._world_size
         for scenario in scenarios:
-            for victim in (0, 1):
-                calls = count_calls(self._scratch, self._template, 2, scenario, victim)
+            for victim in (0, size - 1):
+                calls = count_calls(self._scratch, self._template, size, scenario, victim)
                 calls = [point for point in calls if changes_the_disk(point)]
                 chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::each]
-                found += [(scenario, 2, victim, point) for point in chosen]
+                found += [(scenario, size, victim, point) for point in chosen]
         modes = (LOG_LOST, LOG_FLUSHED)
         return [
             Crash(*arguments, strike=PowerCut(mode), spoil=spoil)
@@ -119,7 +121,7 @@ class Stage:
         with _mounted(after, os.path.dirname(directory)):
             known = self._template.attempts
             is_listed = check_listing(directory, scenario, known, notes)
-            check_come_back(directory, 2, scenario, is_listed)
+            check_come_back(directory, self._world_size, scenario, is_listed)
 
 
 @contextmanager
@@ -136,15 +138,16 @@ def _copy(image: str, target: str) -> None:
     subprocess.run(["cp", "--sparse=always", image, target], check=True)
 
 
+@pytest.mark.parametrize(("world_size", "each"), [(2, 8), (4, 12)])
 def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
-    scratch: str, report_figures: Callable[[str], None]
+    scratch: str, report_figures: Callable[[str], None], world_size: int, each: int
 ):
     """At every call of either rank; a fresh job finds all of it, byte for byte."""
-    stage = Stage(scratch)
-    figures = stage.play_all(stage.cuts())
+    stage = Stage(scratch, world_size)
+    figures = stage.play_all(stage.cuts(each=each))
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.points > 30 and figures.acknowledged > figures.points
+    assert figures.points > 10 and figures.acknowledged > figures.points
 
 
 def do_not_sync_files() -> None:
