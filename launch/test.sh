@@ -11,6 +11,9 @@ fi
 "$python" -m ruff format --check .
 "$python" -m mypy
 # Those that measure no time, two at once; with one seed both processes list them in one order.
-PYTHONHASHSEED=0 "$python" -m pytest -n 2 -m 'not alone' tests/unit
+export PYTHONHASHSEED=0
+"$python" -m pytest -n 2 -m 'not alone' tests/unit
 "$python" -m pytest -m alone tests/unit
-exec "$python" -m pytest tests/crash tests/gpu tests/multiprocess tests/scale
+"$python" -m pytest tests/scale tests/gpu
+# Most of these wait for others: two at once take little longer than one.
+exec "$python" -m pytest -n 2 tests/multiprocess tests/crash

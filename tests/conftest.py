@@ -23,7 +23,7 @@ if os.environ.get("DISTCKPT_MUTANT"):
 
     apply_from_environment()
 
-_figures = pytest.StashKey[list[str]]()
+_FIGURES = "figures"
 
 
 @pytest.fixture
@@ -53,15 +53,24 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 @pytest.fixture
 def report_figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Print one line of figures at the end of the run, whatever is captured."""
-    lines = request.config.stash.setdefault(_figures, [])
-    return lambda line: lines.append(f"{request.node.name}: {line}")
+    # With the report, so that they also come from another process.
+    return lambda line: request.node.user_properties.append((_FIGURES, line))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show the figures of all tests that ran."""
-    lines = config.stash.get(_figures, [])
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call"
+    ]
+    lines = [
+        f"{report.nodeid.rpartition('::')[2]}: {line}"
+        for report in reports
+        for name, line in report.user_properties
+        if name == _FIGURES
+    ]
     if lines:
         terminalreporter.section("figures")
         for line in lines:
