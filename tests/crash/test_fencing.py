@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from incarnations import NEW, OLD, Contest
@@ -15,17 +14,11 @@ from scenario import (
     in_workers,
 )
 
-from distckpt import janitor, state, storage
+from distckpt import state, storage
 from distckpt.errors import DistckptError
 
 # Hundreds of crash points; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(400)
-
-_NUM_RANDOM = 150
-_MAX_SWITCHES = 6
-_PATIENCE_SECONDS = 20.0
-
-_DESTROYING = ("remove_file", "remove_tree", "rename")
 
 
 def _run_schedules(
@@ -73,23 +66,6 @@ def test_old_chief_stopped_at_every_call_is_fenced(
 
 
 # The tests themselves: the known mistakes must be found out.
-
-
-def test_sweep_without_epoch_rule_is_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-):
-    """A sweep of all that is not listed deletes what a newer chief has committed."""
-    honest = janitor._sweep
-
-    def greedy(directory: str, epoch: int, *rest: Any) -> None:
-        honest(directory, epoch + 1000, *rest)
-
-    monkeypatch.setattr(janitor, "_sweep", greedy)
-    # While the old chief claims: its sweep is yet to come when it is stopped.
-    schedules = [{OLD: {index: NEW}} for index in range(60)]
-    wrong, _ = _run_schedules(scratch, schedules)
-    report_figures(f"{len(schedules)} schedules, {len(wrong)} wrong")
-    assert wrong
 
 
 def test_append_by_rename_is_found(

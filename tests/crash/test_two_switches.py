@@ -20,6 +20,7 @@ from threading import current_thread
 from typing import Any
 
 import pytest
+from harness import EVERYTHING
 from incarnations import NEW, OLD, Actor, Contest, Stops
 from scenario import (
     Journal,
@@ -45,7 +46,6 @@ from distckpt.verify import verify_attempt
 # Thousands of schedules; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(900)
 
-EVERYTHING = bool(os.environ.get("DISTCKPT_EVERY_CRASH"))
 # How many calls of the first one are shared out at once: workers have a time limit.
 _AT_ONCE = 26
 # Files that are read are never changed, those that are written nobody else opens, and the
