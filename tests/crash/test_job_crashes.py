@@ -1,6 +1,6 @@
 """Real ranks, one of them killed at every call: the other says what is true, in time.
 
-By default every fourth call is struck, once: before, in the middle of and after it by
+By default every sixth call is struck, once: before, in the middle of and after it by
 turns. With ``DISTCKPT_EVERY_CRASH=1`` in the environment all are, everywhere.
 """
 
@@ -77,7 +77,7 @@ class Stage:
         *,
         everywhere: bool = EVERYTHING,
         spoil: Callable[[], None] | None = None,
-        each: int = 4,
+        each: int = 6,
     ) -> list[Crash]:
         """List the kills of one rank at all calls of a scenario, or at one of ``each``."""
         job = (self._world_size, scenario, victim)

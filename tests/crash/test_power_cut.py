@@ -204,7 +204,7 @@ def test_power_cut_without_file_fsync_is_found(
 ):
     """A file that is not synced is found out: the cuts are real."""
     monkeypatch.setattr(storage.os, "fsync", lambda descriptor: None)
-    figures = campaign.run(PowerCuts(again=False), scratch, 60)
+    figures = campaign.run(PowerCuts(again=False), scratch, 40)
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable
 
@@ -217,6 +217,6 @@ def test_power_cut_without_directory_sync_is_found(
     monkeypatch.setattr(storage, "sync_directory", lambda path: None)
     # On ext4 the next fsync of any file takes names along; this one comes at once.
     monkeypatch.setattr(state, "write_copy", lambda directory, head: None)
-    figures = campaign.run(PowerCuts((kind,), again=False), scratch, 90)
+    figures = campaign.run(PowerCuts((kind,), again=False), scratch, 60)
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable

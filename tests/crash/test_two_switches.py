@@ -5,7 +5,7 @@ other to its: all i, all j. Both do the same: claim, read what a restore would, 
 release. So it makes no difference which of them begins, and these are all schedules with
 two switches. At each switch, and at the end, a bystander restores, too.
 
-By default i is every eighth call, and there is no switch just before a call that has
+By default i is every sixteenth call, and there is no switch just before a call that has
 nothing to do with anybody else, such as a write into an open file: it may as well come
 after that. With ``DISTCKPT_EVERY_CRASH=1`` in the environment all i and all j are tried.
 """
@@ -255,7 +255,7 @@ def test_every_schedule_with_two_switches_loses_nothing(
     alone.check()
     alone.close()
     total = Figures()
-    firsts = _switches(alone.calls[OLD])[:: 1 if EVERYTHING else 8]
+    firsts = _switches(alone.calls[OLD])[:: 1 if EVERYTHING else 16]
     for begin in range(0, len(firsts), _AT_ONCE):
         folder = os.path.join(scratch, f"from-{begin}")
         os.mkdir(folder)

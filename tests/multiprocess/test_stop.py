@@ -256,7 +256,7 @@ def _wait_for_a_stopped_peer(rank, directory):
 def test_rank_that_waits_in_a_collective_ends_soon_after_the_launcher_says_so(tmp_path):
     """Not after the launcher's 30 seconds, nor the collective's timeout."""
     directory = str(tmp_path / "run")
-    results = run_ranks(_wait_for_a_stopped_peer, 2, directory, timeout=25)
+    results = run_ranks(_wait_for_a_stopped_peer, 2, directory, timeout=14)
     assert results[0].exit_code == -signal.SIGTERM
     assert results[1].killed, "the one that was stopped"
 
