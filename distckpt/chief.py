@@ -137,6 +137,8 @@ class Chief:
         self._acquire_lock()
         for _ in range(_MAX_CLAIMS_LOST):
             newest = state.read_head(self._directory)
+            if newest is not None:
+                state.refuse_lost_records(self._directory, newest)
             if newest != self._head:
                 self._load(newest)
             try:

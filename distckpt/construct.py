@@ -43,6 +43,7 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 _STORAGE_SHARE = 0.75
+_LOOK_SECONDS = 5.0
 # What is replicated is read by each rank, or once for all.
 AUTO, EACH, ONCE = "auto", "each", "once"
 _BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
@@ -229,17 +230,19 @@ def _make_job(
         read_step=_step_reader(arguments.step_counter),
         init_fn=arguments.init_fn,
         timeout_seconds=arguments.wait.total_seconds(),
-        stop=_stop(gate.when.told),
+        stop=_stop(gate.when.told, arguments.wait.total_seconds()),
     )
 
 
-def _stop(told: policy.OnSignal | None) -> Stop | None:
+def _stop(told: policy.OnSignal | None, timeout_seconds: float) -> Stop | None:
     if told is None:
         return None
     if told.signals and threading.current_thread() is not threading.main_thread():
         msg = "on_signal: signals can be handled by a manager of the main thread only."
         raise ConfigError(msg)
-    return Stop(Notice(told.signals), told.file, told.grace_period_seconds)
+    # Before the others give up waiting for this rank.
+    worker = Worker(min(_LOOK_SECONDS, _STORAGE_SHARE * timeout_seconds))
+    return Stop(Notice(told.signals), told.file, told.grace_period_seconds, worker)
 
 
 def _step_reader(step_counter: Any) -> Callable[[], int] | None:

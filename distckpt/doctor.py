@@ -16,7 +16,7 @@ from distckpt import paths, state, storage
 from distckpt.errors import FormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
-from distckpt.record import MAX_SIZE_BYTES, Record
+from distckpt.record import Record
 
 OK, WARNING, BAD = "ok", "warning", "BAD"
 
@@ -240,8 +240,8 @@ def _holder(directory: str) -> Finding:
         return Finding("held by", OK, "nobody")
     try:
         head = state.read_head(directory)
-    except FormatError:
-        head = None
+    except (FormatError, StorageError):
+        head = None  # told beside it
     if head is None:
         return Finding("held by", OK, "a job that has not claimed it yet")
     newest = head.record
@@ -255,6 +255,8 @@ def _holder(directory: str) -> Finding:
 def _records(directory: str) -> tuple[Record | None, Finding]:
     try:
         head = state.read_head(directory)
+        if head is not None:
+            state.refuse_lost_records(directory, head)
     except (FormatError, StorageError) as error:
         return None, Finding("records", BAD, str(error))
     if head is None:
@@ -269,9 +271,8 @@ def _records(directory: str) -> tuple[Record | None, Finding]:
 
 
 def _copy(directory: str, newest: Record) -> Finding:
-    path = os.path.join(directory, paths.STATE_FILE)
     try:
-        is_equal = storage.read_file(path, MAX_SIZE_BYTES) == newest.encode()
+        is_equal = state.read_copy(directory) == newest
     except (FormatError, StorageError):
         is_equal = False
     if is_equal:

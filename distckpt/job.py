@@ -27,6 +27,7 @@ from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
+from distckpt.worker import Worker
 
 _Result = TypeVar("_Result")
 
@@ -39,17 +40,21 @@ class Stop:
         notice: Whether this process was told.
         file: A file that tells it, too.
         grace_period_seconds: How long after that the job is ended.
+        worker: Looks for the file: one that hangs must not hold up the saves.
         calls_left: After how many more calls of ``save()`` to ask.
         agreed: Whether all ranks know it.
         is_due: Whether the save for it is still to be made.
+        complaint: Why the file could not be looked for the last time; "" if it could.
     """
 
     notice: Notice
     file: str | None
     grace_period_seconds: float
+    worker: Worker
     calls_left: int = 1
     agreed: bool = False
     is_due: bool = False
+    complaint: str = ""
 
 
 @dataclass(slots=True)

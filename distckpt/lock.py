@@ -92,6 +92,8 @@ def keeps_others_out(path: str) -> bool:
             done = subprocess.run(
                 command, check=False, capture_output=True, timeout=_TRIAL_SECONDS
             )
+    # NotImplementedError is how filelock says that the filesystem has no locks; the second
+    # process may wait for ever on one whose locks hang.
     except (OSError, NotImplementedError, Timeout, subprocess.TimeoutExpired) as error:
         _logger.warning("no lock on %s: %s", path, error)
         return False

@@ -50,6 +50,7 @@ class Notice:
         self._calls_under_way = 0
         self._left_at: float | None = None
         self._between_calls: deque[float] = deque(maxlen=_REMEMBERED_CALLS)
+        self._longest_between = 0.0
 
     def begin(self) -> None:
         """Handle the signals from now on; on the main thread."""
@@ -69,13 +70,21 @@ class Notice:
             self.since, self._told_by = time.monotonic(), told_by
 
     def take(self) -> None:
-        """Note that all ranks know it: from now on it is the program's business."""
+        """Note that all ranks know it: from now on it is the program's business.
+
+        Other managers of this process need not take it, too: it has reached the program.
+        """
+        for notice in _process.alive():
+            if notice.since is not None:
+                notice._taken = True
         self._taken = True
 
     def enter(self) -> None:
         """Note that a call of the manager begins: it has its own limits."""
         if self._left_at is not None:
             self._between_calls.append(time.monotonic() - self._left_at)
+            # Worked out here: the thread that asks must not walk what is being changed.
+            self._longest_between = max(self._between_calls)
         self._calls_under_way += 1
 
     def leave(self) -> None:
@@ -87,7 +96,7 @@ class Notice:
         """Return the signal that nobody has taken, if it is time to let it pass."""
         if self.since is None or self._taken or self._calls_under_way:
             return None
-        steps = _UNTAKEN_CALLS * max(self._between_calls, default=0.0)
+        steps = _UNTAKEN_CALLS * self._longest_between
         waited = now - max(self.since, self._left_at or 0.0)
         return self._told_by if waited > max(_UNTAKEN_SECONDS, steps) else None
 
@@ -106,7 +115,7 @@ class _Signals:
 
     def add(self, notice: Notice) -> None:
         """Note signals for a manager."""
-        self._notices = (*map(weakref.ref, self._alive()), weakref.ref(notice))
+        self._notices = (*map(weakref.ref, self.alive()), weakref.ref(notice))
         if notice.signals:
             self._watch()
         for number in notice.signals:
@@ -116,7 +125,7 @@ class _Signals:
 
     def discard(self, notice: Notice) -> None:
         """Note them no more; what nobody notes is handled as before."""
-        others = [other for other in self._alive() if other is not notice]
+        others = [other for other in self.alive() if other is not notice]
         self._notices = tuple(map(weakref.ref, others))
         wanted = {number for other in others for number in other.signals}
         if threading.current_thread() is not threading.main_thread():
@@ -128,7 +137,8 @@ class _Signals:
             self._writing.shutdown(socket.SHUT_RDWR)  # ends the thread
             self._stop_watching()
 
-    def _alive(self) -> list[Notice]:
+    def alive(self) -> list[Notice]:
+        """Return those whose managers have not let go."""
         found = (reference() for reference in self._notices)
         return [notice for notice in found if notice is not None]
 
@@ -152,7 +162,7 @@ class _Signals:
     def _note(self, number: signal.Signals) -> bool:
         """Tell the managers; False if none wants to know."""
         found = False
-        for notice in self._alive():
+        for notice in self.alive():
             if number in notice.signals:
                 notice.note(number)
                 found = True
@@ -206,7 +216,7 @@ class _Signals:
                     for number in set(numbers) & {*map(int, self._before)}:
                         is_noted |= self._note(signal.Signals(number))
                 now = time.monotonic()
-                for notice in self._alive():
+                for notice in self.alive():
                     untaken = notice.untaken(now)
                     if untaken is not None:
                         self._pass_on(untaken)

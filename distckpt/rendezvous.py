@@ -109,7 +109,14 @@ def _answer_all(store: Store, name: str, ranks: Sequence[int], deadline: float) 
     answered: dict[int, bytes] = {}
     while waiting:
         hellos = [f"{_KEYS}/hello/{rank}" for rank in waiting]
-        store.wait(hellos, _left(deadline))
+        try:
+            store.wait(hellos, _left(deadline))
+        except DistStoreError as error:
+            # What it says names all of them.
+            absent = [
+                r for r, key in zip(waiting, hellos, strict=True) if not store.check([key])
+            ]
+            raise DistStoreError(_absent(absent)) from error
         for rank, drawn in zip(waiting, store.multi_get(hellos), strict=True):
             # Some are of the dead: then those of the living are still to come.
             if answered.get(rank) != drawn:
@@ -120,9 +127,12 @@ def _answer_all(store: Store, name: str, ranks: Sequence[int], deadline: float) 
             said = zip(waiting, store.multi_get(came), strict=True)
             waiting = [rank for rank, known in said if known.decode() != name]
         if waiting and time.monotonic() > deadline:
-            msg = f"ranks {waiting[:16]} did not come to init_process_group in time."
-            raise DistStoreError(msg)
+            raise DistStoreError(_absent(waiting))
         time.sleep(_POLL_SECONDS * bool(waiting))
+
+
+def _absent(ranks: Sequence[int]) -> str:
+    return f"ranks {ranks[:16]} did not come to init_process_group in time."
 
 
 def _left(deadline: float) -> timedelta:

@@ -10,11 +10,12 @@ recorded, because its job died between the two: every rank has voted for it.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from distckpt import paths, record, state, storage
 from distckpt.errors import DirectoryInUseError, FormatError, StorageError
@@ -25,6 +26,10 @@ from distckpt.paths import Attempt
 from distckpt.record import Entry, Record, digest
 from distckpt.state import Head
 from distckpt.verify import verify_attempt
+
+_Read = TypeVar("_Read")
+
+_logger = logging.getLogger(__name__)
 
 LIVE, KEPT, BAD, RELEASING, LEFT = "live", "kept", "bad", "releasing", "left alone"
 
@@ -100,8 +105,11 @@ def plan_repair(
         steps: Stands between the names of the attempts and their verification.
 
     Raises:
+        UnsafeCheckpointError: The records are elsewhere, by way of a link.
         StorageError: The directory cannot be read.
     """
+    # Else the new record would be written wherever a link leads.
+    storage.refuse_link(os.path.join(directory, paths.RECORDS_DIRECTORY))
     damage = _damage_of(directory)
     if not damage:
         return Plan(directory, "", "", (), None)
@@ -138,7 +146,10 @@ def repair(plan: Plan) -> Head:
         raise DirectoryInUseError(msg)
     try:
         head = state.append(plan.directory, plan.record)
-        state.write_copy(plan.directory, head)
+        try:
+            state.write_copy(plan.directory, head)
+        except StorageError as error:
+            _logger.warning("the state file is behind the records: %s", error)
         return head
     finally:
         lock.release()
@@ -147,7 +158,9 @@ def repair(plan: Plan) -> Head:
 def _damage_of(directory: str) -> str:
     """Say why the records cannot be used; "" if they can, or if there is nothing at all."""
     try:
-        state.read_head(directory)
+        head = state.read_head(directory)
+        if head is not None:
+            state.refuse_lost_records(directory, head)
     except FormatError as error:
         return str(error)
     return ""
@@ -163,16 +176,16 @@ def _basis_of(directory: str, names: Collection[str]) -> tuple[Record | None, in
     Returns:
         It, or None; the highest number that is known of; and which it is, for people.
     """
-    folder = os.path.join(directory, paths.RECORDS_DIRECTORY)
     numbers = state.record_numbers(directory)
-    basis, what = None, "no record is left"
+    basis: Record | None = None
+    what = "no record is left"
     for number in reversed(numbers):
-        basis = _record_in(os.path.join(folder, paths.record_file(number)))
-        if basis is not None and basis.number == number:
+        head = _or_none(state.read_numbered, directory, number)
+        if head is not None:
+            basis = head.record
             what = f"record {number} is the newest that is whole"
             break
-        basis = None
-    copied = _record_in(os.path.join(directory, paths.STATE_FILE))
+    copied = _or_none(state.read_copy, directory)
     # People copy files: one that knows nothing of what is here is another directory's.
     if copied is not None and not any(
         e.attempt.published in names for e in _all_of(copied)
@@ -187,9 +200,9 @@ def _basis_of(directory: str, names: Collection[str]) -> tuple[Record | None, in
     return basis, newest_number, what
 
 
-def _record_in(path: str) -> Record | None:
+def _or_none(read: Callable[..., _Read], *arguments: Any) -> _Read | None:
     try:
-        return Record.decode(storage.read_file(path, record.MAX_SIZE_BYTES))
+        return read(*arguments)
     except (StorageError, FormatError):
         return None
 

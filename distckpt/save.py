@@ -86,11 +86,12 @@ def save(
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
     job.pace.num_calls += 1
     step_read = Ran(job.step)
+    # First of all, so that all ranks count the same calls until they ask again.
+    told_to_stop = agree_on_stop(job)
     # Where all ranks ask at any step, a step counter that raises is a vote like any error.
     # Elsewhere they may not ask now; this rank's error is its own.
-    if step_read.error is not None and not job.gate.is_open:
+    if step_read.error is not None and not (job.gate.is_open or told_to_stop):
         raise step_read.error
-    told_to_stop = agree_on_stop(job)
     if step_read.error is None:
         step = step_read.result
         if told_to_stop and not job.gate.has_news(step):

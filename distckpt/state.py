@@ -17,6 +17,7 @@ from distckpt import paths, storage
 from distckpt.errors import (
     CorruptStateError,
     FencedError,
+    FormatError,
     OutcomeUnknown,
     StorageError,
 )
@@ -51,7 +52,7 @@ def read_head(directory: str) -> Head | None:
         if number is None:
             return None
         try:
-            return _read(directory, number)
+            return read_numbered(directory, number)
         except StorageError as error:
             # Listed, then pruned before it was opened: newer ones are there.
             races += 1
@@ -95,6 +96,44 @@ def is_newest(directory: str, head: Head | None) -> bool:
         return not record_numbers(directory)  # the first may have been pruned
     # Asked last: while the record itself stands, its successor cannot have been pruned.
     return storage.exists(record_path(directory, number))
+
+
+def refuse_lost_records(directory: str, head: Head) -> None:
+    """Raise if the newest record has been lost, so that an older one seems to be it.
+
+    The copy for people is written after its record is durable, so it is never ahead of the
+    records, unless some are gone. A claim would delete what they had committed.
+
+    Raises:
+        CorruptStateError: The copy is of this chain, and newer than any record.
+    """
+    try:
+        copied = read_copy(directory)
+    except (FormatError, StorageError):
+        return  # damaged or missing: it decides nothing
+    if copied.chain != head.record.chain or copied.number <= head.record.number:
+        return
+    newest = read_head(directory)  # a job may have appended between the two
+    if newest is not None and newest.record.number >= copied.number:
+        return
+    msg = (
+        f"{directory}: its newest record is number {head.record.number}, but the state "
+        f"file {paths.STATE_FILE!r} is a copy of number {copied.number}: records are lost. "
+        f"'distckpt repair {directory}' rebuilds them. If they were put back to an older "
+        "state on purpose, remove the state file."
+    )
+    raise CorruptStateError(msg)
+
+
+def read_copy(directory: str) -> Record:
+    """Read the state file, the copy of the newest record for people.
+
+    Raises:
+        StorageError: It is not there, or cannot be read.
+        FormatError: It is no record, or no regular file.
+    """
+    path = os.path.join(directory, paths.STATE_FILE)
+    return Record.decode(storage.read_file(path, MAX_SIZE_BYTES))
 
 
 def append(directory: str, record: Record) -> Head:
@@ -180,7 +219,13 @@ def _newest_listed(directory: str) -> int:
     return max(record_numbers(directory), default=0)
 
 
-def _read(directory: str, number: int) -> Head:
+def read_numbered(directory: str, number: int) -> Head:
+    """Read the record of one number.
+
+    Raises:
+        CorruptStateError: It is not valid, or that of another number.
+        StorageError: It cannot be read.
+    """
     path = record_path(directory, number)
     data = storage.read_file(path, MAX_SIZE_BYTES)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from distckpt import storage
 from distckpt.comm import Answer
-from distckpt.errors import SaveFailed, StorageError
+from distckpt.errors import SaveFailed, StorageError, StorageTimeout
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.messages import Phase, Vote, raise_failures
 
@@ -98,17 +98,24 @@ def _ask(job: Job, stop: Stop) -> Answer:
 def _look(job: Job, stop: Stop) -> float | None:
     """Return since how many seconds this rank is told to stop; None if it is not."""
     notice = stop.notice
-    if notice.since is None and stop.file is not None and _is_there(job, stop.file):
+    if notice.since is None and stop.file is not None and _is_there(job, stop, stop.file):
         notice.note()
     return None if notice.since is None else time.monotonic() - notice.since
 
 
-def _is_there(job: Job, path: str) -> bool:
+def _is_there(job: Job, stop: Stop, path: str) -> bool:
+    # An error is no reason to end a job that could go on.
     try:
-        return job.on_disk(
-            job.decisions, f"looking for {path}", lambda: storage.exists(path)
-        )
-    except StorageError as error:
-        # No reason to end a job that could go on.
-        _logger.warning("cannot look for the file that tells to stop: %s", error)
+        found = stop.worker.run(lambda: storage.exists(path), lambda _: job.check_alive())
+    except StorageTimeout as error:
+        # Else each of these questions would wait for as long.
+        stop.file = None
+        _logger.warning("%s is not looked for any more: %s", path, error)
         return False
+    except StorageError as error:
+        if stop.complaint != str(error):
+            _logger.warning("cannot look for the file that tells to stop: %s", error)
+        stop.complaint = str(error)
+        return False
+    stop.complaint = ""
+    return found

@@ -399,7 +399,7 @@ def _check_chain(directory: str) -> None:
     )
     previous = None
     for number in numbers:
-        head = state._read(directory, number)
+        head = state.read_numbered(directory, number)
         if previous is not None:
             _demand(Lost, number == previous.record.number + 1, numbers)
             _demand(Lost, head.record.previous == previous.digest, f"{number} forks")

@@ -193,14 +193,19 @@ class Rot(Campaign[Damage]):
             for path in self._files
             if (n := paths.parse_record_file(os.path.basename(path))) is not None
         )
-        if number is None or number < newest or point.what == MISSING:
-            # Nobody reads it any more; or the one before it is the newest now.
-            readers.read_record(directory)
+        if number is None or number < newest:
+            readers.read_record(directory)  # nobody reads it any more
             return
+        is_missing = point.what == MISSING
         try:
+            # The one before seems to be the newest then; the state file knows better.
+            if is_missing:
+                claim(make_chief(directory))
             found = readers.read_record(directory)
         except CorruptStateError as error:
-            _demand(os.path.join(directory, point.path) in str(error), str(error))
+            _demand(
+                is_missing or os.path.join(directory, point.path) in str(error), str(error)
+            )
             _demand("distckpt repair" in str(error), str(error))
         else:
             raise Wrong(f"taken for {found}")

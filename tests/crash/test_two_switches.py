@@ -83,7 +83,7 @@ class Template:
         chief.close()
         records = os.path.join(directory, paths.RECORDS_DIRECTORY)
         numbers = sorted(filter(None, map(paths.parse_record_file, os.listdir(records))))
-        history = tuple(state._read(directory, number).record for number in numbers)
+        history = tuple(state.read_numbered(directory, number).record for number in numbers)
         return Template(directory, saved, history)
 
 

@@ -24,13 +24,13 @@ from outcome_helpers import (
     train,
 )
 
-from distckpt import CheckpointManager, on_signal
+from distckpt import CheckpointManager, on_signal, storage
 
 TERM = on_signal("SIGTERM")
 _MAX_STEPS = 3000
 
 
-def _make(directory, when, checkpoint=None, **more):
+def _make(directory, when, checkpoint=None, timeout_seconds=20.0):
     checkpoint = checkpoint or make_checkpoint()
     manager = CheckpointManager(
         checkpoint,
@@ -38,8 +38,7 @@ def _make(directory, when, checkpoint=None, **more):
         max_to_keep=3,
         step_counter=checkpoint.step,
         checkpoint_interval=when,
-        timeout=timedelta(seconds=20),
-        **more,
+        timeout=timedelta(seconds=timeout_seconds),
     )
     return checkpoint, manager
 
@@ -259,6 +258,117 @@ def test_rank_that_waits_in_a_collective_ends_soon_after_the_launcher_says_so(tm
     results = run_ranks(_wait_for_a_stopped_peer, 2, directory, timeout=14)
     assert results[0].exit_code == -signal.SIGTERM
     assert results[1].killed, "the one that was stopped"
+
+
+def _fail_to_read_the_step(rank, directory):
+    """One rank's step counter raises now and then; its program goes on all the same."""
+    checkpoint = make_checkpoint()
+    fails = []
+
+    def read():
+        if fails:
+            raise RuntimeError("no step")
+        return int(checkpoint.step)
+
+    manager = CheckpointManager(
+        *(checkpoint, directory, 3),
+        step_counter=read,
+        checkpoint_interval=10**6 | TERM,
+        timeout=timedelta(seconds=20),
+    )
+    manager.save()
+    kinds = set()
+    for _ in range(600):
+        train(checkpoint)
+        time.sleep(0.002)
+        fails[:] = [True] * (rank == 1 and int(checkpoint.step) % 3 == 0)
+        kinds.add(outcome(manager.save).kind)
+        fails.clear()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    saved = _loop(checkpoint, manager, lambda: None, 0)
+    manager.close()
+    return sorted(kinds), saved
+
+
+def test_step_counter_that_raises_on_one_rank_keeps_the_ranks_in_step(tmp_path):
+    """All count the same calls until they ask again, whatever else a call comes to."""
+    one, other = values_of(run_ranks(_fail_to_read_the_step, 2, str(tmp_path / "run")))
+    assert one[0] == ["ok"] and other[0] == ["RuntimeError", "ok"]
+    assert one[1] == other[1] and len(one[1]) == 1
+
+
+def _be_told_without_a_step(rank, directory):
+    checkpoint = make_checkpoint()
+    fails = []
+
+    def read():
+        if fails:
+            raise RuntimeError("no step")
+        return int(checkpoint.step)
+
+    manager = CheckpointManager(
+        *(checkpoint, directory, 3),
+        step_counter=read,
+        checkpoint_interval=10**6 | TERM,
+        timeout=timedelta(seconds=20),
+    )
+    manager.save()
+    train(checkpoint)
+    os.kill(os.getpid(), signal.SIGTERM)
+    fails[:] = [True] * (rank == 1)
+    while not manager.should_stop:
+        ended = outcome(manager.save)
+        time.sleep(0.01)
+    fails.clear()
+    again = outcome(manager.save)
+    manager.close()
+    return ended.kind, os.path.basename(again.text)
+
+
+def test_step_counter_that_raises_at_the_last_save_fails_it_on_all(tmp_path):
+    """Nobody is left waiting, and the next call saves."""
+    results = run_ranks(_be_told_without_a_step, 2, str(tmp_path / "run"))
+    assert values_of(results) == [("SaveFailed", "ckpt-2")] * 2
+
+
+def _look_where_nothing_can_be(rank, directory, hangs):
+    loop = Path(directory).with_name(f"loop-{rank}")
+    loop.symlink_to(loop)
+    checkpoint, manager = _make(
+        directory, 10**6 | on_signal("SIGTERM", file=loop / "stop"), timeout_seconds=1.0
+    )
+    real, looked = storage.exists, []
+
+    def exists(path):
+        if path.endswith("/stop"):
+            looked.append(path)
+            with storage._reported("lstat", path):
+                time.sleep(2.0 * hangs)
+        return real(path)
+
+    storage.exists = exists
+    logged = LoggedTexts()
+    with manager:
+        manager.save()
+        for _ in range(900):
+            train(checkpoint)
+            time.sleep(0.002)
+            manager.save()
+        saved = _loop(checkpoint, manager, _tell(rank, 1, "SIGTERM", directory), 905)
+    return saved, len(looked), [text for text in logged.texts if "stop" in text]
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+def test_file_that_cannot_be_looked_for_ends_no_job(tmp_path, hangs):
+    """It is told of once; where looking hangs, it is not done again."""
+    arguments = (str(tmp_path / "run"), hangs)
+    one, other = values_of(run_ranks(_look_where_nothing_can_be, 2, *arguments))
+    assert one[0] == other[0] and len(one[0]) == 1
+    for _, num_looked, texts in (one, other):
+        assert (num_looked == 1) if hangs else (num_looked > 1)
+        told = "not looked for any more" if hangs else "cannot look for the file"
+        assert len([text for text in texts if told in text]) == 1, texts
 
 
 def _disagree(rank, directory):

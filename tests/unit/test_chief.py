@@ -956,3 +956,27 @@ def test_newer_of_two_managers_in_one_process_wins(run_dir):
     save(newer, run_dir, 1)
     with pytest.raises(FencedError):
         older.begin(2, 0)
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_claim_that_others_overtake_reads_again(run_dir, monkeypatch, times):
+    """What it tries the filesystem with is swept under it; for ever, it says so."""
+    others = []
+
+    def overtaken(directory, epoch):
+        if len(others) < times:
+            others.append(make_chief(directory, takeover=True))
+            with monkeypatch.context() as honest:
+                honest.setattr(chief_module, "check_filesystem", lambda *_: None)
+                claim(others[-1])
+            raise StorageError("link: No such file", operation="link")
+
+    monkeypatch.setattr(chief_module, "check_filesystem", overtaken)
+    mine = make_chief(run_dir, takeover=True)
+    if times == 1:
+        claim(mine)
+        assert newest(run_dir).epoch == 2
+    else:
+        with pytest.raises(DirectoryInUseError, match="again and again"):
+            claim(mine)
+        assert len(others) == 16

@@ -181,6 +181,12 @@ def test_damaged_records_are_bad_and_name_the_repair(saved):
     assert verdict == doctor.BAD and "distckpt repair" in text
 
 
+def test_lost_records_are_bad(saved):
+    os.unlink(state.record_path(saved, max(state.record_numbers(saved))))
+    verdict, text = one(saved, "records")
+    assert verdict == doctor.BAD and "records are lost" in text
+
+
 def test_state_file_that_is_behind_is_told(saved):
     os.unlink(os.path.join(saved, paths.STATE_FILE))
     assert one(saved, "state file")[0] == doctor.WARNING

@@ -163,3 +163,34 @@ def test_lock_file_stands_in_the_directory(tmp_path):
     mine = DirectoryLock(str(tmp_path))
     mine.acquire(0)
     assert os.listdir(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no locks here"),
+        NotImplementedError("no flock on this filesystem"),
+        subprocess.TimeoutExpired("python", 20),
+    ],
+)
+def test_trial_of_locks_that_fails_says_that_they_keep_nobody_out(
+    tmp_path, monkeypatch, error
+):
+    """And ends: the answer is for people."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(lock.subprocess, "run", fail)
+    assert lock.keeps_others_out(str(tmp_path / "trial")) is False
+
+
+def test_trial_of_locks_that_work_says_so(tmp_path):
+    assert lock.keeps_others_out(str(tmp_path / "trial")) is True
+
+
+def test_trial_of_a_lock_that_somebody_holds_is_no_endless_wait(tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "trial"):
+        assert lock.keeps_others_out(str(tmp_path / "trial")) is False

@@ -73,6 +73,17 @@ def test_signal_sets_the_flag_and_nothing_else(begun):
     assert notice.since == first, "the first one counts"
 
 
+def test_flag_that_one_manager_takes_has_reached_the_program(begun):
+    """Another one, which is asked no more, must not end the process for it."""
+    one, other = begun("SIGTERM"), begun("SIGTERM")
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(lambda: one.since is not None and other.since is not None)
+    later = time.monotonic() + 1000
+    assert one.untaken(later) == other.untaken(later) == signal.SIGTERM
+    one.take()
+    assert one.untaken(later) is other.untaken(later) is None
+
+
 def test_other_signals_are_nobodys_business(begun):
     notice = begun("SIGUSR1")
     heard = []

@@ -17,7 +17,13 @@ from unit_helpers import (
 )
 
 from distckpt import paths, record, repair, state, storage
-from distckpt.errors import CorruptStateError, DirectoryInUseError, FencedError
+from distckpt.errors import (
+    CorruptStateError,
+    DirectoryInUseError,
+    FencedError,
+    StorageError,
+    UnsafeCheckpointError,
+)
 from distckpt.identity import Identity
 from distckpt.readers import latest_checkpoint, read_record
 
@@ -270,3 +276,62 @@ def test_copy_of_another_directorys_records_is_no_basis_for_other_checkpoints(sa
     shutil.copy(os.path.join(other, paths.STATE_FILE), copied)
     plan = plan_of(saved)
     assert becomes(plan) == {"ckpt-3": "live", "ckpt-2": "live"}
+
+
+def test_lost_newest_records_are_rebuilt_from_the_copy(saved):
+    """An older record seems to be the newest; a claim would delete what is not in it."""
+    numbers_of = state.record_numbers(saved)
+    for number in numbers_of[-2:]:
+        os.unlink(state.record_path(saved, number))
+    with pytest.raises(CorruptStateError, match=r"records are lost.*distckpt repair"):
+        claim(make_chief(saved, keep=2))
+    plan = plan_of(saved)
+    assert "records are lost" in plan.damage and "copy" in plan.basis
+    assert becomes(plan) == {"ckpt-3": "live", "ckpt-2": "live"}
+    repair.repair(plan)
+    check_goes_on(saved, [2, 3])
+
+
+@pytest.mark.parametrize("change", ["older", "foreign", "damaged", "missing"])
+def test_copy_that_is_not_ahead_stops_nobody(saved, change):
+    """It lags where a job died before it wrote it, and decides nothing."""
+    path = os.path.join(saved, paths.STATE_FILE)
+    if change == "older":
+        shutil.copyfile(state.record_path(saved, 1), path)
+    elif change == "foreign":
+        other = make_claimed(saved + "-other")
+        for number in range(1, 9):
+            save(other, saved + "-other", number)
+        other.close()
+        shutil.copyfile(os.path.join(saved + "-other", paths.STATE_FILE), path)
+    elif change == "damaged":
+        damage(path)
+    else:
+        os.unlink(path)
+    assert numbers(claim(make_chief(saved, keep=2)).checkpoints) == [2, 3]
+
+
+def test_records_behind_a_link_are_not_written(saved):
+    """Neither looked at nor repaired: the link could lead anywhere."""
+    records = os.path.join(saved, paths.RECORDS_DIRECTORY)
+    elsewhere = saved + "-elsewhere"
+    damage(newest_record(saved))
+    os.rename(records, elsewhere)
+    os.symlink(elsewhere, records)
+    before = sorted(os.listdir(elsewhere))
+    with pytest.raises(UnsafeCheckpointError):
+        plan_of(saved)
+    assert sorted(os.listdir(elsewhere)) == before
+
+
+def test_repair_whose_copy_cannot_be_written_is_done_all_the_same(saved, monkeypatch):
+    """The record is durable; the copy is for people."""
+    damage(newest_record(saved))
+    plan = plan_of(saved)
+
+    def fail(*_):
+        raise StorageError("rename: Input/output error", operation="rename")
+
+    monkeypatch.setattr(state, "write_copy", fail)
+    repair.repair(plan)
+    assert read_record(saved).action == record.REPAIR
