@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import scenario
+from figures import Hung
 from scenario import (
     Listing,
     Lost,
@@ -246,7 +247,8 @@ class Contest:
         """Check that history is one line, and that nothing of it is lost."""
         wrong = [f"{a.name}: {text}" for a in self.actors.values() for text in a.wrong]
         if wrong:
-            raise Lost("; ".join(wrong))
+            text = "; ".join(wrong)
+            raise (Hung if "for ever" in text else Lost)(text)
         listing = self._check_history()
         self._check_fences()
         check_readable(self.directory, [listing], contiguous=False)

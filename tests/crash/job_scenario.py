@@ -17,15 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from figures import Lost, NotReopened, Torn, Wrong
 from notes import Notes
 from power import Disk
-from scenario import Lost, Torn, _epoch_of, claim_and_check_clean, unlisted
+from scenario import _epoch_of, claim_and_check_clean, unlisted
 from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, intercepted
 
 from distckpt import (
@@ -38,7 +39,6 @@ from distckpt import (
     readers,
 )
 from distckpt.comm import GroupChannel
-from distckpt.errors import DistckptError
 from distckpt.verify import verify_attempt
 
 # Real ranks are the business of the tests in another folder.
@@ -549,10 +549,6 @@ def check_come_back(
     claim_and_check_clean(directory)
 
 
-class NotReopened(Exception):
-    """The job that came back could not go on."""
-
-
 def _demand(condition: bool, found: Any) -> None:
     if not condition:
         raise Lost(f"{found!s:.1500}")
@@ -630,49 +626,6 @@ class Crash:
             if not is_there or not (is_killed or isinstance(self.strike, PowerCut)):
                 raise Wrong(f"came to another call: {results}")
         return results
-
-
-class Wrong(AssertionError):
-    """A survivor says what is not so, or says nothing."""
-
-
-@dataclass
-class Figures:
-    """What came of the crash points."""
-
-    points: int = 0
-    torn: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    hung: list[str] = field(default_factory=list)
-    unopenable: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def check(self, crash: Crash, body: Callable[[], None]) -> None:
-        """Run a check and file what it finds."""
-        try:
-            body()
-        except Torn as error:
-            self.torn.append(f"{crash}: {error}")
-        except Lost as error:
-            self.lost.append(f"{crash}: {error}")
-        except TimeoutError as error:
-            self.hung.append(f"{crash}: {error}")
-        except (DistckptError, NotReopened) as error:
-            self.unopenable.append(f"{crash}: {type(error).__name__}: {error}")
-        except Wrong as error:
-            self.wrong.append(f"{crash}: {error}")
-
-    def __str__(self) -> str:
-        return (
-            f"{self.points} points, {len(self.torn)} torn, {len(self.lost)} lost, "
-            f"{len(self.hung)} hung, {len(self.unopenable)} not reopenable, "
-            f"{len(self.wrong)} otherwise wrong"
-        )
-
-    def demand_zeros(self) -> None:
-        """Fail with the first findings if there are any."""
-        found = [*self.torn, *self.lost, *self.hung, *self.unopenable, *self.wrong]
-        assert not found, "\n".join([str(self), *found[:5]])
 
 
 def count_calls(

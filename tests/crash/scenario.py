@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from figures import Lost as Lost
+from figures import Torn as Torn
+
 from distckpt import boxes, dtypes, paths, policy, readers, shard_file, state
 from distckpt.chief import Chief
 from distckpt.errors import DistckptError, FencedError
@@ -37,28 +40,26 @@ MAX_TO_KEEP = 2
 
 _logger = logging.getLogger(__name__)
 
-# Cut between the ranks, whole, of several blocks, 0-dim, without a counterpart in
-# safetensors, and shared.
-TABLE = Table(
-    (
-        Row("model/weight", "float32", (40, 1024), SPLIT),
-        Row("model/head", "float32", (40, 1024), SPLIT, same_as="model/weight"),
-        Row("model/running", "uint8", (130, 1024), WHOLE),
-        Row("model/phase", "complex128", (3, 5), SPLIT),
-        Row("step", "int64", (), WHOLE),
+
+def _table(width: int) -> Table:
+    """Make rows that are cut between the ranks, whole, shared, 0-dim, and without a
+    counterpart in safetensors."""
+    return Table(
+        (
+            Row("model/weight", "float32", (40, width), SPLIT),
+            Row("model/head", "float32", (40, width), SPLIT, same_as="model/weight"),
+            Row("model/running", "uint8", (130, width), WHOLE),
+            Row("model/phase", "complex128", (3, 5), SPLIT),
+            Row("step", "int64", (), WHOLE),
+        )
     )
-)
+
+
+# Of several blocks.
+TABLE = _table(1024)
 ASSIGNMENT = Assignment([TABLE], [0] * WORLD_SIZE)
 # The same in little, for what is done hundreds of thousands of times.
-SMALL_TABLE = Table(
-    (
-        Row("model/weight", "float32", (40, 32), SPLIT),
-        Row("model/head", "float32", (40, 32), SPLIT, same_as="model/weight"),
-        Row("model/running", "uint8", (130, 4), WHOLE),
-        Row("model/phase", "complex128", (3, 5), SPLIT),
-        Row("step", "int64", (), WHOLE),
-    )
-)
+SMALL_TABLE = _table(32)
 _OWN = Row("rng", "uint8", (100,), WHOLE)
 
 
@@ -312,14 +313,6 @@ def run(
 
 
 # After a crash
-
-
-class Torn(AssertionError):
-    """Something that is listed is not whole, or not what was saved."""
-
-
-class Lost(AssertionError):
-    """Something acknowledged is not listed, or something else is."""
 
 
 def check_content(directory: str, saved: Saved) -> None:

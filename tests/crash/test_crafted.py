@@ -687,7 +687,8 @@ def _run(refused: list[str], *arguments: str) -> None:
 
 
 def _live_on(craft: Craft) -> None:
-    """Claim, save and sweep, as a job that is started there."""
+    """Repair, claim, save and sweep, as a job that is started there."""
+    _run([], "repair", "--yes", craft.root)
     journal = Journal(os.path.join(os.path.dirname(craft.root), "journal"), ())
     try:
         chief = make_chief(craft.root)

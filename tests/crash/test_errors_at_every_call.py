@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import campaign
 import pytest
-from campaign import Campaign, Figures, Wrong
+from campaign import Campaign
+from figures import Figures, Wrong
 from scenario import (
     TABLE,
     Listing,

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import campaign
 import pytest
 import safetensors
-from campaign import Campaign, Figures, Hung, Wrong
+from campaign import Campaign
+from figures import Figures, Hung, Wrong
 from scenario import SMALL_TABLE, Journal, all_saved_as, claim, make_chief, save
 
 from distckpt import paths, readers, shard_header

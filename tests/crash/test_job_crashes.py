@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import pytest
+from figures import Figures, Wrong
 from job_scenario import (
     EVERYTHING,
     SCENARIOS,
     Crash,
-    Figures,
     Notes,
     Scenario,
     Template,
     Told,
-    Wrong,
     changes_the_disk,
     check_come_back,
     check_listing,
@@ -103,7 +102,7 @@ class Stage:
 
     def play_all(self, crashes: Sequence[Crash]) -> KillFigures:
         """Play them, a few at a time; what was late is tried again with less going on."""
-        figures = KillFigures(points=len(crashes))
+        figures = KillFigures(tried=len(crashes))
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             seconds = list(pool.map(lambda crash: self._play(figures, crash), crashes))
         for index, crash in enumerate(crashes):

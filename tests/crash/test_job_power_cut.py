@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from figures import Figures
 from job_scenario import (
     EVERYTHING,
     SCENARIOS,
     Crash,
-    Figures,
     Notes,
     PowerCut,
     Scenario,
@@ -95,7 +95,7 @@ class Stage:
 
     def play_all(self, cuts: Sequence[Crash]) -> CutFigures:
         """Play them, two at a time."""
-        figures = CutFigures(points=len(cuts))
+        figures = CutFigures(tried=len(cuts))
 
         def play(index: int) -> None:
             folder = tempfile.mkdtemp(dir=self._scratch)
@@ -147,7 +147,7 @@ def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
     figures = stage.play_all(stage.cuts(each=each))
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.points > 10 and figures.acknowledged > figures.points
+    assert figures.tried > 10 and figures.acknowledged > figures.tried
 
 
 def do_not_sync_files() -> None:

@@ -19,8 +19,9 @@ from statistics import median
 
 import campaign
 import pytest
-from campaign import Campaign, Figures, Hung, Wrong
+from campaign import Campaign
 from elastic_job import NUM_RANKS, ElasticJob, Told, Worker, is_running
+from figures import Figures, Hung, Wrong
 from scenario import Lost, Torn
 
 from distckpt import paths

@@ -15,7 +15,8 @@ from functools import partial
 
 import campaign
 import pytest
-from campaign import Campaign, Figures, Hung, Wrong
+from campaign import Campaign
+from figures import Figures, Hung, Wrong
 from power import EXT4, MODES, XFS, Cutter, Disk, mounted_disk
 from scenario import HUNG, KILLED, Journal, Listing, in_child, read_text, recover
 from storage_calls import BEFORE, MIDDLE, Killer, intercepted

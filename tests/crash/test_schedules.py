@@ -17,7 +17,8 @@ from typing import Any
 
 import campaign
 import pytest
-from campaign import Campaign, Figures
+from campaign import Campaign
+from figures import Figures
 from incarnations import NEW, OLD, THIRD, Contest
 from scenario import SMALL_TABLE, all_saved_as
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from threading import current_thread
 from typing import Any
 
 import pytest
+from figures import Figures
 from harness import EVERYTHING
 from incarnations import NEW, OLD, Actor, Contest, Stops
 from scenario import (
@@ -185,25 +186,6 @@ class Interleaving(Contest):
             claim_and_check_clean(self.directory)
 
 
-@dataclass
-class Figures:
-    """What came of the schedules."""
-
-    schedules: int = 0
-    fenced: int = 0
-    torn: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    hung: list[str] = field(default_factory=list)
-    unopenable: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.schedules} schedules, {self.fenced} with a fenced one, "
-            f"{len(self.torn)} torn, {len(self.lost)} lost, {len(self.hung)} hung, "
-            f"{len(self.unopenable)} not reopenable"
-        )
-
-
 def _play(
     figures: Figures, folder: str, template: Template, i: int, j: int | None
 ) -> list[bool]:
@@ -212,19 +194,10 @@ def _play(
     contest = Interleaving(os.path.join(folder, "run"), template, stops)
     where = f"switched before calls {i} and {j}"
     contest.run()
-    figures.schedules += 1
-    figures.fenced += any(actor.fenced for actor in contest.actors.values())
-    try:
-        contest.check()
-    except Torn as error:
-        figures.torn.append(f"{where}: {error}")
-    except Lost as error:
-        is_hung = "for ever" in str(error)
-        (figures.hung if is_hung else figures.lost).append(f"{where}: {error}")
-    except DistckptError as error:
-        figures.unopenable.append(f"{where}: {type(error).__name__}: {error}")
-    finally:
-        contest.close()
+    figures.tried += 1
+    figures.count("fenced", any(actor.fenced for actor in contest.actors.values()))
+    figures.check(where, contest.check)
+    contest.close()
     return contest.calls[NEW]
 
 
@@ -248,7 +221,7 @@ def test_every_schedule_with_two_switches_loses_nothing(
         calls = _play(figures, folder, template, i, None)
         for j in _switches(calls):
             _play(figures, folder, template, i, j)
-        return vars(figures)
+        return asdict(figures)
 
     alone = Interleaving(os.path.join(scratch, "counted"), template, {})
     alone.run()
@@ -260,9 +233,7 @@ def test_every_schedule_with_two_switches_loses_nothing(
         folder = os.path.join(scratch, f"from-{begin}")
         os.mkdir(folder)
         for found in in_workers(folder, firsts[begin : begin + _AT_ONCE], work):
-            for name, value in found.items():
-                setattr(total, name, getattr(total, name) + value)
+            total.add(Figures(**found))
     report_figures(f"{total}; {len(alone.calls[OLD])} calls, {len(firsts)} switched at")
-    wrong = [*total.torn, *total.lost, *total.hung, *total.unopenable]
-    assert not wrong, "\n".join([str(total), *wrong[:5]])
-    assert total.schedules > 200 and total.fenced > 50
+    total.demand_zeros()
+    assert total.tried > 200 and total.others["fenced"] > 50

@@ -20,7 +20,8 @@ from typing import Any
 
 import campaign
 import mutants
-from campaign import Campaign, Figures, Progress
+from campaign import Campaign, Progress
+from figures import Figures
 
 # By name; each module has a CAMPAIGN.
 MODULES = {

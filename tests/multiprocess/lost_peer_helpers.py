@@ -258,12 +258,31 @@ def _be_cut_off(rank, directory, names, devices, chief_host, port):
     )
     manager = manager_of(make_checkpoint(), directory, DEADLINE_SECONDS)
     manager.save()
-    Path(f"{directory}.saved-{rank}").touch()
-    while not os.path.exists(f"{directory}.cut"):
-        time.sleep(0.01)
+    wait_for_strike(rank, directory)
     started = time.monotonic()
     found = outcome(told_as_json, manager.save)
     return found, time.monotonic() - started
+
+
+def run_and_strike(function, world_size, directory, *arguments, strike):
+    """Run ranks without a process group; strike when all wait for it; return what they say."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            run_ranks, function, world_size, directory, *arguments, process_group=False
+        )
+        waiting = [Path(f"{directory}.waiting-{rank}") for rank in range(world_size)]
+        while not running.done() and not all(path.exists() for path in waiting):
+            time.sleep(0.02)
+        strike()
+        Path(f"{directory}.struck").touch()
+        return values_of(running.result())
+
+
+def wait_for_strike(rank, directory):
+    """Wait, in a rank that ``run_and_strike`` runs, until the strike has come."""
+    Path(f"{directory}.waiting-{rank}").touch()
+    while not os.path.exists(f"{directory}.struck"):
+        time.sleep(0.01)
 
 
 def lose_network(directory, network, how, lost):
@@ -275,16 +294,10 @@ def lose_network(directory, network, how, lost):
     world_size = len(network.names)
     devices = [network.device(index) for index in range(world_size)]
     arguments = (network.names, devices, network.host(0), 29500)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(
-            run_ranks, _be_cut_off, world_size, directory, *arguments, process_group=False
-        )
-        saved = [Path(f"{directory}.saved-{rank}") for rank in range(world_size)]
-        while not running.done() and not all(path.exists() for path in saved):
-            time.sleep(0.02)
-        (network.cut_off if how == "drop" else network.reset)(lost)
-        Path(f"{directory}.cut").touch()
-        results = values_of(running.result())
+    strike = network.cut_off if how == "drop" else network.reset
+    results = run_and_strike(
+        _be_cut_off, world_size, directory, *arguments, strike=lambda: strike(lost)
+    )
     late = []
     for rank, (found, seconds) in enumerate(results):
         kind, ranks, text = json.loads(found.text)
