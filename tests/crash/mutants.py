@@ -10,11 +10,14 @@ harm there; what finds them are the tests of the order of durable steps.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,11 +60,27 @@ def _mutant(killed_by: str) -> Callable[[Callable[[], None]], Callable[[], None]
     return add
 
 
+# What was there before, for a test that goes on without the mutant.
+_undo: list[Callable[[], None]] = []
+
+
 def _put(owner: Any, name: str, new: Any) -> None:
     # What the crash tests stand between must look as if it came from there.
-    if owner is storage:
+    if owner is storage and inspect.isfunction(new):
         new.__module__ = storage.__name__
+    _undo.append(partial(setattr, owner, name, getattr(owner, name)))
     setattr(owner, name, new)
+
+
+@contextmanager
+def applied(name: str) -> Iterator[None]:
+    """Be a mutant for a while."""
+    MUTANTS[name].apply()
+    try:
+        yield
+    finally:
+        while _undo:
+            _undo.pop()()
 
 
 # What is not synced
@@ -88,7 +107,7 @@ def _chief_syncs_but(is_skipped: Callable[[str], bool]) -> None:
         if not is_skipped(path):
             storage.sync_directory(path)
 
-    chief.storage = Storage()  # type: ignore[assignment]
+    _put(chief, "storage", Storage())
 
 
 @_mutant(_POWER)
@@ -99,7 +118,7 @@ def no_sync_of_files() -> None:
         def __getattr__(self, name: str) -> Any:
             return (lambda _: None) if name == "fsync" else getattr(os, name)
 
-    storage.os = Os()  # type: ignore[assignment]
+    _put(storage, "os", Os())
     honest = os.fsync
 
     def sync_directory(path: str) -> None:
@@ -134,7 +153,6 @@ def no_sync_of_the_pending_directory() -> None:
 @_mutant("tests/unit/test_storage.py")
 def failed_fsync_tried_again() -> None:
     """Call fsync a second time, which reports success."""
-    honest = os.fsync
 
     class Os:
         def __getattr__(self, name: str) -> Any:
@@ -142,13 +160,11 @@ def failed_fsync_tried_again() -> None:
 
     def twice(descriptor: int) -> None:
         try:
-            storage_os.fsync(descriptor)
+            os.fsync(descriptor)
         except OSError:
-            storage_os.fsync(descriptor)
+            os.fsync(descriptor)
 
-    storage_os = os
-    storage.os = Os()  # type: ignore[assignment]
-    del honest
+    _put(storage, "os", Os())
 
 
 # The order of steps
@@ -383,7 +399,7 @@ def manifests_digest_not_compared() -> None:
 @_mutant(_CRAFTED)
 def links_followed() -> None:
     """Open whatever a name leads to."""
-    storage._READ_FLAGS &= ~os.O_NOFOLLOW
+    _put(storage, "_READ_FLAGS", storage._READ_FLAGS & ~os.O_NOFOLLOW)
 
 
 @_mutant(_CRAFTED)

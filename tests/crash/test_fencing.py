@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 from harness import EVERYTHING
 from incarnations import NEW, OLD, Contest
+from mutants import applied
 from scenario import (
     Lost,
     Torn,
     in_workers,
 )
 
-from distckpt import state, storage
+from distckpt import state
 from distckpt.errors import DistckptError
 
 # Hundreds of crash points; a busy machine may take its time.
@@ -69,19 +70,10 @@ def test_old_chief_stopped_at_every_call_is_fenced(
 # The tests themselves: the known mistakes must be found out.
 
 
-def test_append_by_rename_is_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-):
+def test_append_by_rename_is_found(scratch: str, report_figures: Callable[[str], None]):
     """A record that replaces another lets a stopped chief undo what was committed."""
-
-    def link_over(source: str, target: str) -> None:
-        copy = f"{source[:-4]}.copy"
-        os.link(source, copy)
-        os.rename(copy, target)
-
-    link_over.__module__ = storage.__name__
-    monkeypatch.setattr(storage, "link", link_over)
-    schedules = [{OLD: {index: NEW}} for index in range(_num_calls(scratch)[OLD])]
-    wrong, _ = _run_schedules(scratch, schedules)
+    with applied("record-that-replaces-another"):
+        schedules = [{OLD: {index: NEW}} for index in range(_num_calls(scratch)[OLD])]
+        wrong, _ = _run_schedules(scratch, schedules)
     report_figures(f"{len(schedules)} schedules, {len(wrong)} wrong")
     assert wrong

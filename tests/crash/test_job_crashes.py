@@ -32,9 +32,7 @@ from job_scenario import (
     every_place,
     one_place_each,
 )
-
-from distckpt.chief import Chief
-from distckpt.janitor import remove_published
+from mutants import deleted_before_the_commit
 
 # Hundreds of jobs; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(900)
@@ -201,24 +199,12 @@ def test_chief_killed_in_the_commit_is_said_to_have_committed_or_unknown(
 # The tests themselves: a protocol with one step wrong must be found out.
 
 
-def delete_before_the_commit() -> None:
-    """Delete what the record is about to release: the classical mistake."""
-    honest = Chief._append_commit
-
-    def hasty(self, attempt, *rest):
-        for entry in self._live[:-1]:
-            remove_published(self._directory, entry.attempt)
-        honest(self, attempt, *rest)
-
-    Chief._append_commit = hasty
-
-
 def test_chief_killed_after_a_deletion_before_the_commit_is_found(
     scratch: str, report_figures: Callable[[str], None]
 ):
     """Real ranks find it out, too."""
     stage = Stage(scratch, 2)
-    crashes = stage.kills_in_the_commit(everywhere=True, spoil=delete_before_the_commit)
+    crashes = stage.kills_in_the_commit(everywhere=True, spoil=deleted_before_the_commit)
     figures = stage.play_all(crashes[::2])
     report_figures(str(figures))
     assert figures.torn

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from figures import Figures
 from harness import EVERYTHING
+from mutants import applied
 from scenario import (
     FAILED,
     HUNG,
     KILLED,
-    MAX_TO_KEEP,
     Journal,
     Listing,
     check_readable,
@@ -29,11 +29,7 @@ from scenario import (
 )
 from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, Counter, Killer, intercepted
 
-from distckpt import state, storage
-from distckpt.chief import Chief
-from distckpt.janitor import remove_published
-from distckpt.paths import Attempt
-from distckpt.record import Record, digest
+from distckpt import state
 
 # Hundreds of crash points; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(400)
@@ -257,42 +253,27 @@ def _kill_with_thread_and_recover(stage: Stage, figures: Figures, point: Point) 
 
 
 def test_kill_with_deletion_before_commit_is_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    scratch: str, report_figures: Callable[[str], None]
 ):
     """Deleting before the record, the classical mistake, is seen as a loss."""
-    honest = Chief._append_commit
-
-    def hasty(self: Chief, attempt: Attempt, *rest: Any) -> None:
-        for entry in self._live[: len(self._live) + 1 - MAX_TO_KEEP]:
-            remove_published(self._directory, entry.attempt)
-        honest(self, attempt, *rest)
-
-    monkeypatch.setattr(Chief, "_append_commit", hasty)
-    figures = _kill_mutant(scratch)
+    figures = _kill_mutant(scratch, "deleted-before-the-commit")
     report_figures(str(figures))
     assert figures.torn and not figures.wrong
 
 
 def test_kill_with_record_in_place_is_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    scratch: str, report_figures: Callable[[str], None]
 ):
     """A record written under its final name is seen as a chain that cannot be read."""
-
-    def in_place(directory: str, new: Record) -> state.Head:
-        path = state.record_path(directory, new.number)
-        storage.write_new_file(path, new.encode())
-        storage.sync_directory(os.path.dirname(path))
-        return state.Head(new, digest(new.encode()))
-
-    monkeypatch.setattr(state, "append", in_place)
-    figures = _kill_mutant(scratch)
+    figures = _kill_mutant(scratch, "record-written-in-place")
     report_figures(str(figures))
     assert figures.unopenable and not figures.wrong
 
 
-def _kill_mutant(scratch: str) -> Figures:
-    points = _points(_calls(Stage(scratch).live), all_places=False)
-    return _share_out(scratch, points[::2], _kill_and_look)
+def _kill_mutant(scratch: str, name: str) -> Figures:
+    with applied(name):
+        points = _points(_calls(Stage(scratch).live), all_places=False)
+        return _share_out(scratch, points[::2], _kill_and_look)
 
 
 def _kill_and_look(stage: Stage, figures: Figures, point: Point) -> None:

@@ -13,16 +13,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import campaign
 import pytest
 from campaign import Campaign
 from figures import Figures
 from incarnations import NEW, OLD, THIRD, Contest
+from mutants import applied
 from scenario import SMALL_TABLE, all_saved_as
 
-from distckpt import janitor, state
+from distckpt import state
 
 # Thousands of schedules; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(400)
@@ -104,15 +104,10 @@ def test_incarnations_at_random_calls_stay_in_line(
 
 
 def test_incarnations_with_a_sweep_of_any_epoch_are_found(
-    scratch: str, report_figures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    scratch: str, report_figures: Callable[[str], None]
 ):
     """The campaign itself: the mistake that a first draft of the protocol had."""
-    honest = janitor._sweep
-
-    def greedy(directory: str, epoch: int, *rest: Any) -> None:
-        honest(directory, epoch + 1000, *rest)
-
-    monkeypatch.setattr(janitor, "_sweep", greedy)
-    figures = campaign.run(CAMPAIGN, scratch, 200)
+    with applied("sweep-of-any-epoch"):
+        figures = campaign.run(CAMPAIGN, scratch, 200)
     report_figures(str(figures))
     assert figures.findings

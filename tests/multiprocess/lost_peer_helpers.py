@@ -265,7 +265,7 @@ def _be_cut_off(rank, directory, names, devices, chief_host, port):
 
 
 def run_and_strike(function, world_size, directory, *arguments, strike):
-    """Run ranks without a process group; strike when all wait for it; return what they say."""
+    """Run ranks without a process group, and strike when all wait for it."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             run_ranks, function, world_size, directory, *arguments, process_group=False
