@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from distckpt import readers, shard_file
 from distckpt.chief import Chief
@@ -105,8 +106,10 @@ class _ChiefsPart:
         """Commit, or raise what all ranks raise."""
         assert self._job.chief is not None
         if not all(vote.ok for vote in votes):
-            # A pending directory that vanished under a rank is another chief's sweep.
-            self._job.chief.check_not_fenced()
+            # A pending directory that vanished under a rank is another chief's sweep. A
+            # disk that cannot say so has its table of failures, as without the question.
+            with suppress(StorageError):
+                self._job.chief.check_not_fenced()
         path = self._job.path(self._attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         raise_failures(votes, what, SaveFailed, keep_kind=False)

@@ -248,7 +248,6 @@ def _compare_calls(job: Job, call: Ran[Vote]) -> None:
 def _begin(job: Job, request: Ran[Request], counter: int) -> Attempt:
     """S2 (chief): make the pending directory of a new attempt."""
     assert job.chief is not None
-    job.chief.check_not_fenced()
     try:
         return job.chief.begin(request.result.number, counter)
     except StorageError as error:

@@ -28,6 +28,12 @@ class Wrong(AssertionError):
     """Something else is not as promised."""
 
 
+def demand(kind: type[AssertionError], condition: bool, found: object) -> None:
+    """Raise that kind with what was found, unless it is as it should be."""
+    if not condition:
+        raise kind(f"{found!s:.1500}")
+
+
 @dataclass
 class Figures:
     """What came of the points.

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import scenario
-from figures import Hung
+from figures import Hung, Lost, demand
 from scenario import (
     Listing,
-    Lost,
     Saved,
     after_commit,
     check_readable,
@@ -261,26 +260,34 @@ class Contest:
         recorded: list[Saved] = []
         for before, after in zip([None, *self.history], self.history, strict=False):
             if before is not None:
-                _demand(after.number == before.number + 1, f"{after.number} skips")
-                _demand(after.previous == digest(before.encode()), f"{after.number} forks")
+                demand(Lost, after.number == before.number + 1, f"{after.number} skips")
+                demand(
+                    Lost, after.previous == digest(before.encode()), f"{after.number} forks"
+                )
             if after.action == CLAIM:
-                _demand(after.epoch == (before.epoch if before else 0) + 1, "epoch")
-                _demand(before is None or _same_lists(before, after), "claim's lists")
+                demand(Lost, after.epoch == (before.epoch if before else 0) + 1, "epoch")
+                demand(Lost, before is None or _same_lists(before, after), "claim's lists")
                 continue
             assert before is not None
-            _demand(after.writer == before.writer, f"{after.number} of a fenced writer")
+            demand(
+                Lost, after.writer == before.writer, f"{after.number} of a fenced writer"
+            )
             saved = saved_by_name[after.live[-1].attempt.published]
             recorded.append(saved)
             listing = after_commit(listing, saved)
             names = [entry.attempt.published for entry in after.live]
-            _demand(names == [each.published for each in listing], f"{names}, {listing}")
+            demand(
+                Lost, names == [each.published for each in listing], f"{names}, {listing}"
+            )
         acknowledged = {saved for actor in actors for saved in actor.committed}
         uncertain = {saved for actor in actors for saved in actor.unknown}
-        _demand(acknowledged <= {*recorded}, f"{acknowledged} acknowledged, {recorded}")
+        demand(
+            Lost, acknowledged <= {*recorded}, f"{acknowledged} acknowledged, {recorded}"
+        )
         # Told to be fenced, a writer does not know whether its last commit came before;
         # all say so.
         told = {actor.tried[-1] for actor in actors if actor.fenced and actor.tried}
-        _demand({*recorded} <= acknowledged | uncertain | told, f"{recorded} recorded")
+        demand(Lost, {*recorded} <= acknowledged | uncertain | told, f"{recorded} recorded")
         return listing
 
     def _check_fences(self) -> None:
@@ -289,10 +296,10 @@ class Contest:
         for actor in self.actors.values():
             assert actor.chief is not None
             if actor.chief._writer == newest:
-                _demand(not actor.fenced, f"{actor.name} was fenced by nobody")
+                demand(Lost, not actor.fenced, f"{actor.name} was fenced by nobody")
             else:
                 actor.save_once_more(self.directory)
-                _demand(actor.fenced, f"{actor.name} goes on")
+                demand(Lost, actor.fenced, f"{actor.name} goes on")
 
 
 def _same_lists(one: Record, other: Record) -> bool:
@@ -302,8 +309,3 @@ def _same_lists(one: Record, other: Record) -> bool:
         other.bad,
         other.releasing,
     )
-
-
-def _demand(condition: bool, text: str) -> None:
-    if not condition:
-        raise Lost(text)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from figures import Lost, NotReopened, Torn, Wrong
+from figures import Lost, NotReopened, Torn, Wrong, demand
 from notes import Notes
 from power import Disk
 from scenario import _epoch_of, claim_and_check_clean, unlisted
@@ -493,7 +493,7 @@ def check_listing(
     numbers = tuple(attempt.number for attempt in listed)
     kept = [known[number] for number in scenario.after[:-1]]
     is_after = scenario.saves and numbers == scenario.after and found[:-1] == kept
-    _demand(is_after and found != before, f"{found=}, {before=}, {acknowledged=}")
+    demand(Lost, is_after and found != before, f"{found=}, {before=}, {acknowledged=}")
     return True
 
 
@@ -539,19 +539,16 @@ def check_come_back(
     if failed:
         raise NotReopened("\n".join(f"{r.error} {r.exit_code} {r.trace}" for r in failed))
     for back in (result.value for result in results):
-        _demand(back.restored == (newest and newest.prefix), f"{back}, newest {newest}")
-        _demand(back.step == step, f"{back}, expected step {step}")
+        demand(
+            Lost, back.restored == (newest and newest.prefix), f"{back}, newest {newest}"
+        )
+        demand(Lost, back.step == step, f"{back}, expected step {step}")
         if not back.is_right:
             raise Torn(f"restored values are not those that were saved: {back}")
-        _demand(not back.left, f"left behind: {back.left}")
+        demand(Lost, not back.left, f"left behind: {back.left}")
     check_whole(directory)
-    _demand(listed_in(directory)[-1].prefix == results[0].value.saved, "saved again")
+    demand(Lost, listed_in(directory)[-1].prefix == results[0].value.saved, "saved again")
     claim_and_check_clean(directory)
-
-
-def _demand(condition: bool, found: Any) -> None:
-    if not condition:
-        raise Lost(f"{found!s:.1500}")
 
 
 # Running them

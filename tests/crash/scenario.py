@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from figures import Lost as Lost
-from figures import Torn as Torn
+from figures import Lost, Torn, demand
 
 from distckpt import boxes, dtypes, paths, policy, readers, shard_file, state
 from distckpt.chief import Chief
@@ -318,10 +317,10 @@ def run(
 def check_content(directory: str, saved: Saved) -> None:
     """Read a checkpoint as a restore does and compare every byte."""
     located = readers.locate(os.path.join(directory, saved.prefix))
-    _demand(Torn, os.path.basename(located.directory) == saved.published, located)
+    demand(Torn, os.path.basename(located.directory) == saved.published, located)
     manifest = readers.read_manifest(located.directory, located.manifest_digest)
-    _demand(Torn, manifest.values == {"seed": encode(saved.seed, "seed")}, manifest)
-    _demand(Torn, manifest.world_size == WORLD_SIZE, manifest)
+    demand(Torn, manifest.values == {"seed": encode(saved.seed, "seed")}, manifest)
+    demand(Torn, manifest.world_size == WORLD_SIZE, manifest)
     num_found = 0
     for rank in range(manifest.world_size):
         with readers.open_shard(located.directory, manifest, rank) as reader:
@@ -334,9 +333,9 @@ def check_content(directory: str, saved: Saved) -> None:
                     row = ASSIGNMENT.rows[stored.name]
                     expected = _bytes_of(Piece(row, stored.box, rank), saved.seed)
                     num_found += stored.size_bytes
-                _demand(Torn, found == expected, f"{reader.path}: {stored.key}")
+                demand(Torn, found == expected, f"{reader.path}: {stored.key}")
     written = sum(row.size_bytes for row in TABLE if not row.same_as)
-    _demand(Torn, num_found == written, num_found)
+    demand(Torn, num_found == written, num_found)
 
 
 def check_readable(
@@ -360,24 +359,24 @@ def check_readable(
     entries = () if record is None else record.live
     names = [entry.attempt.published for entry in entries]
     matching = [some for some in possible if [s.published for s in some] == names]
-    _demand(Lost, bool(matching), f"listed {names}, possible {possible}")
+    demand(Lost, bool(matching), f"listed {names}, possible {possible}")
     listing = matching[0]
     for entry, saved in zip(entries, listing, strict=True):
         path = os.path.join(directory, entry.attempt.published)
         report = verify_attempt(path, entry.manifest)
-        _demand(Torn, report.ok and not report.foreign, report)
+        demand(Torn, report.ok and not report.foreign, report)
         check_content(directory, saved)
     prefixes = [os.path.join(directory, saved.prefix) for saved in listing]
     newest = prefixes[-1] if prefixes else None
-    _demand(Lost, readers.latest_checkpoint(directory) == newest, newest)
+    demand(Lost, readers.latest_checkpoint(directory) == newest, newest)
     seen = readers.get_checkpoint_state(directory)
-    _demand(
+    demand(
         Lost,
         (seen.all_model_checkpoint_paths if seen else []) == prefixes,
         f"{seen}, expected {prefixes}",
     )
     if record is not None:
-        _demand(Lost, not record.kept and not record.bad, record)
+        demand(Lost, not record.kept and not record.bad, record)
     if contiguous:
         _check_chain(directory)
     return listing
@@ -394,9 +393,9 @@ def _check_chain(directory: str) -> None:
     for number in numbers:
         head = state.read_numbered(directory, number)
         if previous is not None:
-            _demand(Lost, number == previous.record.number + 1, numbers)
-            _demand(Lost, head.record.previous == previous.digest, f"{number} forks")
-            _demand(Lost, head.record.epoch >= previous.record.epoch, f"{number} epoch")
+            demand(Lost, number == previous.record.number + 1, numbers)
+            demand(Lost, head.record.previous == previous.digest, f"{number} forks")
+            demand(Lost, head.record.epoch >= previous.record.epoch, f"{number} epoch")
         previous = head
 
 
@@ -405,7 +404,7 @@ def recover(directory: str, journal: Journal, seed: int) -> None:
     chief = make_chief(directory)
     expected = [saved.published for saved in journal.listing]
     found = [attempt.published for attempt in chief.checkpoints]
-    _demand(Lost, found == expected, f"chief has {found}, expected {expected}")
+    demand(Lost, found == expected, f"chief has {found}, expected {expected}")
     claim(chief)
     save(chief, directory, journal, seed)
     assert chief.settle(10)
@@ -414,7 +413,7 @@ def recover(directory: str, journal: Journal, seed: int) -> None:
     leftovers = [
         name for name in unlisted(directory, record) if _epoch_of(name) < record.epoch
     ]
-    _demand(Lost, not leftovers, f"left behind: {leftovers}")
+    demand(Lost, not leftovers, f"left behind: {leftovers}")
     chief.close()
 
 
@@ -427,7 +426,7 @@ def claim_and_check_clean(directory: str) -> None:
     record = readers.read_record(directory)
     assert record is not None
     leftovers = unlisted(directory, record)
-    _demand(Lost, not leftovers, f"left behind: {leftovers}")
+    demand(Lost, not leftovers, f"left behind: {leftovers}")
 
 
 def unlisted(directory: str, record: Record) -> list[str]:
@@ -456,11 +455,6 @@ def _names_in(path: str) -> list[str]:
         return sorted(os.listdir(path))
     except FileNotFoundError:
         return []
-
-
-def _demand(kind: type[AssertionError], condition: bool, found: Any) -> None:
-    if not condition:
-        raise kind(f"{found!s:.1500}")
 
 
 # Processes

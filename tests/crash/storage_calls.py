@@ -179,6 +179,21 @@ _FAILING_OS = (
 # Their effect on the disk may be there although an error was reported.
 CAN_BE_SHORT = ("preadv", "pwritev")
 CAN_LOSE_REPLY = ("link", "makedirs", "mkdir", "pwritev", "rename", "rmtree", "unlink")
+_ERRORS = (
+    *("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "ESTALE", "EINTR", "EMFILE"),
+    *("ENOMEM", "ETIMEDOUT"),
+)
+
+
+def ways(name: str) -> Iterator[tuple[str, str]]:
+    """Yield each way in which a call can fail, and the error that is reported."""
+    for error in _ERRORS:
+        yield REFUSED, error
+    if name in CAN_LOSE_REPLY:
+        yield LOST_REPLY, "EIO"
+        yield LOST_REPLY, "ESTALE"
+    if name in CAN_BE_SHORT:
+        yield SHORT, ""
 
 
 class Faults:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import campaign
 import pytest
 from campaign import Campaign
-from figures import Figures, Wrong
+from figures import Figures, Wrong, demand
 from scenario import (
     TABLE,
     Listing,
@@ -27,15 +27,7 @@ from scenario import (
     make_chief,
     write_shards,
 )
-from storage_calls import (
-    CAN_BE_SHORT,
-    CAN_LOSE_REPLY,
-    LOST_REPLY,
-    REFUSED,
-    SHORT,
-    Faults,
-    failing,
-)
+from storage_calls import REFUSED, SHORT, Faults, failing, ways
 
 from distckpt import paths, storage
 from distckpt.chief import Chief
@@ -46,11 +38,6 @@ from distckpt.values import encode
 pytestmark = pytest.mark.timeout(400)
 
 SIZE = 600
-_ERRORS = (
-    *("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "ESTALE", "EINTR", "EMFILE"),
-    *("ENOMEM", "ETIMEDOUT"),
-)
-
 # Seeds, with a number where one is asked for: retention drops, a number is used again.
 _SAVES = ((1, None), (2, None), (3, None), (4, 2))
 
@@ -183,8 +170,7 @@ class Errors(Campaign[Fault]):
         self._faults = [
             Fault(index, name, how, error, for_ever, threaded)
             for index, name in enumerate(self._calls(os.path.join(scratch, "counted")))
-            for how, errors in _ways(name)
-            for error in errors
+            for how, error in ways(name)
             for for_ever in (False, True)
             for threaded in (False, True)
         ]
@@ -227,28 +213,15 @@ class Errors(Campaign[Fault]):
                 life.close()
         except DistckptError as error:
             raise Wrong(f"{type(error).__name__}: {error}") from error
-        _demand(len(life.errors) <= 1, f"told {life.errors}")
-        _demand(_open_files() == files_before, f"files {_open_files()}")
-        _demand(threading.enumerate() == threads_before, f"{threading.enumerate()}")
+        demand(Wrong, len(life.errors) <= 1, f"told {life.errors}")
+        demand(Wrong, _open_files() == files_before, f"files {_open_files()}")
+        demand(Wrong, threading.enumerate() == threads_before, f"{threading.enumerate()}")
         if point.how == SHORT:
-            _demand(not life.errors, f"a short call is no error: {life.errors}")
+            demand(Wrong, not life.errors, f"a short call is no error: {life.errors}")
         claim_and_check_clean(directory)
         check_readable(directory, life.possible)
         told = type(life.errors[0]).__name__ if life.errors else "nothing"
         figures.count(f"told {told}" if faults.fired else "never came to it")
-
-
-def _ways(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield REFUSED, _ERRORS
-    if name in CAN_LOSE_REPLY:
-        yield LOST_REPLY, ("EIO", "ESTALE")
-    if name in CAN_BE_SHORT:
-        yield SHORT, ("",)
-
-
-def _demand(condition: bool, text: str) -> None:
-    if not condition:
-        raise Wrong(text)
 
 
 def _open_files() -> set[str]:

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+from figures import Lost, Torn
 from harness import EVERYTHING
 from incarnations import NEW, OLD, Contest
 from mutants import applied
 from scenario import (
-    Lost,
-    Torn,
     in_workers,
 )
 

@@ -22,7 +22,7 @@ import campaign
 import pytest
 import safetensors
 from campaign import Campaign
-from figures import Figures, Hung, Wrong
+from figures import Figures, Hung, Wrong, demand
 from scenario import SMALL_TABLE, Journal, all_saved_as, claim, make_chief, save
 
 from distckpt import paths, readers, shard_header
@@ -234,7 +234,7 @@ class Fuzz(Campaign[Input]):
         took, grew = time.process_time() - began, _max_rss_kib() - before
         if took > _LIMIT_SECONDS:
             raise Hung(f"took {took:.1f} s")
-        _demand(grew < _LIMIT_KIB, f"took {grew} KiB")
+        demand(Wrong, grew < _LIMIT_KIB, f"took {grew} KiB")
         figures.count("accepted" if accepted else "refused")
 
     def _read_header(self, text: bytes, _: random.Random) -> bool:
@@ -243,7 +243,11 @@ class Fuzz(Campaign[Input]):
         except ShardFileError:
             return False
         verdict = _official(text, self._data)
-        _demand(verdict == "", f"accepted, but safetensors says {verdict}: {text!r:.1000}")
+        demand(
+            Wrong,
+            verdict == "",
+            f"accepted, but safetensors says {verdict}: {text!r:.1000}",
+        )
         return True
 
     def _read_manifest(self, text: bytes, source: random.Random) -> bool:
@@ -255,7 +259,7 @@ class Fuzz(Campaign[Input]):
         except ManifestError:
             return False
         is_right = right or data == self._manifest
-        _demand(is_right, f"wrong checksum accepted: {data!r:.1000}")
+        demand(Wrong, is_right, f"wrong checksum accepted: {data!r:.1000}")
         return True
 
     def _read_record(self, text: bytes, _: random.Random) -> bool:
@@ -264,7 +268,7 @@ class Fuzz(Campaign[Input]):
             record = Record.decode(data)
         except CorruptStateError:
             return False
-        _demand(record.encode() == data, f"spelled otherwise: {data!r:.1000}")
+        demand(Wrong, record.encode() == data, f"spelled otherwise: {data!r:.1000}")
         return True
 
     def _read_plain(self, text: bytes, source: random.Random) -> bool:
@@ -283,7 +287,8 @@ class Fuzz(Campaign[Input]):
         verdict = _official(text, data)
         if refusal and not verdict and _NARROWER.search(refusal):
             return False
-        _demand(
+        demand(
+            Wrong,
             bool(refusal) == bool(verdict),
             f"{refusal or 'accepted'}; safetensors: {verdict or 'accepted'}; {text!r:.800}",
         )
@@ -310,11 +315,6 @@ def _official(text: bytes, data: bytes) -> str:
 
 def _max_rss_kib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _demand(condition: bool, text: str) -> None:
-    if not condition:
-        raise Wrong(text)
 
 
 CAMPAIGN = Fuzz()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import pytest
-from figures import Figures, Wrong
+from figures import Figures, Wrong, demand
 from job_scenario import (
     EVERYTHING,
     SCENARIOS,
@@ -130,7 +130,7 @@ class Stage:
         for rank, result in enumerate(results):
             if rank == crash.victim:
                 continue
-            _demand(result.ok, result)
+            demand(Wrong, result.ok, result)
             seen = [Told(*one) for one in result.value[0]]
             _check_told(crash, seen, is_listed)
             seconds.append(seen[-1].ended - max(killed_at, seen[-1].began))
@@ -146,12 +146,12 @@ class Stage:
 def _check_told(crash: Crash, seen: Sequence[Told], is_listed: bool) -> None:
     """Check that a survivor names the victim, and what it says of the save."""
     last = seen[-1]
-    _demand(last.is_broken, f"nobody was missed: {seen}")
-    _demand(last.ranks == (crash.victim,), f"{last.ranks} blamed: {last.text}")
-    _demand(f"rank {crash.victim}" in last.text, last.text)
+    demand(Wrong, last.is_broken, f"nobody was missed: {seen}")
+    demand(Wrong, last.ranks == (crash.victim,), f"{last.ranks} blamed: {last.text}")
+    demand(Wrong, f"rank {crash.victim}" in last.text, last.text)
     truth = {"committed": is_listed, "not committed": not is_listed}
     outcome = _outcome_said(crash.scenario, seen)
-    _demand(truth.get(outcome, True), f"said {outcome}, {is_listed=}: {seen[0].text}")
+    demand(Wrong, truth.get(outcome, True), f"said {outcome}, {is_listed=}: {seen[0].text}")
 
 
 def _outcome_said(scenario: Scenario, seen: Sequence[Told]) -> str:
@@ -163,11 +163,6 @@ def _outcome_said(scenario: Scenario, seen: Sequence[Told]) -> str:
     if saved.kind == "ok":
         return "committed"
     return {True: "committed", False: "not committed", None: "unknown"}[saved.committed]
-
-
-def _demand(condition: bool, found: object) -> None:
-    if not condition:
-        raise Wrong(f"{found!s:.1500}")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

@@ -21,8 +21,7 @@ import campaign
 import pytest
 from campaign import Campaign
 from elastic_job import NUM_RANKS, ElasticJob, Told, Worker, is_running
-from figures import Figures, Hung, Wrong
-from scenario import Lost, Torn
+from figures import Figures, Hung, Lost, Torn, Wrong
 
 from distckpt import paths
 from distckpt.readers import read_record

@@ -16,7 +16,7 @@ from functools import partial
 import campaign
 import pytest
 from campaign import Campaign
-from figures import Figures, Hung, Wrong
+from figures import Figures, Hung, Wrong, demand
 from power import EXT4, MODES, XFS, Cutter, Disk, mounted_disk
 from scenario import HUNG, KILLED, Journal, Listing, in_child, read_text, recover
 from storage_calls import BEFORE, MIDDLE, Killer, intercepted
@@ -133,7 +133,7 @@ class PowerCuts(Campaign[Cut]):
         cutter = Cutter(point.index, point.place, disk=disk, mode=point.mode)
 
         def body() -> None:
-            _demand(_cut(stage, cutter, live), "the power was not cut")
+            demand(Wrong, _cut(stage, cutter, live), "the power was not cut")
             disk.switch_on()
             listing = stage.check()
             if point.again is not None:
@@ -175,13 +175,8 @@ def _cut(stage: Stage, cutter: Killer, body: Callable[[], None]) -> bool:
     status = in_child(die, stage.errors)
     if status == HUNG:
         raise Hung("nothing happens")
-    _demand(status in (0, KILLED), read_text(os.path.dirname(stage.errors), "errors"))
+    demand(Wrong, status in (0, KILLED), read_text(os.path.dirname(stage.errors), "errors"))
     return status == KILLED
-
-
-def _demand(condition: bool, text: str) -> None:
-    if not condition:
-        raise Wrong(text[:1500])
 
 
 CAMPAIGN = PowerCuts()

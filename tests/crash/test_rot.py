@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import campaign
 import pytest
 from campaign import Campaign
-from figures import Figures, Wrong
+from figures import Figures, Wrong, demand
 from scenario import (
     SMALL_TABLE,
     Journal,
@@ -178,12 +178,14 @@ class Rot(Campaign[Damage]):
             name = saved.published
             report = verify_attempt(os.path.join(directory, name), self._digests[name])
             if name != folder:
-                _demand(report.ok and not report.foreign, f"the other one: {report}")
+                demand(Wrong, report.ok and not report.foreign, f"the other one: {report}")
             elif point.what == FOREIGN:
-                _demand(report.ok and len(report.foreign) == 1, str(report))
+                demand(Wrong, report.ok and len(report.foreign) == 1, str(report))
             else:
-                _demand(not report.ok, "not found by verify")
-                _demand(_names(report, os.path.join(directory, point.path)), str(report))
+                demand(Wrong, not report.ok, "not found by verify")
+                demand(
+                    Wrong, _names(report, os.path.join(directory, point.path)), str(report)
+                )
         if point.what != FOREIGN:
             self._check_read(directory, point, folder)
 
@@ -204,10 +206,12 @@ class Rot(Campaign[Damage]):
                 claim(make_chief(directory))
             found = readers.read_record(directory)
         except CorruptStateError as error:
-            _demand(
-                is_missing or os.path.join(directory, point.path) in str(error), str(error)
+            demand(
+                Wrong,
+                is_missing or os.path.join(directory, point.path) in str(error),
+                str(error),
             )
-            _demand("distckpt repair" in str(error), str(error))
+            demand(Wrong, "distckpt repair" in str(error), str(error))
         else:
             raise Wrong(f"taken for {found}")
 
@@ -218,16 +222,11 @@ class Rot(Campaign[Damage]):
             check_content(directory, saved)
         except (FormatError, StorageError) as error:
             text = f"{error} {error.__cause__}"
-            _demand(os.path.join(directory, folder) in text, f"names nothing: {text}")
+            demand(Wrong, os.path.join(directory, folder) in text, f"names nothing: {text}")
         else:
             raise Wrong("not found by reading all of it")
         (other,) = (saved for saved in self._saved if saved.published != folder)
         check_content(directory, other)
-
-
-def _demand(condition: bool, text: str) -> None:
-    if not condition:
-        raise Wrong(text[:1500])
 
 
 def _names(report: Report, path: str) -> bool:

@@ -20,15 +20,13 @@ from threading import current_thread
 from typing import Any
 
 import pytest
-from figures import Figures
+from figures import Figures, Lost, Torn
 from harness import EVERYTHING
 from incarnations import NEW, OLD, Actor, Contest, Stops
 from scenario import (
     Journal,
     Listing,
-    Lost,
     Saved,
-    Torn,
     after_commit,
     claim,
     claim_and_check_clean,

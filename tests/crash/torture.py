@@ -30,6 +30,7 @@ MODULES = {
     "hangs": "test_hangs",
     "kills": "test_kills",
     "power-cuts": "test_power_cut",
+    "rank-errors": "test_errors_on_ranks",
     "rot": "test_rot",
     "schedules": "test_schedules",
 }

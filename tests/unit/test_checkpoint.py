@@ -315,7 +315,7 @@ def test_a_run_directory_that_vanished_is_said_to_have(run_dir):
     manager = CheckpointManager(Checkpoint(x=1), run_dir, max_to_keep=None)
     manager.save()
     shutil.rmtree(run_dir)
-    with pytest.raises(StorageError, match="its records are gone"):
+    with pytest.raises(SaveFailed, match="its records are gone"):
         manager.save()
 
 
