@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import campaign
 import pytest
@@ -128,15 +129,16 @@ def _mutate_bytes(data: bytes, source: random.Random) -> bytes:
 
 
 def _mutate_token(data: bytes, source: random.Random) -> bytes:
-    tokens = [*_TOKEN.finditer(data)]
+    tokens = _tokens(data)
     if not tokens:
         return _mutate_bytes(data, source)
-    token = source.choice(tokens)
-    old = token.group()
+    start, stop = source.choice(tokens)
+    old = data[start:stop]
     if old.startswith(b'"{') and source.random() < 0.8:
         new = _mutate_inside(old, source)
     elif source.random() < 0.15:
-        new = source.choice(tokens).group()
+        other_start, other_stop = source.choice(tokens)
+        new = data[other_start:other_stop]
     elif source.random() < 0.1:
         new = old + b"," + old
     else:
@@ -144,7 +146,13 @@ def _mutate_token(data: bytes, source: random.Random) -> bytes:
         if source.random() < 0.75:
             choices = _STRINGS if old.startswith(b'"') else _NUMBERS
         new = source.choice(choices)
-    return data[: token.start()] + new + data[token.end() :]
+    return data[:start] + new + data[stop:]
+
+
+@lru_cache(maxsize=8)
+def _tokens(data: bytes) -> list[tuple[int, int]]:
+    """Find where tokens stand; most often those of the same few originals."""
+    return [token.span() for token in _TOKEN.finditer(data)]
 
 
 def _mutate_inside(quoted: bytes, source: random.Random) -> bytes:
