@@ -38,10 +38,11 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         UnsupportedError,
     )
+    from distckpt.gate import Decision
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
-    from distckpt.policy import on_signal
+    from distckpt.policy import CheckpointInfo, best, every, latest, on_signal
     from distckpt.pretrained import from_pretrained
     from distckpt.readers import (
         CheckpointState,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "CheckpointInfo",
     "CheckpointManager",
     "CheckpointNotFound",
     "CheckpointOptions",
@@ -63,6 +65,7 @@ __all__ = [
     "ChecksumError",
     "ConfigError",
     "CorruptStateError",
+    "Decision",
     "Desync",
     "DirectoryInUseError",
     "DistckptError",
@@ -88,10 +91,13 @@ __all__ = [
     "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
+    "best",
     "checkpoints_iterator",
+    "every",
     "from_pretrained",
     "get_checkpoint_state",
     "init_process_group",
+    "latest",
     "latest_checkpoint",
     "on_signal",
     "open",
@@ -99,18 +105,23 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "CheckpointInfo": "policy",
     "CheckpointManager": "manager",
     "CheckpointOptions": "save",
     "CheckpointState": "readers",
+    "Decision": "gate",
     "OpenedCheckpoint": "opened",
     "PerRank": "per_rank",
     "RestoreOptions": "restore_names",
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",
+    "best": "policy",
     "checkpoints_iterator": "readers",
+    "every": "policy",
     "from_pretrained": "pretrained",
     "get_checkpoint_state": "readers",
     "init_process_group": "rendezvous",
+    "latest": "policy",
     "latest_checkpoint": "readers",
     "on_signal": "policy",
     "open": "opened",

@@ -102,7 +102,7 @@ def _fly(
 
     try:
         flight.answer = write_and_commit(
-            job, attempt, flight.step, plan, write, yields=True
+            job, attempt, flight.step, plan, write, remarks=flight.remarks, yields=True
         )
     except BaseException as error:
         # Ctrl-C was raised where it came; later this rank says what all others say.
@@ -196,6 +196,8 @@ def _undo(job: Job, flight: Flight) -> None:
     """Set numbering and interval back to where they were before the save."""
     if job.gate.last_step == flight.step:
         job.gate.last_step = flight.last_step
+    if job.clock is not None:
+        job.clock.undo()
     # After an unknown outcome the number may be in use.
     is_free = not isinstance(flight.error, OutcomeUnknown)
     if is_free and job.checkpoint.save_counter == flight.counter + 1:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from distckpt import paths, policy, record, state, storage
+from distckpt import paths, record, state, storage
 from distckpt.errors import (
     ConfigError,
     DirectoryInUseError,
@@ -32,6 +32,8 @@ from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.probe import Probe, check_filesystem
 from distckpt.record import Entry, Record, digest
+from distckpt.remarks import NOTHING, Remarks
+from distckpt.retention import Retention, recover, sweep, without_reasons
 from distckpt.state import Head
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class Chief:
         directory: str,
         *,
         checkpoint_name: str,
-        retention: policy.Retention,
+        retention: Retention,
         identity: Identity,
         takeover: bool = False,
         max_lock_wait_seconds: float = math.inf,
@@ -81,7 +83,7 @@ class Chief:
         """Take over what a record says, by TensorFlow's recovery rule."""
         self._head = head
         newest = None if head is None else head.record
-        managed = policy.recover(newest, time.time())
+        managed = recover(newest, time.time(), self._retention)
         if managed.seconds_behind:
             _logger.warning(
                 "time.time() returned a value %f seconds behind the last preserved "
@@ -313,6 +315,7 @@ class Chief:
         shards: Sequence[Shard],
         layouts: Sequence[Table],
         values: Mapping[str, Any],
+        remarks: Remarks = NOTHING,
     ) -> None:
         """S7: write the manifest, publish the attempt and append the commit.
 
@@ -334,6 +337,7 @@ class Chief:
             shards=tuple(shards),
             layouts=tuple(layouts),
             values=dict(values),
+            remarks=remarks,
         )
         data = manifest.encode()
         pending = self._path(attempt.pending)
@@ -342,7 +346,7 @@ class Chief:
             storage.sync_directory(pending)
             storage.rename(pending, self._path(attempt.published))
             storage.sync_directory(self._directory)
-            self._append_commit(attempt, step, digest(data))
+            self._append_commit(manifest, digest(data))
         except FencedError:
             raise
         except StorageError:
@@ -361,21 +365,24 @@ class Chief:
         self._unsettled.discard(attempt)
         self._after_append()
 
-    def _append_commit(self, attempt: Attempt, step: int | None, manifest: str) -> None:
+    def _append_commit(self, manifest: Manifest, manifest_digest: str) -> None:
         self.check_not_fenced()
         assert self._head is not None
         newest = self._head.record
+        step = manifest.step
         entry = Entry(
-            attempt=attempt,
+            attempt=manifest.attempt,
             record=newest.number + 1,
             time=float(time.time()),
             step=step,
-            manifest=manifest,
+            manifest=manifest_digest,
+            size_bytes=manifest.size_bytes,
+            metrics=manifest.remarks.listed,
         )
-        prefix = attempt.prefix
+        prefix = entry.attempt.prefix
         others = [e for e in self._live if e.attempt.prefix != prefix]
         replaced = [e for e in self.candidates if e.attempt.prefix == prefix]
-        swept = policy.sweep([*others, entry], self._last_preserved, self._retention)
+        swept = sweep([*others, entry], self._last_preserved, self._retention)
         kept = [e for e in self._kept if e.attempt.prefix != prefix]
         deleted = self._janitor.take_released()
         releasing = [e for e in self._releasing if e.attempt not in deleted]
@@ -388,11 +395,12 @@ class Chief:
                 action=record.COMMIT,
                 written=float(time.time()),
                 live=swept.live,
-                kept=(*kept, *swept.preserved),
-                bad=self._bad,
-                releasing=(*releasing, *replaced, *swept.dropped),
+                kept=without_reasons((*kept, *swept.preserved)),
+                bad=without_reasons(self._bad),
+                releasing=without_reasons((*releasing, *replaced, *swept.dropped)),
                 last_preserved=swept.last_preserved,
                 last_step=newest.last_step if step is None else step,
+                rules=self._retention.rules,
             ),
         )
         self._head = head

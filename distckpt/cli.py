@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from distckpt import paths, storage
+from distckpt import paths, storage, values
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_transfer import export_command, import_command
 from distckpt.errors import CheckpointNotFound
@@ -63,15 +63,16 @@ def list_command(directory: str, as_json: bool) -> None:
     """List the checkpoints that a run directory's newest record names."""
     record = or_exit(_record_of, directory)
     rows = [] if record is None else list(_listed(record))
+    rules = () if record is None else record.rules
     if as_json:
-        items = [_entry_to_json(directory, state, entry) for state, entry in rows]
+        items = [_entry_to_json(directory, state, entry, rules) for state, entry in rows]
         print_json({"directory": directory, "checkpoints": items})
         return
     if not rows:
         echo(f"{directory}: no checkpoint has been committed.")
         return
     print_table(
-        ["path", "state", "step", "saved", "age"],
+        ["path", "state", "step", "saved", "age", "size", "metrics", "kept by"],
         [
             [
                 os.path.join(directory, entry.attempt.prefix),
@@ -79,10 +80,13 @@ def list_command(directory: str, as_json: bool) -> None:
                 "" if entry.step is None else str(entry.step),
                 _date(entry.time),
                 _age(time.time() - entry.time),
+                size(entry.size_bytes),
+                _metrics(dict(entry.metrics)),
+                ", ".join(rules[index] for index in entry.why),
             ]
             for state, entry in rows
         ],
-        right=("step", "age"),
+        right=("step", "age", "size"),
     )
 
 
@@ -102,6 +106,10 @@ def show(path: str, as_json: bool) -> None:
     echo(f"created    {_date(manifest.created)}")
     echo(f"ranks      {manifest.world_size}")
     echo(f"size       {size(manifest.size_bytes)}")
+    if manifest.remarks.metrics:
+        echo(f"metrics    {_metrics(manifest.remarks.metrics)}")
+    for name, value in manifest.remarks.metadata.items():
+        echo(f"metadata   {name}: {value!r}")
     rows = manifest.assignment.rows.values()
     print_table(
         ["tensor", "dtype", "shape", "bytes", "in files of ranks"],
@@ -195,7 +203,9 @@ def _listed(record: Record) -> Iterable[tuple[str, Entry]]:
     return sorted(every, key=lambda item: item[1].record, reverse=True)
 
 
-def _entry_to_json(directory: str, state: str, entry: Entry) -> dict[str, Any]:
+def _entry_to_json(
+    directory: str, state: str, entry: Entry, rules: Sequence[str]
+) -> dict[str, Any]:
     return {
         "path": os.path.join(directory, entry.attempt.prefix),
         "attempt": entry.attempt.published,
@@ -203,6 +213,9 @@ def _entry_to_json(directory: str, state: str, entry: Entry) -> dict[str, Any]:
         "state": state,
         "step": entry.step,
         "time": entry.time,
+        "size_bytes": entry.size_bytes,
+        "metrics": dict(entry.metrics),
+        "kept_by": [rules[index] for index in entry.why],
     }
 
 
@@ -214,6 +227,8 @@ def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:
         "created": manifest.created,
         "world_size": manifest.world_size,
         "size_bytes": manifest.size_bytes,
+        "metrics": values.encode(manifest.remarks.metrics),
+        "metadata": manifest.remarks.encoded,
         "files": [
             {"file": manifest.shard_file(rank), "size_bytes": shard.size_bytes}
             for rank, shard in enumerate(manifest.shards)
@@ -260,6 +275,14 @@ def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -
             f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
             "and fails if there is none."
         )
+
+
+def _metrics(metrics: Mapping[str, float | None]) -> str:
+    """Spell metrics for people; one that is no finite number has a dash."""
+    return ", ".join(
+        f"{name} {'-' if value is None else f'{value:.6g}'}"
+        for name, value in metrics.items()
+    )
 
 
 def _date(seconds: float) -> str:

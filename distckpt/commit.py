@@ -21,6 +21,7 @@ from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import Record
+from distckpt.remarks import NOTHING, Remarks
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
 
@@ -34,6 +35,7 @@ def write_and_commit(
     plan: SavePlan,
     write: Callable[[], shard_file.Written],
     *,
+    remarks: Remarks = NOTHING,
     yields: bool = False,
 ) -> Answer:
     """Write this rank's file and commit together; after return the checkpoint is there.
@@ -46,6 +48,7 @@ def write_and_commit(
         step: At which step.
         plan: What all ranks agreed to write.
         write: Writes this rank's file; may run on another thread.
+        remarks: What the user says of it; the chief's count.
         yields: Whether whoever else wants the processor goes first.
 
     Returns:
@@ -60,7 +63,7 @@ def write_and_commit(
     # S5 (every rank): write my file, durably.
     what = f"writing {attempt.prefix}"
     written = Ran(lambda: job.on_disk(job.commits, what, write, yields=yields))
-    chief = _ChiefsPart(job, attempt, step, plan)
+    chief = _ChiefsPart(job, attempt, step, plan, remarks)
     try:
         # S6 (every rank): vote; S7 (chief): commit; S8 (every rank): receive the outcome.
         return agree(
@@ -94,12 +97,18 @@ class _ChiefsPart:
     """
 
     def __init__(
-        self, job: Job, attempt: Attempt, step: int | None, plan: SavePlan
+        self,
+        job: Job,
+        attempt: Attempt,
+        step: int | None,
+        plan: SavePlan,
+        remarks: Remarks,
     ) -> None:
         self._job = job
         self._attempt = attempt
         self._step = step
         self._plan = plan
+        self._remarks = remarks
         self.began = False
 
     def decide(self, votes: Sequence[Vote]) -> Answer:
@@ -134,6 +143,7 @@ class _ChiefsPart:
             shards=shards,
             layouts=layouts.tables,
             values=values,
+            remarks=self._remarks,
         )
 
     def judge_undone(self, error: DistckptError) -> DistckptError:

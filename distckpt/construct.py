@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distckpt import identity, paths, policy, readers, storage, strict_json, values
+from distckpt import identity, paths, readers, storage, strict_json, values
 from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
+from distckpt.clock import Clock
 from distckpt.comm import Answer, Channel
 from distckpt.errors import (
     ConfigError,
@@ -29,13 +30,16 @@ from distckpt.errors import (
     UnsupportedError,
 )
 from distckpt.exchange_plan import is_faster_once
+from distckpt.gate import IntervalGate
 from distckpt.groups import invite, open_channels
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Vote, describe, raise_failures
+from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.record import digest
+from distckpt.retention import Retention
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
 
@@ -75,18 +79,17 @@ class Arguments:
         good = isinstance(self.timeout, timedelta) and self.timeout > timedelta(0)
         return self.timeout if good else DEFAULT_TIMEOUT
 
-    def retention(self) -> policy.Retention:
+    def retention(self) -> Retention:
         """Return the retention rule, checked."""
-        return policy.Retention(self.max_to_keep, self.keep_checkpoint_every_n_hours)
+        return Retention(self.max_to_keep, self.keep_checkpoint_every_n_hours)
 
     def digest(self) -> bytes:
         """Return what must be equal on all ranks."""
         fields = [
             readers.checked_path(self.directory),
-            self.max_to_keep,
-            self.keep_checkpoint_every_n_hours,
+            self.retention().spelled(),
             self.checkpoint_name,
-            policy.SaveWhen.of(self.checkpoint_interval).alike(),
+            spelled(self.checkpoint_interval),
             bool(self.takeover),
             self.read_replicated,
         ]
@@ -151,6 +154,8 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             # The other ranks wait for the chief while it waits for the lock.
             max_lock_wait_seconds=job.timeout_seconds / 2,
         )
+        if job.gate.when.clocked:
+            job.clock = Clock(job.gate.when.clocked)
         num_hosts = len({vote.digest_b for vote in votes})
         return {**job.lists(), "hosts": num_hosts}
 
@@ -215,10 +220,11 @@ def _make_job(
             f"{arguments.read_replicated!r:.100}."
         )
         raise ConfigError(msg)
-    arguments.retention()
-    gate = policy.IntervalGate(arguments.checkpoint_interval)
-    if gate.when.interval is not None and arguments.step_counter is None:
-        msg = "step_counter must be given if checkpoint_interval is not None."
+    retention = arguments.retention()
+    gate = IntervalGate(arguments.checkpoint_interval)
+    needs_steps = gate.when.interval is not None or retention.needs_steps
+    if needs_steps and arguments.step_counter is None:
+        msg = "step_counter must be given if checkpoint_interval or max_to_keep has steps."
         raise ConfigError(msg)
     return Job(
         checkpoint=arguments.checkpoint,
@@ -234,7 +240,7 @@ def _make_job(
     )
 
 
-def _stop(told: policy.OnSignal | None, timeout_seconds: float) -> Stop | None:
+def _stop(told: OnSignal | None, timeout_seconds: float) -> Stop | None:
     if told is None:
         return None
     if told.signals and threading.current_thread() is not threading.main_thread():

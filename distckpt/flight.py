@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt.comm import Answer
 from distckpt.paths import Attempt
+from distckpt.remarks import Remarks
 
 
 class Flight:
@@ -25,6 +26,7 @@ class Flight:
         counter: The save counter before.
         last_step: The step of the save before, for the interval.
         step: The step of this one.
+        remarks: What the user has said of it.
 
     Attributes:
         staged: Set when nothing of the user's memory is needed any more.
@@ -40,12 +42,18 @@ class Flight:
     """
 
     def __init__(
-        self, attempt: Attempt, counter: int, last_step: int | None, step: int | None
+        self,
+        attempt: Attempt,
+        counter: int,
+        last_step: int | None,
+        step: int | None,
+        remarks: Remarks,
     ) -> None:
         self.attempt = attempt
         self.counter = counter
         self.last_step = last_step
         self.step = step
+        self.remarks = remarks
         self.staged = threading.Event()
         self.done = threading.Event()
         self.answer: Answer | None = None

@@ -13,16 +13,17 @@ import torch
 from distckpt.arena import Arena
 from distckpt.checkpoint import Captured, Checkpoint
 from distckpt.chief import Chief
+from distckpt.clock import Clock
 from distckpt.collector import collector_paused
 from distckpt.comm import AS_USUAL, Answer, Channel, Decide, How
 from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.flight import Flight
+from distckpt.gate import Decision, IntervalGate, Pace
 from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
-from distckpt.policy import IntervalGate, Pace
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.shard_header import Draft
@@ -41,7 +42,6 @@ class Stop:
         file: A file that tells it, too.
         grace_period_seconds: How long after that the job is ended.
         worker: Looks for the file: one that hangs must not hold up the saves.
-        calls_left: After how many more calls of ``save()`` to ask.
         agreed: Whether all ranks know it.
         is_due: Whether the save for it is still to be made.
         complaint: Why the file could not be looked for the last time; "" if it could.
@@ -51,7 +51,6 @@ class Stop:
     file: str | None
     grace_period_seconds: float
     worker: Worker
-    calls_left: int = 1
     agreed: bool = False
     is_due: bool = False
     complaint: str = ""
@@ -82,9 +81,13 @@ class Job:
         own_file: What this rank wrote then.
         arena: Where asynchronous saves are copied to.
         flight: The one that is under way.
+        decision: Why the last call of ``save()`` has saved, or not; None if the rules have
+            ruled it out.
         pace: How often ``save()`` is called.
         save_seconds: How long the last saves took, from the question to the commit.
         stop: Whether the job is told to stop; None if it does not ask for that.
+        clock: When rules of time want a save; on the chief, if there are any.
+        calls_left: After how many more calls of ``save()`` to ask about all this.
     """
 
     checkpoint: Checkpoint
@@ -106,9 +109,12 @@ class Job:
     own_file: OwnFile | None = None
     arena: Arena | None = None
     flight: Flight | None = None
+    decision: Decision | None = None
     pace: Pace = field(default_factory=Pace)
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None
+    clock: Clock | None = None
+    calls_left: int = 1
 
     @property
     def rank(self) -> int:

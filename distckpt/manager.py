@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -22,12 +22,13 @@ from distckpt.errors import (
     StorageError,
     StorageTimeout,
 )
+from distckpt.gate import Decision
 from distckpt.messages import Phase, Vote, describe
-from distckpt.policy import OnSignal, SaveWhen
+from distckpt.policy import KeepFunction, Rule
 from distckpt.pretrained import Pretrained
 from distckpt.restore import restore_or_initialize
 from distckpt.restore_names import RestoreOptions
-from distckpt.save import CheckpointOptions, save
+from distckpt.save import Call, CheckpointOptions, save
 from distckpt.worker import Worker
 
 _Result = TypeVar("_Result")
@@ -50,15 +51,19 @@ class CheckpointManager:
     Args:
         checkpoint: The objects to save.
         directory: The run directory, the same on every rank; made when it is claimed.
-        max_to_keep: How many checkpoints to manage; None keeps all.
+        max_to_keep: How many checkpoints to manage; None keeps all. Or rules with ``|``
+            between them, which keep what any of them wants: ``latest(3) | best(2,
+            "val_loss", mode="min") | every(hours=6)``. Or a function from all checkpoints
+            to those that stay. The newest stays in any case.
         keep_checkpoint_every_n_hours: Of those that are dropped, preserve one for every
             so many hours.
         checkpoint_name: The first part of every checkpoint's name.
         step_counter: The training step: anything ``int()`` accepts that changes (a
             0-dim tensor, a counter object), or a callable.
         checkpoint_interval: Least number of steps between two saves; needs
-            ``step_counter``. None: every call saves. With ``| on_signal("SIGTERM")`` behind
-            either, or by itself: once more when the job is told to stop.
+            ``step_counter``. None: every call saves. Or rules with ``|`` between them, each
+            of which has a save made: ``every(steps=500) | every(minutes=20)``, and
+            ``on_signal("SIGTERM")``: once more when the job is told to stop.
         init_fn: Called by ``restore_or_initialize`` where there is nothing to restore; or
             ``from_pretrained(path)``: what the modules then begin with.
         process_group: The ranks that checkpoint together; None means all. Any backend:
@@ -83,11 +88,11 @@ class CheckpointManager:
         self,
         checkpoint: Checkpoint,
         directory: readers.Path,
-        max_to_keep: int | None,
+        max_to_keep: int | Rule | KeepFunction | None,
         keep_checkpoint_every_n_hours: float | None = None,
         checkpoint_name: str = "ckpt",
         step_counter: Any = None,
-        checkpoint_interval: int | OnSignal | SaveWhen | None = None,
+        checkpoint_interval: int | Rule | None = None,
         init_fn: Callable[[], Any] | Pretrained | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
@@ -123,8 +128,13 @@ class CheckpointManager:
 
     @property
     def checkpoint_interval(self) -> int | None:
-        """Least number of steps between two saves."""
+        """Least number of steps between two saves; None if no rule has any."""
         return self._job.gate.when.interval
+
+    @property
+    def last_decision(self) -> Decision:
+        """Why the last call of ``save()`` has saved, or not: which rules, in words."""
+        return self._job.decision or self._job.gate.refusal()
 
     @property
     def should_stop(self) -> bool:
@@ -151,6 +161,9 @@ class CheckpointManager:
         checkpoint_number: int | None = None,
         check_interval: bool = True,
         options: CheckpointOptions | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Save a checkpoint, if the interval allows one at this step.
 
@@ -177,6 +190,9 @@ class CheckpointManager:
             check_interval: Whether to heed ``checkpoint_interval``; a call at the step of
                 the last save returns None all the same.
             options: How to save.
+            metrics: Numbers by name that are stored with the checkpoint; ``best(...)``
+                goes by them. The chief's count.
+            metadata: Anything plain, by name, for people and other programs. The chief's.
 
         Returns:
             The checkpoint's path, ``<directory>/<checkpoint_name>-<number>``, or None.
@@ -195,9 +211,8 @@ class CheckpointManager:
             ManagerBroken: Another rank is gone; its ``ranks`` say which, its
                 ``committed`` what became of a save under way. Restart the job.
         """
-        return self._run(
-            lambda: save(self._job, checkpoint_number, check_interval, options)
-        )
+        call = Call(checkpoint_number, check_interval, options, metrics, metadata)
+        return self._run(lambda: save(self._job, call))
 
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint that verifies; without any, call ``init_fn``.

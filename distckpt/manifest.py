@@ -16,6 +16,7 @@ from distckpt import layout, paths, strict_json, values
 from distckpt.errors import FormatError, ManifestError
 from distckpt.layout import Assignment, Table
 from distckpt.record import DIGEST_LENGTH, digest, is_hex
+from distckpt.remarks import NOTHING, Remarks
 
 FORMAT = 1
 MAX_SIZE_BYTES = 256 * 2**20
@@ -56,6 +57,7 @@ class Manifest:
         shards: One shard file a rank.
         layouts: Tables; ranks with equal tables share one.
         values: The job-wide plain values by path, encoded by ``values.encode``.
+        remarks: What the user has said of it.
     """
 
     attempt: paths.Attempt
@@ -65,6 +67,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     layouts: tuple[Table, ...]
     values: dict[str, Any] = field(default_factory=dict)
+    remarks: Remarks = NOTHING
 
     def __post_init__(self) -> None:
         num_shards = len(self.shards)
@@ -106,6 +109,8 @@ class Manifest:
             "chain": self.chain,
             "step": self.step,
             "created": self.created,
+            "metrics": values.encode(self.remarks.metrics),
+            "metadata": self.remarks.encoded,
             "world_size": self.world_size,
         }
         lines = [f'"{key}": {strict_json.dumps(value)}' for key, value in head.items()]
@@ -159,6 +164,8 @@ _FIELDS = (
     "chain",
     "step",
     "created",
+    "metrics",
+    "metadata",
     "world_size",
     "shards",
     "layouts",
@@ -178,6 +185,7 @@ def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
     _check(step is None or type(step) is int, "step", step)
     created = tree["created"]
     _check(type(created) is float and math.isfinite(created), "created", created)
+    remarks = _decode_remarks(tree["metrics"], tree["metadata"])
     shards = tree["shards"]
     _check(isinstance(shards, list), "shards", shards)
     world_size = tree["world_size"]
@@ -191,7 +199,21 @@ def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
         shards=tuple(map(_decode_shard, shards)),
         layouts=_decode_tables(texts),
         values=_ungroup(tree["values"]),
+        remarks=remarks,
     )
+
+
+def _decode_remarks(metrics: Any, metadata: Any) -> Remarks:
+    try:
+        decoded = values.decode(metrics)
+        good = isinstance(values.decode(metadata), dict) and isinstance(decoded, dict)
+        _check(good, "remarks", (metrics, metadata))
+    except FormatError as error:
+        msg = f"manifest: metrics or metadata: {error}"
+        raise ManifestError(msg) from error
+    _check({*map(type, decoded.values())} <= {float}, "metrics", metrics)
+    _check({*map(type, decoded)} <= {str}, "metrics", metrics)
+    return Remarks(decoded, metadata)
 
 
 def _decode_shard(fields: Any) -> Shard:

@@ -35,7 +35,7 @@ class Phase(IntEnum):
     SYNC = 13
     LAND = 14
     REPLICAS = 15
-    STOP = 16
+    ASK = 16
 
 
 class Status(IntEnum):

@@ -159,6 +159,16 @@ class OpenedCheckpoint(_Named):
         return self.manifest.created
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What ``save(metrics=...)`` was given."""
+        return dict(self.manifest.remarks.metrics)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What ``save(metadata=...)`` was given."""
+        return self.manifest.remarks.metadata
+
+    @property
     def world_size(self) -> int:
         """How many ranks saved it."""
         return self.manifest.world_size

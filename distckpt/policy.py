@@ -1,181 +1,247 @@
-"""Save now? Keep which? Pure functions; the rules are TensorFlow's, to the comparison.
+"""The words for what to save when, and what to keep: small values, joined with ``|``.
 
-Source: ``tensorflow/python/checkpoint/checkpoint_management.py`` (2.16),
-``CheckpointManager.__init__``, ``save`` and ``_sweep``.
+``checkpoint_interval=every(steps=500) | every(minutes=20) | on_signal("SIGTERM")`` and
+``max_to_keep=latest(3) | best(2, "val_loss", mode="min") | every(hours=6)``. They say
+nothing by themselves: ``gate.py`` and ``retention.py`` give them their meaning.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 import signal
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from distckpt.errors import ConfigError
-from distckpt.record import Entry, Record
 
-_SECONDS_PER_HOUR = 3600.0
-_MAX_CALLS = 1_000_000
 # The system does not let anybody handle these; Python and Ctrl-C have use for the others.
 _NOT_HANDLED = {"SIGKILL", "SIGSTOP", "SIGINT", "SIGCHLD", "SIGSEGV", "SIGFPE", "SIGBUS"}
+_SECONDS_OF = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
+MIN, MAX = "min", "max"
+
+
+class Rule:
+    """One word, or several with ``|`` between them."""
+
+    __slots__ = ()
+
+    def __or__(self, other: Any) -> AnyOf:
+        return AnyOf((*parts_of(self), *parts_of(other)))
+
+    def __ror__(self, other: Any) -> AnyOf:
+        return AnyOf((*parts_of(other), *parts_of(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Retention:
-    """How many checkpoints stay managed, and which are preserved when they leave.
+class AnyOf(Rule):
+    """Rules with ``|`` between them: each is asked, and each counts.
 
     Attributes:
-        max_to_keep: Number of managed checkpoints; None keeps all.
-        keep_every_n_hours: Of those that leave, preserve one for every so many hours;
-            None or 0 preserves none.
+        parts: Rules, integers, functions; None for what None means there.
     """
 
-    max_to_keep: int | None
-    keep_every_n_hours: float | None = None
+    parts: tuple[Any, ...]
 
-    def __post_init__(self) -> None:
-        keep, hours = self.max_to_keep, self.keep_every_n_hours
-        if keep is not None and (type(keep) is not int or keep < 1):
-            msg = (
-                f"max_to_keep must be a positive integer, or None to keep all; got "
-                f"{keep!r}."
-            )
-            raise ConfigError(msg)
-        if hours is not None and (type(hours) not in (int, float) or math.isnan(hours)):
-            msg = f"keep_checkpoint_every_n_hours must be a number; got {hours!r}."
-            raise ConfigError(msg)
+    def __str__(self) -> str:
+        return " | ".join(map(spelled, self.parts))
 
 
-class Managed(NamedTuple):
-    """What a manager holds in memory: TensorFlow's ``_maybe_delete`` and its clock."""
-
-    live: tuple[Entry, ...]
-    forgotten: tuple[Entry, ...]
-    last_preserved: float
-    seconds_behind: float = 0.0
-
-
-class Swept(NamedTuple):
-    """What retention decides when a checkpoint was added."""
-
-    live: tuple[Entry, ...]
-    preserved: tuple[Entry, ...]
-    dropped: tuple[Entry, ...]
-    last_preserved: float
+def parts_of(rule: Any) -> tuple[Any, ...]:
+    """Return what stands between the ``|`` of a rule, or of what may stand there."""
+    if isinstance(rule, AnyOf):
+        return rule.parts
+    if rule is None or type(rule) is int or isinstance(rule, Rule) or callable(rule):
+        return (rule,)
+    msg = f"{rule!r:.100} is no rule that could stand beside '|'."
+    raise ConfigError(msg)
 
 
-def recover(record: Record | None, now: float) -> Managed:
-    """Apply TensorFlow's recovery rule to what the newest record lists.
-
-    With no commit so far the preservation clock starts one second ago, so that a
-    checkpoint saved at once by a manager made again at once is still managed.
-
-    Returns:
-        Managed checkpoints with clamped times, those that are forgotten (neither listed
-        nor deleted from now on), the preservation clock, and by how many seconds this
-        clock is behind it (0.0 if it is not).
-    """
-    if record is None or record.last_preserved is None:
-        return Managed((), (), now - 1.0)
-    last_preserved = record.last_preserved
-    behind = 0.0
-    if now < last_preserved:
-        behind = last_preserved - now
-        last_preserved = now
-    live, forgotten = [], []
-    for entry in record.live:
-        clamped = min(entry.time, now)
-        if clamped > last_preserved:
-            live.append(replace(entry, time=clamped))
-        else:
-            forgotten.append(entry)
-    return Managed(tuple(live), tuple(forgotten), last_preserved, behind)
-
-
-def sweep(live: Sequence[Entry], last_preserved: float, retention: Retention) -> Swept:
-    """Decide who leaves the managed checkpoints, oldest first.
-
-    Args:
-        live: Managed checkpoints, oldest first, the one just added last.
-        last_preserved: Time of the newest preserved checkpoint.
-        retention: The rule.
-    """
-    remaining = list(live)
-    preserved, dropped = [], []
-    if retention.max_to_keep is not None:
-        while len(remaining) > retention.max_to_keep:
-            entry = remaining.pop(0)
-            hours = retention.keep_every_n_hours
-            if hours and entry.time - hours * _SECONDS_PER_HOUR >= last_preserved:
-                preserved.append(entry)
-                last_preserved = entry.time
-            else:
-                dropped.append(entry)
-    return Swept(tuple(remaining), tuple(preserved), tuple(dropped), last_preserved)
+def spelled(rule: Any) -> str:
+    """Spell a rule the way it is written: the same on all ranks that have the same."""
+    if callable(rule) and not isinstance(rule, Rule):
+        return str(getattr(rule, "__qualname__", type(rule).__qualname__))
+    return str(rule)
 
 
 @dataclass(frozen=True, slots=True)
-class OnSignal:
+class Every(Rule):
+    """One for every so many; see ``every``.
+
+    Attributes:
+        unit: The name of the argument that was given to ``every``.
+        amount: Of it.
+    """
+
+    unit: str
+    amount: float
+
+    @property
+    def seconds(self) -> float | None:
+        """The same in seconds; None if it is no time."""
+        length = _SECONDS_OF.get(self.unit)
+        return None if length is None else length * self.amount
+
+    def __str__(self) -> str:
+        return f"every({self.unit}={self.amount!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Latest(Rule):
+    """The newest few; see ``latest``."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"latest({self.number})"
+
+
+@dataclass(frozen=True, slots=True)
+class Best(Rule):
+    """The best few by a metric; see ``best``."""
+
+    number: int
+    metric: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f'best({self.number}, "{self.metric}", mode="{self.mode}")'
+
+
+@dataclass(frozen=True, slots=True)
+class OnSignal(Rule):
     """When a job is told that it will be ended; see ``on_signal``."""
 
     signals: tuple[str, ...]
     file: str | None
     grace_period_seconds: float
 
-    def __or__(self, other: int | None) -> SaveWhen:
-        return SaveWhen(_checked_interval(other), saves_always=other is None, told=self)
-
-    __ror__ = __or__
+    def __str__(self) -> str:
+        # Not which file: it may be one of each host's own.
+        given = [f'"{name}"' for name in self.signals]
+        given += ["file=..."] if self.file is not None else []
+        given.append(f"grace_period_seconds={self.grace_period_seconds}")
+        return f"on_signal({', '.join(given)})"
 
 
 @dataclass(frozen=True, slots=True)
-class SaveWhen:
-    """What ``checkpoint_interval`` comes to.
+class CheckpointInfo:
+    """A committed checkpoint, as a retention rule of your own sees it.
 
     Attributes:
-        interval: Steps between saves; None for no such rule.
-        saves_always: Whether every call saves.
-        told: Save, too, when the job is told to stop.
+        name: Its name in the run directory: the checkpoint's name and number.
+        number: The last part of that.
+        step: The training step; None without a step counter.
+        time: ``time.time()`` of the chief when it was written.
+        size_bytes: Of its tensor files.
+        metrics: What was said of it, by ``save(metrics=...)`` or ``add_metrics``. One that
+            is no finite number is None.
     """
 
-    interval: int | None
-    saves_always: bool
-    told: OnSignal | None
-
-    def alike(self) -> list[Any]:
-        """Return what must be the same on all ranks: a file may be one of each host's."""
-        told = self.told
-        if told is None:
-            return [self.interval, self.saves_always]
-        given = [[*told.signals], told.file is not None, told.grace_period_seconds]
-        return [self.interval, self.saves_always, *given]
-
-    @staticmethod
-    def of(interval: Any) -> SaveWhen:
-        """Read ``checkpoint_interval`` as users write it.
-
-        Raises:
-            ConfigError: It is neither an integer, nor None, nor a rule.
-        """
-        if isinstance(interval, SaveWhen):
-            return interval
-        if isinstance(interval, OnSignal):
-            return SaveWhen(None, saves_always=False, told=interval)
-        checked = _checked_interval(interval)
-        return SaveWhen(checked, saves_always=checked is None, told=None)
+    name: str
+    number: int
+    step: int | None
+    time: float
+    size_bytes: int
+    metrics: dict[str, float | None]
 
 
-def _checked_interval(interval: Any) -> int | None:
-    if interval is None or type(interval) is int:
-        return interval
-    msg = (
-        "checkpoint_interval must be an integer, None, on_signal(...), or two of these "
-        f"with | between them; got {interval!r:.100}."
-    )
-    raise ConfigError(msg)
+KeepFunction: TypeAlias = Callable[[Sequence[CheckpointInfo]], Iterable[CheckpointInfo]]
+
+
+def every(
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    minutes: float | None = None,
+    hours: float | None = None,
+    overhead: float | None = None,
+    optimal_for_mtbf_hours: float | None = None,
+) -> Every:
+    """Save, or keep, one for every so many steps, or so much time: one of these arguments.
+
+    For ``checkpoint_interval``:
+
+    - ``steps``: at least so many since the last save or restore; a plain integer says the
+      same.
+    - ``seconds``, ``minutes``, ``hours``: at least so long since the last save, by the
+      chief's clock. The ranks ask about once a second.
+    - ``overhead``: as often as saving costs no more than this part of the time: 0.01 for
+      one percent. What a save costs is measured: how long calls were blocked, and by how
+      much steps were slower meanwhile.
+    - ``optimal_for_mtbf_hours``: how often loses the least time in all, for a job that
+      fails once in so many hours: the square root of twice that time and of what a save
+      costs (J. W. Young, "A first order approximation to the optimum checkpoint interval",
+      1974).
+
+    For ``max_to_keep``:
+
+    - ``steps``: of those between two multiples of it, the first.
+    - ``seconds``, ``minutes``, ``hours``: one for so much time, the oldest first.
+
+    Raises:
+        ConfigError: None of them is given, or more than one, or one that is not positive.
+    """
+    arguments = {
+        "steps": steps,
+        "seconds": seconds,
+        "minutes": minutes,
+        "hours": hours,
+        "overhead": overhead,
+        "optimal_for_mtbf_hours": optimal_for_mtbf_hours,
+    }
+    given = {unit: amount for unit, amount in arguments.items() if amount is not None}
+    if len(given) != 1:
+        msg = f"every: give one of {', '.join(arguments)}; got {given or 'none'}."
+        raise ConfigError(msg)
+    ((unit, amount),) = given.items()
+    if unit == "steps":
+        amount = _positive("every: steps", amount)
+    elif type(amount) not in (int, float) or not 0 < amount < math.inf:
+        msg = f"every: {unit} must be a positive number, got {amount!r:.100}."
+        raise ConfigError(msg)
+    if unit == "overhead" and amount >= 1:
+        msg = f"every: overhead is a part of the time, less than 1; got {amount!r:.100}."
+        raise ConfigError(msg)
+    return Every(unit, amount)
+
+
+def latest(number: int = 1) -> Latest:
+    """Keep the newest few: the last so many that were committed."""
+    return Latest(_positive("latest", number))
+
+
+def best(number: int, metric: str, *, mode: Literal["min", "max"]) -> Best:
+    """Keep the best few, by a metric given to ``save(metrics=...)`` or ``add_metrics``.
+
+    A checkpoint without that metric, or with one that is not a number (NaN), is never
+    among them, and displaces none. Of equal ones the newer is the better.
+
+    Args:
+        number: How many.
+        metric: The metric's name.
+        mode: Whether the lowest (``"min"``) or the highest (``"max"``) is best.
+    """
+    if not isinstance(metric, str) or not metric:
+        msg = f"best: metric must be the name of one, got {metric!r:.100}."
+        raise ConfigError(msg)
+    if mode not in (MIN, MAX):
+        msg = f"best: mode must be {MIN!r} or {MAX!r}, got {mode!r:.100}."
+        raise ConfigError(msg)
+    return Best(_positive("best", number), metric, mode)
+
+
+def _positive(what: str, number: Any) -> int:
+    try:
+        counted = operator.index(number)
+    except TypeError:
+        counted = 0
+    if counted < 1 or isinstance(number, bool):
+        msg = f"{what}: a positive integer is needed, got {number!r:.100}."
+        raise ConfigError(msg)
+    return counted
 
 
 def on_signal(
@@ -223,61 +289,3 @@ def on_signal(
         msg = f"on_signal: grace_period_seconds must be positive, got {grace!r:.100}."
         raise ConfigError(msg)
     return OnSignal(tuple(dict.fromkeys(signals)), path, float(grace))
-
-
-class IntervalGate:
-    """Tells by step whether a call can save; the same on every rank, without messages.
-
-    Unlike TensorFlow's, the last step moves only when a save has succeeded, so that a
-    failed one can be tried again at the same step.
-
-    Args:
-        interval: ``checkpoint_interval``, as users write it.
-
-    Attributes:
-        when: The same, checked.
-        last_step: Step of the last save or restore; None if unknown, and then the next
-            call saves whatever its step, if there is an interval.
-    """
-
-    def __init__(self, interval: Any) -> None:
-        self.when = SaveWhen.of(interval)
-        self.last_step: int | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Tell whether a call may save whatever the step is."""
-        has_interval = self.when.interval is not None
-        return self.when.saves_always or (has_interval and self.last_step is None)
-
-    def allows(self, step: int | None, check_interval: bool) -> bool:
-        """Tell whether a call at this step may save."""
-        if self.is_open:
-            return True
-        if not self.has_news(step):
-            return False
-        interval, last_step = self.when.interval, self.last_step
-        if not check_interval or interval is None:
-            return not check_interval
-        assert step is not None and last_step is not None
-        return step >= last_step + interval
-
-    def has_news(self, step: int | None) -> bool:
-        """Tell whether anything can have changed since the last save or restore."""
-        return step is None or step != self.last_step
-
-
-class Pace:
-    """How often ``save()`` is called."""
-
-    def __init__(self) -> None:
-        self.num_calls = 0
-        self._looked_at = 0
-        self._looked_when = time.monotonic()
-
-    def calls_in(self, seconds: float) -> int:
-        """Return how many calls to expect, from those since this was asked last."""
-        now = time.monotonic()
-        calls, elapsed = self.num_calls - self._looked_at, now - self._looked_when
-        self._looked_at, self._looked_when = self.num_calls, now
-        return max(1, min(_MAX_CALLS, int(calls * seconds / max(elapsed, 1e-3))))

@@ -22,6 +22,9 @@ REPAIR = "repair"
 DIGEST_LENGTH = 32
 # A hundred thousand checkpoints; what is larger takes too long to read.
 MAX_SIZE_BYTES = 16 * 2**20
+MAX_METRICS = 32
+MAX_METRIC_NAME = 64
+_MAX_RULES = 64
 _MAX_INT = 2**63 - 1
 
 
@@ -49,6 +52,9 @@ class Entry:
         time: TensorFlow's timestamp: ``time.time()`` of the chief after writing.
         step: The training step, if the manager has a step counter.
         manifest: Digest of the manifest's bytes.
+        size_bytes: Size of its shard files.
+        metrics: What was said of it, sorted by name; None for what is no finite number.
+        why: Which of the record's rules keep it, by index.
     """
 
     attempt: paths.Attempt
@@ -56,36 +62,70 @@ class Entry:
     time: float
     step: int | None
     manifest: str
+    size_bytes: int = 0
+    metrics: tuple[tuple[str, float | None], ...] = ()
+    why: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # A name that cannot be read back would make the whole chain unreadable.
         published = self.attempt.published
         _check(paths.parse_published(published) == self.attempt, "entry's path", published)
         _check(_is_count(self.record) and self.record > 0, "entry's record", self.record)
-        _check(_is_time(self.time), "entry's time", self.time)
+        _check(_is_finite(self.time), "entry's time", self.time)
         _check(self.step is None or _is_int(self.step), "entry's step", self.step)
         _check(_is_digest(self.manifest), "entry's manifest digest", self.manifest)
+        _check(_is_count(self.size_bytes), "entry's size", self.size_bytes)
+        names = [name for name, _ in self.metrics]
+        _check(names == sorted({*names}), "names of metrics", names)
+        _check(all(map(is_metric, self.metrics)), "entry's metrics", self.metrics)
+        _check(len(names) <= MAX_METRICS, "number of metrics", len(names))
+        _check(all(map(_is_count, self.why)), "entry's reasons", self.why)
+
+    def metric(self, name: str) -> float | None:
+        """Return one metric; None if it is missing, or no finite number."""
+        return dict(self.metrics).get(name)
 
     def to_json(self) -> dict[str, Any]:
         """Encode to a JSON object, the published directory's name first."""
-        return {
+        tree: dict[str, Any] = {
             "path": self.attempt.published,
             "record": self.record,
             "time": self.time,
             "step": self.step,
             "manifest": self.manifest,
         }
+        # What says nothing is left out: lists of thousands stay small.
+        if self.size_bytes:
+            tree["size"] = self.size_bytes
+        if self.metrics:
+            tree["metrics"] = dict(self.metrics)
+        if self.why:
+            tree["why"] = list(self.why)
+        return tree
 
     @staticmethod
     def from_json(fields: Any) -> Entry:
         """Decode; raises ``CorruptStateError`` for anything that is not an entry."""
         known = ("path", "record", "time", "step", "manifest")
-        _check(isinstance(fields, dict) and tuple(fields) == known, "entry", fields)
+        _check(isinstance(fields, dict) and tuple(fields)[:5] == known, "entry", fields)
+        _check({*fields} <= {*known, "size", "metrics", "why"}, "entry", fields)
         path = fields["path"]
         attempt = paths.parse_published(path) if isinstance(path, str) else None
         if attempt is None:
             _refuse("entry's path", path)
-        return Entry(attempt, *(fields[name] for name in known[1:]))
+        metrics, why = fields.get("metrics", {}), fields.get("why", [])
+        _check(isinstance(metrics, dict) and isinstance(why, list), "entry", fields)
+        record, time, step, manifest = (fields[name] for name in known[1:])
+        return Entry(
+            attempt,
+            record,
+            time,
+            step,
+            manifest,
+            size_bytes=fields.get("size", 0),
+            metrics=tuple(metrics.items()),
+            why=tuple(why),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +150,7 @@ class Record:
         last_preserved: TensorFlow's ``last_preserved_timestamp``; None before the
             first commit.
         last_step: Training step of the last commit, for people.
+        rules: The rules that keep checkpoints, as they are written; none if a number does.
     """
 
     number: int
@@ -127,6 +168,7 @@ class Record:
     releasing: tuple[Entry, ...] = ()
     last_preserved: float | None = None
     last_step: int | None = None
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(_is_count(self.number) and self.number > 0, "number", self.number)
@@ -141,9 +183,9 @@ class Record:
         _check(isinstance(self.run, str) and len(self.run) <= 256, "run", self.run)
         _check(_is_count(self.restart), "restart", self.restart)
         _check(self.action in (CLAIM, COMMIT, REPAIR), "action", self.action)
-        _check(_is_time(self.written), "written", self.written)
+        _check(_is_finite(self.written), "written", self.written)
         _check(
-            self.last_preserved is None or _is_time(self.last_preserved),
+            self.last_preserved is None or _is_finite(self.last_preserved),
             "last_preserved",
             self.last_preserved,
         )
@@ -151,6 +193,11 @@ class Record:
             self.last_step is None or _is_int(self.last_step),
             "last_step",
             self.last_step,
+        )
+        _check(
+            len(self.rules) <= _MAX_RULES and all(type(rule) is str for rule in self.rules),
+            "rules",
+            self.rules,
         )
         self._check_entries()
 
@@ -164,6 +211,7 @@ class Record:
         for entry in every:
             _check(entry.record <= self.number, "entry from the future", entry.record)
             _check(entry.attempt.epoch <= self.epoch, "entry from the future", entry)
+            _check(all(n < len(self.rules) for n in entry.why), "entry's reasons", entry)
         # Forgetting this field would let TensorFlow's recovery rule forget them all.
         _check(
             not every or self.last_preserved is not None,
@@ -225,7 +273,7 @@ _ENTRY_LISTS = ("live", "kept", "bad", "releasing")
 
 
 def _encode_field(value: Any) -> str:
-    if not isinstance(value, tuple):
+    if not isinstance(value, tuple) or (value and isinstance(value[0], str)):
         return strict_json.dumps(value)
     if not value:
         return "[]"
@@ -234,10 +282,23 @@ def _encode_field(value: Any) -> str:
 
 
 def _decode_field(name: str, value: Any) -> Any:
+    if name == "rules":
+        _check(isinstance(value, list), name, value)
+        return tuple(value)
     if name not in _ENTRY_LISTS:
         return value
     _check(isinstance(value, list), name, value)
     return tuple(Entry.from_json(fields) for fields in value)
+
+
+def is_metric(metric: tuple[Any, Any]) -> bool:
+    """Tell whether a name and a value can stand in an entry."""
+    name, value = metric
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= MAX_METRIC_NAME
+        and (value is None or _is_finite(value))
+    )
 
 
 def _is_int(value: Any) -> bool:
@@ -248,7 +309,7 @@ def _is_count(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
-def _is_time(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 

@@ -305,7 +305,15 @@ class _Builder:
         """Make the entry that its commit would have made, as far as that is known."""
         number, self._next_number = self._next_number, self._next_number + 1
         time_ = min(manifest.created, time.time())
-        return Entry(one.attempt, number, float(time_), manifest.step, one.digest)
+        return Entry(
+            one.attempt,
+            number,
+            float(time_),
+            manifest.step,
+            one.digest,
+            size_bytes=manifest.size_bytes,
+            metrics=manifest.remarks.listed,
+        )
 
     def _put(self, where: str, entry: Entry, why: str) -> None:
         self._lists[where].append(entry)
@@ -365,4 +373,5 @@ class _Builder:
             releasing=tuple(self._lists[RELEASING]),
             last_preserved=last_preserved,
             last_step=steps[-1] if steps else None,
+            rules=() if basis is None else basis.rules,
         )

@@ -315,6 +315,8 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)
     if not job.gate.when.saves_always:
         job.gate.last_step = finished.result
+    if job.clock is not None:
+        job.clock.reset()
 
 
 def _initialize(job: Job) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 from distckpt import paths, shard_file, strict_json
+from distckpt.asking import ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
 from distckpt.checkpoint import Captured
 from distckpt.claim import ensure_claimed
@@ -24,13 +25,14 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.flight import Flight
+from distckpt.gate import Decision
 from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
+from distckpt.remarks import Remarks
 from distckpt.replicas import compare_replicas
 from distckpt.save_plan import SavePlan, decide_and_plan
-from distckpt.stop import agree_on_stop, has_time_to_save, note_saved
 
 _logger = logging.getLogger(__name__)
 
@@ -65,12 +67,13 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of ``save()``, which must be alike on all ranks."""
+    """One call of ``save()``, which must be alike on all ranks but for the remarks."""
 
     step: int | None
     number: int | None
     check_interval: bool
     options: CheckpointOptions
+    remarks: Remarks
 
     def vote(self, phase: Phase) -> Vote:
         """Return what is compared between ranks."""
@@ -80,34 +83,66 @@ class Request:
         return Vote(phase, step=self.step, call=compared[:12])
 
 
-def save(
-    job: Job, number: Any, check_interval: Any, options: CheckpointOptions | None
-) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of ``save()``, as they were given."""
+
+    number: Any
+    check_interval: Any
+    options: Any
+    metrics: Any
+    metadata: Any
+
+    def request(self, step: int | None) -> Request:
+        """Check them."""
+        remarks = Remarks.of(self.metrics, self.metadata)
+        return _request(step, self.number, self.check_interval, self.options, remarks)
+
+
+def save(job: Job, call: Call) -> str | None:
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
+    if job.clock is None:
+        return _save(job, call)
+    costs, path = job.clock.costs, None
+    costs.enter()
+    try:
+        path = _save(job, call)
+    finally:
+        costs.leave(has_saved=path is not None, under_way=job.flight is not None)
+    return path
+
+
+def _save(job: Job, given: Call) -> str | None:
     job.pace.num_calls += 1
+    check_interval = given.check_interval
     step_read = Ran(job.step)
     # First of all, so that all ranks count the same calls until they ask again.
-    told_to_stop = agree_on_stop(job)
+    told_to_stop, due = ask(job)
     # Where all ranks ask at any step, a step counter that raises is a vote like any error.
     # Elsewhere they may not ask now; this rank's error is its own.
-    if step_read.error is not None and not (job.gate.is_open or told_to_stop):
+    if step_read.error is not None and not (job.gate.is_open or told_to_stop or due):
         raise step_read.error
+    reasons = [*due]
     if step_read.error is None:
         step = step_read.result
         if told_to_stop and not job.gate.has_news(step):
             _end_with_the_last(job)
             return None
-        if not told_to_stop and not job.gate.allows(step, check_interval):
+        is_wanted = told_to_stop or (bool(due) and job.gate.has_news(step))
+        if not is_wanted and not job.gate.allows(step, check_interval):
+            job.decision, job.gate.refused_step = None, step
             _look_after_flight(job)
             return None
+        reasons += job.gate.reasons(step, bool(check_interval))
     if job.undefined:
         raise RestoreFailed(job.undefined)
-    request = Ran(lambda: _request(step_read.value(), number, check_interval, options))
+    request = Ran(lambda: given.request(step_read.value()))
     if told_to_stop:
         request = _committed_on_return(request)
     if job.flight is not None and not _clear_the_way(job, request):
         return None
     if told_to_stop and not has_time_to_save(job):
+        job.decision = Decision(False, ("there is no time for it before the end",))
         return None
     call = Ran(lambda: request.value().vote(Phase.DECIDE))
     if not job.claimed:
@@ -125,11 +160,14 @@ def save(
         if options.validate_replicas and job.world_size > 1:
             compare_replicas(job, attempt, captured)
         if options.enable_async:
-            flight = Flight(attempt, counter, last_step, step)
+            flight = Flight(attempt, counter, last_step, step, request.result.remarks)
             take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
         else:
             write = partial(_write, job, attempt, captured, plan)
-            changes = write_and_commit(job, attempt, step, plan, write)  # S5 to S8
+            remarks = request.result.remarks
+            changes = write_and_commit(  # S5 to S8
+                job, attempt, step, plan, write, remarks=remarks
+            )
             job.take_lists(updated_lists(job, changes))
             job.save_seconds.append(time.monotonic() - began)
     except OutcomeUnknown:
@@ -140,6 +178,10 @@ def save(
         raise
     # S8 (every rank): only now does anything remember this save.
     job.gate.last_step = step
+    if job.clock is not None:
+        job.clock.reset(began)
+    reasons += ["told to stop"] if told_to_stop else []
+    job.decision = Decision(True, tuple(reasons))
     if told_to_stop:
         note_saved(job)
     return job.path(attempt.prefix)
@@ -198,13 +240,17 @@ def _clear_the_way(job: Job, request: Ran[Request]) -> bool:
     if job.chief is not None and flight is not None:
         step, under_way = request.result.step, flight.attempt.prefix
         _logger.warning("no save at step %s: %s is still under way", step, under_way)
+    busy = "the save before" if flight is None else flight.attempt.prefix
+    job.decision = Decision(False, (f"{busy} is still under way",))
     return False
 
 
 # The question that all ranks ask
 
 
-def _request(step: int | None, number: Any, check_interval: Any, options: Any) -> Request:
+def _request(
+    step: int | None, number: Any, check_interval: Any, options: Any, remarks: Remarks
+) -> Request:
     if options is None:
         options = CheckpointOptions()
     if not isinstance(options, CheckpointOptions):
@@ -231,7 +277,7 @@ def _request(step: int | None, number: Any, check_interval: Any, options: Any) -
         enable_async=bool(options.enable_async),
         validate_replicas=bool(options.validate_replicas),
     )
-    return Request(step, number, bool(check_interval), options)
+    return Request(step, number, bool(check_interval), options, remarks)
 
 
 def _compare_calls(job: Job, call: Ran[Vote]) -> None:

@@ -20,7 +20,7 @@ from distckpt.formats.placing import Placing
 from distckpt.identity import Identity
 from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
 from distckpt.manifest import Shard
-from distckpt.policy import Retention
+from distckpt.retention import Retention
 
 _COUNTER = "save_counter"
 _SETTLE_SECONDS = 60.0

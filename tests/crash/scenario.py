@@ -21,7 +21,7 @@ from typing import Any
 
 from figures import Lost, Torn, demand
 
-from distckpt import boxes, dtypes, paths, policy, readers, shard_file, state
+from distckpt import boxes, dtypes, paths, readers, shard_file, state
 from distckpt.chief import Chief
 from distckpt.errors import DistckptError, FencedError
 from distckpt.identity import Identity
@@ -30,6 +30,7 @@ from distckpt.layout import SPLIT, WHOLE, Assignment, Piece, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.record import Record
+from distckpt.retention import Retention
 from distckpt.shard_header import Draft, Outline
 from distckpt.values import encode
 from distckpt.verify import verify_attempt
@@ -110,7 +111,7 @@ def make_chief(directory: str, *, run: str = "job", threaded: bool = False) -> C
     return Chief(
         directory,
         checkpoint_name="ckpt",
-        retention=policy.Retention(MAX_TO_KEEP),
+        retention=Retention(MAX_TO_KEEP),
         identity=Identity(run, 0),
         janitor=Janitor(directory) if threaded else InlineJanitor(directory),
     )

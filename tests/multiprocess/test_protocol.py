@@ -42,7 +42,7 @@ from distckpt import (
 )
 from distckpt.chief import Chief
 from distckpt.identity import Identity
-from distckpt.policy import Retention
+from distckpt.retention import Retention
 
 DEADLINE_SECONDS = 2.0
 

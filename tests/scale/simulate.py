@@ -33,8 +33,8 @@ from distckpt.job import Ran
 from distckpt.layout import SHARDED, SPLIT, Layouts, Row, Table
 from distckpt.manifest import Manifest
 from distckpt.messages import Phase, Vote
-from distckpt.policy import Retention
 from distckpt.record import digest
+from distckpt.retention import Retention
 from distckpt.save import CheckpointOptions, Request, _begin
 from distckpt.save_plan import SavePlan, _decide
 from distckpt.sharding import Mesh, Sharding, mesh_of

@@ -18,9 +18,10 @@ LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
     | {"rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
-    | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"},
-    2: {"layout", "lock", "storage"},
-    3: {"manifest", "policy", "state", "shard_header", "tensors", "probe"}
+    | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
+    | {"policy"},
+    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
+    3: {"manifest", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
@@ -32,7 +33,7 @@ LAYERS = {
     11: {"checkpoint"},
     12: {"own_file", "pretrained"},
     13: {"job", "snapshot"},
-    14: {"claim", "construct", "save_plan", "exchange", "stop"},
+    14: {"claim", "construct", "save_plan", "exchange", "asking"},
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save"},
@@ -59,6 +60,7 @@ for layer, row in FORMATS.items():
 TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
+    *{"retention", "remarks", "gate", "clock"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan", "collector", "restore_names"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},

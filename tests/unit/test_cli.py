@@ -26,6 +26,9 @@ from unit_helpers import (
 from distckpt import cli, state, storage
 from distckpt.layout import SPLIT, Row, Table
 from distckpt.manifest import Manifest, Shard
+from distckpt.opened import open as open_checkpoint
+from distckpt.policy import best, latest
+from distckpt.remarks import Remarks
 
 pytestmark = pytest.mark.alone
 
@@ -83,7 +86,8 @@ def test_list_shows_each_checkpoint_newest_first(several):
 def test_list_has_a_header(several):
     """People know what they see."""
     header = run("list", several).stdout.splitlines()[0].split()
-    assert header == ["path", "state", "step", "saved", "age"]
+    first = ["path", "state", "step", "saved", "age"]
+    assert header == [*first, "size", "metrics", "kept", "by"]
 
 
 def test_list_as_json_says_all_of_each_checkpoint(several, clock):
@@ -96,7 +100,54 @@ def test_list_as_json_says_all_of_each_checkpoint(several, clock):
         "state": "bad",
         "step": 30,
         "time": clock.now - 60,
+        "size_bytes": 401444,
+        "metrics": {},
+        "kept_by": [],
     }
+
+
+@pytest.fixture
+def remarked(run_dir):
+    """Make a directory kept by rules; returns its path."""
+    rule = latest(1) | best(1, "loss", mode="min")
+    chief = make_claimed(run_dir, keep=rule)
+    for number, loss in ((1, 0.5), (2, 0.25), (3, float("nan")), (4, 1.5)):
+        remarks = Remarks.of({"loss": loss}, {"git": "\x1b[31m", "n": [1, 2]})
+        save(chief, run_dir, number, step=number * 10, remarks=remarks)
+    assert chief.settle(20)
+    return run_dir
+
+
+def test_list_shows_metrics_and_what_keeps_each(remarked):
+    lines = run("list", remarked).stdout.splitlines()[1:]
+    assert [line.split("KiB")[1].strip() for line in lines] == [
+        "loss 1.5   latest(1)",
+        'loss 0.25  best(1, "loss", mode="min")',
+    ]
+
+
+def test_list_as_json_says_metrics_and_what_keeps_each(remarked):
+    found = run_json("list", remarked)["checkpoints"]
+    assert [(item["metrics"], item["kept_by"]) for item in found] == [
+        ({"loss": 1.5}, ["latest(1)"]),
+        ({"loss": 0.25}, ['best(1, "loss", mode="min")']),
+    ]
+
+
+def test_show_has_metrics_and_metadata(remarked):
+    """Nothing of it does anything to the terminal."""
+    text = run("show", f"{remarked}/ckpt-4").stdout
+    assert "metrics    loss 1.5\n" in text
+    assert "metadata   n: [1, 2]\n" in text and "\x1b" not in text
+    tree = run_json("show", f"{remarked}/ckpt-4")
+    assert tree["metrics"] == {"loss": 1.5}
+    assert tree["metadata"] == {"git": "\x1b[31m", "n": [1, 2]}
+
+
+def test_opened_checkpoint_has_metrics_and_metadata(remarked):
+    with open_checkpoint(f"{remarked}/ckpt-4") as opened:
+        assert opened.metrics == {"loss": 1.5}
+        assert opened.metadata == {"git": "\x1b[31m", "n": [1, 2]}
 
 
 @pytest.mark.parametrize("claimed", [True, False])

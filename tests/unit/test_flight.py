@@ -10,12 +10,13 @@ import torch
 
 from distckpt.flight import Flight
 from distckpt.paths import Attempt
+from distckpt.remarks import Remarks
 
 
 @pytest.fixture
 def flight():
     """Make one that holds optimizers; let them go again."""
-    made = Flight(Attempt("ckpt", 1, 1, "00000000"), 0, None, 5)
+    made = Flight(Attempt("ckpt", 1, 1, "00000000"), 0, None, 5, Remarks())
     yield made
     made.release_optimizers()
 

@@ -18,6 +18,7 @@ from distckpt.layout import SHARDED, SPLIT, WHOLE, Piece, Row, Table
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.record import COMMIT, Entry, Record
+from distckpt.remarks import Remarks
 from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
 
@@ -37,13 +38,23 @@ RECORD = Record(
     written=1700000000.5,
     live=(
         Entry(Attempt("ckpt", 500, 2, "9f2c41aa"), 9, 1699990000.25, 500, "ab" * 16),
-        Entry(ATTEMPT, 17, 1700000000.0, 1000, "cd" * 16),
+        Entry(
+            ATTEMPT,
+            17,
+            1700000000.0,
+            1000,
+            "cd" * 16,
+            size_bytes=20480,
+            metrics=(("loss", 0.25), ("nothing", None)),
+            why=(0, 2),
+        ),
     ),
     kept=(Entry(Attempt("ckpt", -3, 1, "00000000"), 4, 1699980000.0, None, "ef" * 16),),
     bad=(),
     releasing=(Entry(Attempt("ckpt", 1, 1, "11111111"), 2, 1e-05, 0, "01" * 16),),
     last_preserved=1699980000.0,
     last_step=1000,
+    rules=("latest(1)", "every(hours=6)", 'best(2, "loss", mode="min")'),
 )
 
 ROWS = (
@@ -70,6 +81,9 @@ MANIFEST = Manifest(
         "state": values.encode({1: (None, True, b"\x00\xff", float("-inf"))}),
         "seed": values.encode(np.uint32(7)),
     },
+    remarks=Remarks.of(
+        {"loss": 0.25, "nothing": float("inf")}, {"git": "1234abc", "tags": ("a", 1)}
+    ),
 )
 
 

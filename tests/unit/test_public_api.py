@@ -9,6 +9,7 @@ import distckpt
 
 NAMES = [
     "Checkpoint",
+    "CheckpointInfo",
     "CheckpointManager",
     "CheckpointNotFound",
     "CheckpointOptions",
@@ -16,6 +17,7 @@ NAMES = [
     "ChecksumError",
     "ConfigError",
     "CorruptStateError",
+    "Decision",
     "Desync",
     "DirectoryInUseError",
     "DistckptError",
@@ -41,10 +43,13 @@ NAMES = [
     "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
+    "best",
     "checkpoints_iterator",
+    "every",
     "from_pretrained",
     "get_checkpoint_state",
     "init_process_group",
+    "latest",
     "latest_checkpoint",
     "on_signal",
     "open",
@@ -109,6 +114,7 @@ def test_the_managers_methods_and_properties_are_these():
         "checkpoints",
         "close",
         "directory",
+        "last_decision",
         "latest_checkpoint",
         "restore_or_initialize",
         "save",
@@ -120,6 +126,8 @@ def test_the_managers_methods_and_properties_are_these():
         ("checkpoint_number", None),
         ("check_interval", True),
         ("options", None),
+        ("metrics", None),
+        ("metadata", None),
     ]
 
 

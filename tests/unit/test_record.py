@@ -33,6 +33,11 @@ def records(draw):
         unique_by=(lambda pair: pair[0], lambda pair: pair[1]),
         max_size=8,
     )
+    rules = draw(st.lists(st.text(max_size=10), max_size=3))
+    reasons = st.lists(st.integers(0, len(rules) - 1), max_size=3) if rules else st.just([])
+    metrics = st.dictionaries(
+        st.text(min_size=1, max_size=8), st.none() | _times, max_size=3
+    )
     entries = [
         Entry(
             Attempt("ckpt", wanted_number, draw(st.integers(0, epoch)), attempt),
@@ -40,6 +45,9 @@ def records(draw):
             draw(_times),
             draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
             draw(_hex32),
+            size_bytes=draw(st.just(0) | st.integers(0, 2**62)),
+            metrics=tuple(sorted(draw(metrics).items())),
+            why=tuple(draw(reasons)),
         )
         for wanted_number, attempt in draw(wanted)
     ]
@@ -60,6 +68,7 @@ def records(draw):
         releasing=tuple(entries[cuts[2] :]),
         last_preserved=draw(_times) if entries else draw(st.none() | _times),
         last_step=draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
+        rules=tuple(rules),
     )
 
 
@@ -296,8 +305,38 @@ def test_has_committed_after_a_claim_alone_is_false():
     assert not make_record(1, action="claim").has_committed
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size_bytes": -1},
+        {"size_bytes": 1.0},
+        {"metrics": (("b", 1.0), ("a", 1.0))},
+        {"metrics": (("a", 1.0), ("a", 2.0))},
+        {"metrics": (("a", 1),)},
+        {"metrics": (("a", float("nan")),)},
+        {"metrics": (("a", float("inf")),)},
+        {"metrics": (("", 1.0),)},
+        {"metrics": (("a" * 65, 1.0),)},
+        {"metrics": tuple((f"{n:03}", 1.0) for n in range(33))},
+        {"why": (-1,)},
+        {"why": (True,)},
+        {"why": (1.0,)},
+    ],
+)
+def test_entry_with_such_remarks_is_refused(fields):
+    with pytest.raises(CorruptStateError):
+        dataclasses.replace(make_entry(), **fields)
+
+
+def test_record_with_a_reason_that_is_no_rule_of_it_is_refused():
+    entry = dataclasses.replace(make_entry(), why=(1,))
+    make_record(2, live=(entry,), last_preserved=1.0, rules=("a", "b"))
+    with pytest.raises(CorruptStateError, match="reasons"):
+        make_record(2, live=(entry,), last_preserved=1.0, rules=("a",))
+
+
 @pytest.mark.parametrize("size", [0, 1, 100])
-def test_entry_takes_at_most_150_bytes(size):
+def test_entry_takes_at_most_170_bytes(size):
     """Lists of thousands stay small: entries of a long run with large numbers."""
     entries = tuple(
         Entry(
@@ -306,12 +345,13 @@ def test_entry_takes_at_most_150_bytes(size):
             1_700_000_000.123457 + i,
             10_000_000 + i,
             DIGEST,
+            size_bytes=1_000_000_000_000,
         )
         for i in range(size)
     )
     record = make_record(2_000_000, epoch=2000, live=entries, last_preserved=1.0)
     empty = make_record(2_000_000, epoch=2000, last_preserved=1.0)
-    assert len(record.encode()) - len(empty.encode()) <= 150 * size + 3
+    assert len(record.encode()) - len(empty.encode()) <= 170 * size + 3
 
 
 def test_digest_is_32_hexadecimal_digits():

@@ -13,8 +13,9 @@ from distckpt.identity import Identity
 from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
-from distckpt.policy import Retention
 from distckpt.record import Entry, Record
+from distckpt.remarks import NOTHING
+from distckpt.retention import Retention
 
 DIGEST = "0123456789abcdef0123456789abcdef"
 CHAIN = "c0ffee00c0ffee00"
@@ -128,17 +129,25 @@ def write_attempt(chief, directory, attempt, *, world_size=2, table=TABLE, array
     return write_shards(pending, attempt, world_size, table=table, arrays=arrays)
 
 
-def commit(chief, attempt, shards, *, step=None, table=TABLE):
+def commit(chief, attempt, shards, *, step=None, table=TABLE, remarks=NOTHING):
     """Commit with the usual plain values."""
     encoded = {path: values.encode(value) for path, value in VALUES.items()}
-    chief.commit(attempt, step=step, shards=shards, layouts=[Table(table)], values=encoded)
+    chief.commit(
+        attempt,
+        step=step,
+        shards=shards,
+        layouts=[Table(table)],
+        values=encoded,
+        remarks=remarks,
+    )
 
 
-def save(chief, directory, number, *, step=None, world_size=2, **more):
+def save(chief, directory, number, *, step=None, world_size=2, remarks=NOTHING, **more):
     """Save one real checkpoint through a chief and wait for the deletions behind it."""
     attempt = chief.begin(number, 0)
     shards = write_attempt(chief, directory, attempt, world_size=world_size, **more)
-    commit(chief, attempt, shards, step=step, table=more.get("table", TABLE))
+    table = more.get("table", TABLE)
+    commit(chief, attempt, shards, step=step, table=table, remarks=remarks)
     settle(chief)
     return attempt
 

@@ -1,10 +1,14 @@
-"""The ranks agree that the job is told to stop, and whether one more save fits in."""
+"""What the ranks ask each other now and then: told to stop? is a save due by the clock?
+
+And, when told to stop, whether there is time for one more save.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from distckpt import storage
 from distckpt.comm import Answer
@@ -18,31 +22,45 @@ _logger = logging.getLogger(__name__)
 _ASK_SECONDS = 1.0
 
 
-def agree_on_stop(job: Job) -> bool:
-    """Ask now and then whether any rank was told to stop: all at the same call.
+class Asked(NamedTuple):
+    """What a call of ``save()`` has learned.
+
+    Attributes:
+        told_to_stop: Whether it is to save because the job is told to stop, however it
+            goes on, if there is anything new.
+        due: Why else it is to save, whatever the step says, if there is anything new.
+    """
+
+    told_to_stop: bool = False
+    due: tuple[str, ...] = ()
+
+
+_NOTHING = Asked()
+
+
+def ask(job: Job) -> Asked:
+    """Ask now and then what no rank can tell by itself: all at the same call.
 
     Called by: every rank, first thing in ``save()``. Collectives: one round about every
-    second, none without ``on_signal``, and none once all know.
-
-    Returns:
-        Whether this call is to save, if there is anything new, and however it goes on.
+    second, if there are rules that need it: ``on_signal``, until all know that the job is
+    told to stop, and those of time.
     """
     stop = job.stop
-    if stop is None or (stop.agreed and not stop.is_due):
-        return False
-    if not stop.agreed:
-        stop.calls_left -= 1
-        if stop.calls_left > 0:
-            return False
-        answer = _ask(job, stop)
-        stop.calls_left = answer["calls"]
-        if not answer["told"]:
-            return False
-        stop.agreed = stop.is_due = True
-        stop.notice.take()
-        if job.chief is not None:
-            _logger.warning("told to stop (rank %s): saving once more", answer["told"])
-    return True
+    if stop is None and not job.gate.when.clocked:
+        return _NOTHING
+    due: tuple[str, ...] = ()
+    if job.gate.when.clocked or (stop is not None and not stop.agreed):
+        job.calls_left -= 1
+        if job.calls_left <= 0:
+            answer = _ask(job)
+            job.calls_left, due = answer["calls"], tuple(answer["due"])
+            if stop is not None and not stop.agreed and answer["told"]:
+                stop.agreed = stop.is_due = True
+                stop.notice.take()
+                if job.chief is not None:
+                    ranks = answer["told"]
+                    _logger.warning("told to stop (rank %s): saving once more", ranks)
+    return Asked(stop is not None and stop.agreed and stop.is_due, due)
 
 
 def has_time_to_save(job: Job) -> bool:
@@ -51,7 +69,7 @@ def has_time_to_save(job: Job) -> bool:
     Called by: every rank, when all have agreed to stop. Collectives: one round.
     """
     assert job.stop is not None
-    answer = _ask(job, job.stop)
+    answer = _ask(job)
     if answer["has_time"]:
         return True
     job.stop.is_due = False
@@ -70,29 +88,31 @@ def note_saved(job: Job) -> None:
     job.stop.is_due = False
 
 
-def _ask(job: Job, stop: Stop) -> Answer:
-    looked = Ran(lambda: _look(job, stop))
+def _ask(job: Job) -> Answer:
+    stop = job.stop
+    looked = Ran(lambda: None if stop is None else _look(job, stop))
 
     def says(seconds: float | None) -> Vote:
         # In milliseconds, one more than there are: 0 says that nobody has told it.
         told = 0 if seconds is None else 1 + int(1000 * seconds)
-        return Vote(Phase.STOP, size_bytes=told)
+        return Vote(Phase.ASK, size_bytes=told)
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "save() was refused", SaveFailed)
         told = [vote.rank for vote in votes if vote.size_bytes]
         passed = max(vote.size_bytes for vote in votes) / 1000
-        left = stop.grace_period_seconds - passed
+        grace = 0.0 if stop is None else stop.grace_period_seconds
         needed = max(job.save_seconds, default=0.0)
         return {
             "told": told[:16],
-            "has_time": needed <= left,
+            "has_time": needed <= grace - passed,
             "needed": float(needed),
-            "left": float(left),
+            "left": float(grace - passed),
             "calls": job.pace.calls_in(_ASK_SECONDS),
+            "due": [] if job.clock is None else job.clock.due(),
         }
 
-    return agree(job.decisions, Phase.STOP, looked, decide, says=says)
+    return agree(job.decisions, Phase.ASK, looked, decide, says=says)
 
 
 def _look(job: Job, stop: Stop) -> float | None:

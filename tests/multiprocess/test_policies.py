@@ -1,0 +1,229 @@
+"""Rules for saving and keeping on real ranks: the chief decides, all do the same."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+from harness import run_ranks, values_of
+from outcome_helpers import assert_all_whole, make_checkpoint, outcome, state_of, train
+
+from distckpt import (
+    CheckpointManager,
+    CheckpointOptions,
+    best,
+    every,
+    latest,
+    on_signal,
+    readers,
+)
+from distckpt import open as open_checkpoint
+
+_SECONDS = 20.0
+
+
+def _make(directory, max_to_keep, when=None, checkpoint=None):
+    checkpoint = checkpoint or make_checkpoint()
+    manager = CheckpointManager(
+        checkpoint,
+        directory,
+        max_to_keep,
+        step_counter=checkpoint.step,
+        checkpoint_interval=when,
+        timeout=timedelta(seconds=_SECONDS),
+    )
+    return checkpoint, manager
+
+
+def _numbers(manager):
+    return [int(path.rpartition("-")[2]) for path in manager.checkpoints]
+
+
+# Keeping
+
+_LOSSES = (0.5, 0.3, float("nan"), 0.9, 0.4, 0.8)
+
+
+def _keep_the_best(rank, directory, is_async):
+    rule = latest(1) | best(2, "loss", mode="min")
+    kept, options = [], CheckpointOptions(enable_async=is_async)
+    checkpoint, manager = _make(directory, rule)
+    for index, loss in enumerate(_LOSSES):
+        if index == 3:  # as after a restart
+            manager.close()
+            checkpoint, manager = _make(directory, rule)
+            manager.restore_or_initialize()
+        train(checkpoint)
+        # The chief's count; ranks may have other numbers, or none.
+        said = {"loss": loss} if rank == 0 else {"loss": 0.0} if index % 2 else None
+        manager.save(options=options, metrics=said, metadata={"index": index, "by": rank})
+        manager.sync()
+        kept.append(_numbers(manager))
+    manager.close()
+    return kept
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["at-once", "behind"])
+def test_the_best_and_the_newest_are_kept_over_restarts(tmp_path, is_async):
+    """A NaN displaces none that has a number; all ranks see the same lists."""
+    directory = str(tmp_path / "run")
+    results = values_of(run_ranks(_keep_the_best, 2, directory, is_async))
+    assert results[0] == results[1]
+    assert results[0] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [2, 5], [2, 5, 6]]
+    assert_all_whole(directory)
+    left = [name for name in os.listdir(directory) if name.startswith("ckpt-")]
+    assert len(left) == 3
+    with open_checkpoint(os.path.join(directory, "ckpt-5")) as opened:
+        assert opened.metrics == {"loss": 0.4}
+        assert opened.metadata == {"index": 4, "by": 0}
+
+
+def _keep_by_function(rank, directory):
+    def odd(checkpoints):
+        return [one for one in checkpoints if one.number % 2]
+
+    checkpoint, manager = _make(directory, odd)
+    for _ in range(4):
+        train(checkpoint)
+        manager.save()
+    manager.close()
+    return _numbers(manager)
+
+
+def test_a_function_of_the_users_decides_what_stays(tmp_path):
+    results = values_of(run_ranks(_keep_by_function, 2, str(tmp_path)))
+    assert results == [[1, 3, 4]] * 2
+
+
+def _disagree(rank, directory):
+    return outcome(_make, directory, latest(1 + rank))
+
+
+def test_other_rules_on_another_rank_are_refused_on_all(tmp_path):
+    for told in values_of(run_ranks(_disagree, 2, str(tmp_path))):
+        assert told.kind == "ConfigError" and "other arguments on ranks [1]" in told.text
+
+
+def _say_nonsense(rank, directory):
+    checkpoint, manager = _make(directory, 3)
+    train(checkpoint)
+    said = {"loss": "low"} if rank == 1 else {"loss": 0.5}
+    first = outcome(manager.save, metrics=said)
+    second = outcome(manager.save, metrics={"loss": 0.5})
+    manager.close()
+    return first, second
+
+
+def test_metrics_that_are_none_on_one_rank_fail_that_save_on_all(tmp_path):
+    for first, second in values_of(run_ranks(_say_nonsense, 2, str(tmp_path))):
+        assert first.kind == "ConfigError" and "'loss' must be a number" in first.text
+        assert second.kind == "ok" and second.text.endswith("ckpt-1")
+
+
+# Saving
+
+
+def _save_by_the_clock(rank, directory, when):
+    checkpoint, manager = _make(directory, None, when)
+    manager.restore_or_initialize()
+    began, saved = time.monotonic(), []
+    # Ranks need not have the same clock, nor the same pace.
+    while len(saved) < 3:
+        train(checkpoint)
+        time.sleep(0.004 * (1 + rank))
+        if manager.save() is not None:
+            seconds = time.monotonic() - began
+            saved.append((int(checkpoint.step), seconds, manager.last_decision))
+        else:
+            assert not manager.last_decision.saves
+    manager.close()
+    return saved
+
+
+def test_a_rule_of_time_saves_by_the_chiefs_clock_at_one_step_on_all(tmp_path):
+    when = every(seconds=1.5) | on_signal("SIGUSR1")
+    one, other = values_of(run_ranks(_save_by_the_clock, 2, str(tmp_path), when))
+    assert [step for step, _, _ in one] == [step for step, _, _ in other]
+    for number, (_, seconds, decision) in enumerate(one, 1):
+        # Asked about once a second.
+        assert 1.5 * number <= seconds < 4.0 * number
+        assert decision.saves and decision.reasons[0].startswith("every(seconds=1.5): ")
+    assert [decision for _, _, decision in one] == [decision for _, _, decision in other]
+
+
+def _save_by_either(rank, directory):
+    when = every(steps=100) | every(hours=1)
+    checkpoint, manager = _make(directory, None, when)
+    said = []
+    for _ in range(201):
+        train(checkpoint)
+        manager.save()
+        said.append(str(manager.last_decision))
+    manager.close()
+    return said
+
+
+def test_each_rule_speaks_for_itself(tmp_path):
+    """The first call saves, as with a number; then every hundredth."""
+    said, other = values_of(run_ranks(_save_by_either, 2, str(tmp_path)))
+    assert said == other
+    assert [n for n, text in enumerate(said, 1) if text.startswith("saved")] == [
+        1,
+        101,
+        201,
+    ]
+    assert said[0] == "saved: every(steps=100): nothing was saved or restored before"
+    assert said[1] == (
+        "not saved: every(steps=100): 1 since step 1; every(hours=1): it is not time yet"
+    )
+    assert said[100] == "saved: every(steps=100): 100 since step 1"
+
+
+def _save_as_cost_allows(rank, directory):
+    checkpoint, manager = _make(directory, 2, every(overhead=0.2))
+    manager.restore_or_initialize()
+    began, saved, cost = time.monotonic(), [], 0.0
+    for _ in range(1000):
+        train(checkpoint)
+        time.sleep(0.002)
+        called = time.monotonic()
+        if manager.save() is not None:
+            saved.append(str(manager.last_decision))
+            cost += time.monotonic() - called
+    overhead = cost / (time.monotonic() - began)
+    manager.close()
+    return saved, overhead
+
+
+def test_overhead_is_measured_and_kept(tmp_path):
+    """The first save is to know the cost; then no more often than it allows."""
+    for saved, overhead in values_of(run_ranks(_save_as_cost_allows, 2, str(tmp_path))):
+        assert "is not known yet" in saved[0]
+        assert len(saved) >= 2 and all("every(overhead=0.2): " in text for text in saved)
+        assert overhead < 0.2
+
+
+def _fail_by_the_clock(rank, directory):
+    checkpoint, manager = _make(directory, None, every(seconds=0.1))
+    manager.restore_or_initialize()
+    state = readers.read_record(directory)
+    time.sleep(0.2)
+    train(checkpoint)
+    checkpoint.odd = object() if rank == 1 else 5
+    first = outcome(manager.save)
+    checkpoint.odd = 5
+    told, deadline = None, time.monotonic() + 10
+    while told is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        told = manager.save()
+    manager.close()
+    return first, told, state.committed, state_of(checkpoint)["save_counter"]
+
+
+def test_a_save_by_the_clock_that_failed_is_due_again(tmp_path):
+    results = values_of(run_ranks(_fail_by_the_clock, 2, str(tmp_path)))
+    for first, told, committed, counter in results:
+        assert first.kind != "ok" and committed == ()
+        assert told.endswith("ckpt-1") and counter == 1
