@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from distckpt import paths, record, state, storage
+from distckpt.choice import Which, choose
 from distckpt.errors import (
     ConfigError,
     DirectoryInUseError,
@@ -469,6 +470,14 @@ class Chief:
         self._janitor.prune_records()
 
     # Restore
+
+    def choose(self, which: Which) -> list[Entry]:
+        """Return which checkpoints were asked for: those to try, in this order.
+
+        Raises:
+            CheckpointNotFound, ConfigError: There is none; says why.
+        """
+        return choose(self.candidates, which, self._directory, self._retention.best)
 
     def confirm_bad(self, entry: Entry) -> None:
         """Take an attempt that failed to verify out of all lists.

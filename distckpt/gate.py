@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from distckpt.errors import ConfigError
-from distckpt.policy import Every, OnSignal, parts_of
+from distckpt.policy import Every, OnSignal, Rule, parts_of, spelled
 
 _MAX_CALLS = 1_000_000
 
@@ -30,6 +30,9 @@ class Decision(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'saved' if self.saves else 'not saved'}: {'; '.join(self.reasons)}"
+
+
+NOT_CALLED = Decision(False, ("save() was not called yet",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,11 @@ class SaveWhen:
         known = (type(None), int, Every, OnSignal)
         strange = [part for part in parts if type(part) not in known]
         if strange or len(told) > 1:
+            given = spelled(interval) if isinstance(interval, Rule) else repr(interval)
             msg = (
                 "checkpoint_interval must be an integer, None, or rules for saving with | "
                 "between them: every(...), and at most one on_signal(...); got "
-                f"{interval!r:.200}."
+                f"{given:.200}."
             )
             raise ConfigError(msg)
         return SaveWhen(

@@ -18,7 +18,7 @@ from distckpt.collector import collector_paused
 from distckpt.comm import AS_USUAL, Answer, Channel, Decide, How
 from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.flight import Flight
-from distckpt.gate import Decision, IntervalGate, Pace
+from distckpt.gate import NOT_CALLED, Decision, IntervalGate, Pace
 from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.messages import Phase, Status, Vote, failure
@@ -109,7 +109,7 @@ class Job:
     own_file: OwnFile | None = None
     arena: Arena | None = None
     flight: Flight | None = None
-    decision: Decision | None = None
+    decision: Decision | None = NOT_CALLED
     pace: Pace = field(default_factory=Pace)
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distckpt import readers
 from distckpt.background import EXIT_SECONDS, bring_in
 from distckpt.checkpoint import Checkpoint
+from distckpt.choice import Which
 from distckpt.comm import Answer
 from distckpt.construct import DEFAULT_TIMEOUT, Arguments, construct
 from distckpt.errors import (
@@ -26,7 +27,7 @@ from distckpt.gate import Decision
 from distckpt.messages import Phase, Vote, describe
 from distckpt.policy import KeepFunction, Rule
 from distckpt.pretrained import Pretrained
-from distckpt.restore import restore_or_initialize
+from distckpt.restore import restore, restore_or_initialize
 from distckpt.restore_names import RestoreOptions
 from distckpt.save import Call, CheckpointOptions, save
 from distckpt.worker import Worker
@@ -133,7 +134,10 @@ class CheckpointManager:
 
     @property
     def last_decision(self) -> Decision:
-        """Why the last call of ``save()`` has saved, or not: which rules, in words."""
+        """Why the last call of ``save()`` has saved, or not: which rules, in words.
+
+        The last that returned: what raised an error has said so.
+        """
         return self._job.decision or self._job.gate.refusal()
 
     @property
@@ -243,12 +247,45 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        return self._run(lambda: self._restore(options))
+        job = self._job
+        return self._run(self._landed(lambda: restore_or_initialize(job, options)))
 
-    def _restore(self, options: RestoreOptions | None) -> str | None:
-        if self._job.flight is not None:
-            bring_in(self._job)
-        return restore_or_initialize(self._job, options)
+    def restore(self, which: Which, options: RestoreOptions | None = None) -> str:
+        """Restore one checkpoint of the run directory, by what it is.
+
+        After return every rank holds its state. What is newer stays where it is, and keeps
+        its number: the next save is the newest again. Of several that would do, the first
+        that verifies; one that was asked for by number or path, or none.
+
+        Called by: every rank, with the same argument. Collectives: as
+        ``restore_or_initialize``, and one round more.
+
+        Args:
+            which: ``"latest"``; ``"best"``, by the first ``best(...)`` of ``max_to_keep``;
+                ``best(1, "val_loss", mode="min")``; a number; a path as ``save()`` returns
+                it, or the last part of it.
+            options: What to restore of it, under which names.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            CheckpointNotFound: No such checkpoint is committed; lists those that are.
+            ConfigError: Ranks asked for different ones, or for something unknown.
+            RestoreFailed, MismatchError: As ``restore_or_initialize``.
+        """
+        job = self._job
+        return self._run(self._landed(lambda: restore(job, which, options)))
+
+    def _landed(self, call: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Bring in what is under way before a call."""
+
+        def landed() -> _Result:
+            if self._job.flight is not None:
+                bring_in(self._job)
+            return call()
+
+        return landed
 
     def wait_staged(self) -> None:
         """Wait until the state of the last asynchronous save is copied.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distckpt import paths, strict_json
 from distckpt.checkpoint import COUNTER, nodes_of, remembered_of
 from distckpt.chief import Chief
+from distckpt.choice import spelled
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer, How
 from distckpt.errors import (
+    ConfigError,
     FormatError,
     MismatchError,
     RestoreFailed,
@@ -25,7 +27,7 @@ from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
-from distckpt.record import Entry
+from distckpt.record import Entry, digest
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import mismatch, unexpected
 
@@ -36,15 +38,22 @@ _GO, _RETRY, _NEXT = "go", "retry", "next"
 
 
 class Candidates:
-    """The chief's way through what could be restored, newest commit first."""
+    """The chief's way through what could be restored.
 
-    def __init__(self, job: Job, chief: Chief) -> None:
+    Args:
+        job: The manager's.
+        chief: Knows what is committed.
+        entries: What to try, in this order.
+    """
+
+    def __init__(self, job: Job, chief: Chief, entries: Sequence[Entry]) -> None:
         self._job = job
         self._chief = chief
-        self._left = chief.candidates
+        self._left = list(entries)
         self._retried = False
         self._skipped: list[str] = []
-        self._unreadable_numbers: list[int] = []
+        # What stays and is newer keeps its number.
+        self._taken_numbers = _numbers_of_newer(chief.candidates, entries)
 
     def offer(self) -> Answer:
         """R1: name the candidate to try, or say that there is none."""
@@ -53,7 +62,7 @@ class Candidates:
             return {
                 "attempt": entry.attempt.published,
                 "manifest": entry.manifest,
-                "min_counter": max(self._unreadable_numbers, default=None),
+                "min_counter": max(self._taken_numbers, default=None),
             }
         if self._chief.has_committed:
             msg = (
@@ -101,7 +110,7 @@ class Candidates:
             self._retried = True
             _logger.warning("%s, trying once more: %s", what, text)
             return {"do": _RETRY}
-        self._unreadable_numbers.append(entry.attempt.number)
+        self._taken_numbers.append(entry.attempt.number)
         return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
 
     def _refuse_unexpected(self, entry: Entry, votes: Sequence[Vote]) -> None:
@@ -145,17 +154,58 @@ class _Try:
     names: Ran[Names]
 
 
+def _numbers_of_newer(every: Sequence[Entry], chosen: Sequence[Entry]) -> list[int]:
+    first = chosen[0].record if chosen else 0
+    return [entry.attempt.number for entry in every if chosen and entry.record > first]
+
+
 def restore_or_initialize(job: Job, options: RestoreOptions | None) -> str | None:
     """Restore the newest checkpoint that verifies, or initialize."""
     ensure_claimed(job)
+    chief = job.chief
+    candidates = None if chief is None else Candidates(job, chief, chief.candidates)
+    path = _restore_first(job, candidates, options)
+    if path is None:
+        _initialize(job)
+    return path
+
+
+def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
+    """Restore what was asked for; see ``CheckpointManager.restore``."""
+    ensure_claimed(job)
+    candidates: list[Candidates] = []  # the chief's
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "restore() was refused", RestoreFailed)
+        ranks = [vote.rank for vote in votes if vote.digest_a != votes[0].digest_a]
+        if ranks:
+            msg = f"restore() was asked for another checkpoint on ranks {ranks[:16]}."
+            raise ConfigError(msg)
+        assert job.chief is not None
+        entries = job.chief.choose(which)
+        candidates.append(Candidates(job, job.chief, entries))
+        return {}
+
+    agree(job.decisions, Phase.CANDIDATE, Ran(lambda: spelled(which)), decide, says=_asks)
+    path = _restore_first(job, candidates[0] if candidates else None, options)
+    assert path is not None, "the chief has chosen one"
+    return path
+
+
+def _asks(which: str) -> Vote:
+    return Vote(Phase.CANDIDATE, digest_a=bytes.fromhex(digest(which.encode())))
+
+
+def _restore_first(
+    job: Job, candidates: Candidates | None, options: RestoreOptions | None
+) -> str | None:
+    """Restore the first that verifies; None if there is nothing to be tried."""
     # In any case the counter: numbering goes on behind what is there.
     names = Ran(lambda: Names(options, always=(COUNTER,)))
-    candidates = None if job.chief is None else Candidates(job, job.chief)
     while True:
         # R1 (chief)
         answer = job.decisions.consult(Vote(Phase.CANDIDATE), lambda _: _offer(candidates))
         if answer["attempt"] is None:
-            _initialize(job)
             return None
         attempt = paths.parse_published(answer["attempt"])
         assert attempt is not None

@@ -83,6 +83,12 @@ class Retention:
         return () if self.is_number else tuple(map(spelled, parts_of(self.max_to_keep)))
 
     @property
+    def best(self) -> Best | None:
+        """The first rule that says which checkpoint is the best, if there is one."""
+        parts = () if self.is_number else parts_of(self.max_to_keep)
+        return next((part for part in parts if isinstance(part, Best)), None)
+
+    @property
     def needs_steps(self) -> bool:
         """Tell whether a rule goes by the training step."""
         return not self.is_number and any(

@@ -216,6 +216,7 @@ def _end_with_the_last(job: Job) -> None:
     """See to it that the save at this very step is committed."""
     if job.flight is not None:
         bring_in(job)
+    job.decision = Decision(False, ("told to stop, and this step is saved",))
     note_saved(job)
 
 

@@ -8,7 +8,15 @@ from datetime import timedelta
 
 import pytest
 from harness import run_ranks, values_of
-from outcome_helpers import assert_all_whole, make_checkpoint, outcome, state_of, train
+from outcome_helpers import (
+    assert_all_whole,
+    attempt_directory,
+    flip_last_bit,
+    make_checkpoint,
+    outcome,
+    state_of,
+    train,
+)
 
 from distckpt import (
     CheckpointManager,
@@ -156,6 +164,7 @@ def test_a_rule_of_time_saves_by_the_chiefs_clock_at_one_step_on_all(tmp_path):
 def _save_by_either(rank, directory):
     when = every(steps=100) | every(hours=1)
     checkpoint, manager = _make(directory, None, when)
+    assert str(manager.last_decision) == "not saved: save() was not called yet"
     said = []
     for _ in range(201):
         train(checkpoint)
@@ -227,3 +236,123 @@ def test_a_save_by_the_clock_that_failed_is_due_again(tmp_path):
     for first, told, committed, counter in results:
         assert first.kind != "ok" and committed == ()
         assert told.endswith("ckpt-1") and counter == 1
+
+
+# Restoring what is asked for
+
+
+def _restore_this_and_that(rank, directory):
+    rule = latest(9) | best(1, "loss", mode="min")
+    checkpoint, manager = _make(directory, rule)
+    states = {}
+    for loss in (0.5, 0.2, 0.9, None):
+        train(checkpoint)
+        said = None if loss is None else {"loss": loss, "low": -loss}
+        path = manager.save(metrics=said)
+        states[int(path.rpartition("-")[2])] = state_of(checkpoint)["model"]
+    told = {}
+    asked = {
+        "latest": "latest",
+        "best": "best",
+        "lowest": best(1, "low", mode="min"),
+        "number": 1,
+        "name": "ckpt-2",
+        "path": os.path.join(directory, "ckpt-3"),
+        "gone": 7,
+        "no metric": best(1, "accuracy", mode="max"),
+        "no name": "elephant",
+        "elsewhere": "/elsewhere/ckpt-1",
+        "nonsense": 2.5,
+        "not alike": 1 + rank,
+    }
+    for name, which in asked.items():
+        before = state_of(checkpoint)["model"]
+        first = outcome(manager.restore, which)
+        found = state_of(checkpoint)["model"]
+        if first.kind == "ok":
+            assert found == states[int(first.text.rpartition("-")[2])]
+        else:
+            assert found == before
+        told[name] = (first.kind, first.text)
+    # An older one: the next save has a number of its own, and is the newest.
+    manager.restore(1)
+    train(checkpoint)
+    told["next"] = ("ok", manager.save())
+    told["then"] = ("ok", manager.restore("latest"))
+    manager.close()
+    return told
+
+
+def test_restore_takes_what_is_asked_for(tmp_path):
+    directory = str(tmp_path / "run")
+    one, other = values_of(run_ranks(_restore_this_and_that, 2, directory))
+    assert one == other
+    numbers = {
+        name: int(text.rpartition("-")[2])
+        for name, (kind, text) in one.items()
+        if kind == "ok"
+    }
+    assert numbers == {
+        "latest": 4,
+        "best": 2,
+        "lowest": 3,
+        "number": 1,
+        "name": 2,
+        "path": 3,
+        "next": 5,
+        "then": 5,
+    }
+    errors = {name: told for name, told in one.items() if told[0] != "ok"}
+    assert {name: kind for name, (kind, _) in errors.items()} == {
+        "gone": "CheckpointNotFound",
+        "no metric": "CheckpointNotFound",
+        "no name": "CheckpointNotFound",
+        "elsewhere": "ConfigError",
+        "nonsense": "ConfigError",
+        "not alike": "ConfigError",
+    }
+    assert "newest first: ckpt-4, ckpt-3" in errors["gone"][1]
+    assert "has the metric 'accuracy'" in errors["no metric"][1]
+    assert "from_pretrained" in errors["elsewhere"][1]
+    assert "on ranks [1]" in errors["not alike"][1]
+
+
+def _restore_nothing(rank, directory):
+    checkpoint, manager = _make(directory, 3)
+    told = [outcome(manager.restore, which) for which in ("latest", "best", 1)]
+    train(checkpoint)
+    manager.save()
+    manager.close()
+    return told
+
+
+def test_restore_of_nothing_says_so_and_the_job_can_go_on(tmp_path):
+    for latest_, best_, number in values_of(run_ranks(_restore_nothing, 2, str(tmp_path))):
+        assert latest_.kind == number.kind == "CheckpointNotFound"
+        assert "newest first: none" in latest_.text
+        assert best_.kind == "ConfigError" and 'best(1, "val_loss"' in best_.text
+
+
+def _restore_what_is_corrupt(rank, directory):
+    checkpoint, manager = _make(directory, best(3, "loss", mode="min"))
+    for loss in (0.1, 0.2, 0.3):
+        train(checkpoint)
+        manager.save(metrics={"loss": loss})
+    manager.sync()
+    if rank == 0:
+        folder = attempt_directory(os.path.join(directory, "ckpt-1"))
+        for name in os.listdir(folder):
+            if name.endswith(".safetensors"):
+                flip_last_bit(os.path.join(folder, name))
+    manager.sync()
+    by_number = outcome(manager.restore, 1)
+    by_rule = outcome(manager.restore, "best")
+    manager.close()
+    return by_number, by_rule
+
+
+def test_restore_by_number_has_no_fallback_and_by_rule_the_next_best(tmp_path):
+    directory = str(tmp_path / "run")
+    for by_number, by_rule in values_of(run_ranks(_restore_what_is_corrupt, 2, directory)):
+        assert by_number.kind == "RestoreFailed" and "ckpt-1 is corrupt" in by_number.text
+        assert by_rule.text.endswith("ckpt-2")

@@ -34,6 +34,7 @@ from distckpt.layout import SHARDED, SPLIT, Layouts, Row, Table
 from distckpt.manifest import Manifest
 from distckpt.messages import Phase, Vote
 from distckpt.record import digest
+from distckpt.remarks import NOTHING
 from distckpt.retention import Retention
 from distckpt.save import CheckpointOptions, Request, _begin
 from distckpt.save_plan import SavePlan, _decide
@@ -201,7 +202,7 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
     """Play the two rounds of a save whose tables were exchanged before."""
     ranks = range(len(simulated.table_of_rank))
     tables, table_of_rank = simulated.tables, simulated.table_of_rank
-    request = Request(1000, None, True, CheckpointOptions())
+    request = Request(1000, None, True, CheckpointOptions(), NOTHING)
     asked = request.vote(Phase.DECIDE)
     rounds = _Round(costs)
     votes = [asked._replace(digest_a=tables[index].digest) for index in table_of_rank]
@@ -214,7 +215,8 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
         Vote(Phase.WRITE, size_bytes=4096 + rank, digest_a=rank.to_bytes(16, "big"))
         for rank in ranks
     ]
-    part = _ChiefsPart(job, attempt, 1000, SavePlan(job.layouts, plain))
+    plan = SavePlan(job.layouts, plain)
+    part = _ChiefsPart(job, attempt, 1000, plan, NOTHING)
     commit = part._commit
 
     def timed_apart(chief: Chief, votes: Sequence[Vote]) -> None:

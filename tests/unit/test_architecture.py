@@ -21,7 +21,7 @@ LAYERS = {
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
-    3: {"manifest", "state", "shard_header", "tensors", "probe"}
+    3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
@@ -60,7 +60,7 @@ for layer, row in FORMATS.items():
 TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
     *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
-    *{"retention", "remarks", "gate", "clock"},
+    *{"retention", "remarks", "gate", "clock", "choice"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan", "collector", "restore_names"},
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},

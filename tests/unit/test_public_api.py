@@ -116,6 +116,7 @@ def test_the_managers_methods_and_properties_are_these():
         "directory",
         "last_decision",
         "latest_checkpoint",
+        "restore",
         "restore_or_initialize",
         "save",
         "should_stop",
