@@ -102,7 +102,7 @@ def _fly(
 
     try:
         flight.answer = write_and_commit(
-            job, attempt, flight.step, plan, write, remarks=flight.remarks, yields=True
+            job, attempt, flight.step, plan, write, flight.remarks, yields=True
         )
     except BaseException as error:
         # Ctrl-C was raised where it came; later this rank says what all others say.

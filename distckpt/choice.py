@@ -49,7 +49,7 @@ def choose(
         CheckpointNotFound: Nothing like that is committed.
         ConfigError: ``"best"`` means nothing, or a path leads elsewhere.
     """
-    if which == BEST and isinstance(which, str):
+    if isinstance(which, str) and which == BEST:
         if rule is None:
             msg = (
                 'restore("best"): max_to_keep has no rule best(...) that says which it is; '
@@ -59,12 +59,12 @@ def choose(
         which = rule
     if isinstance(which, Best):
         found = best_of(entries, which)
-    elif type(which) is int:
+    elif isinstance(which, int):
         found = [entry for entry in entries if entry.attempt.number == which]
-    elif which == LATEST:
+    elif isinstance(which, str) and which == LATEST:
         found = list(entries)
     else:
-        found = _named(entries, os.fspath(which), directory)  # type: ignore[arg-type]
+        found = _named(entries, os.fspath(which), directory)
     if not found:
         known = ", ".join(entry.attempt.prefix for entry in entries[:10])
         what = f"has the metric {which.metric!r}" if isinstance(which, Best) else "is that"

@@ -21,7 +21,7 @@ from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import Record
-from distckpt.remarks import NOTHING, Remarks
+from distckpt.remarks import Remarks
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
 
@@ -34,8 +34,8 @@ def write_and_commit(
     step: int | None,
     plan: SavePlan,
     write: Callable[[], shard_file.Written],
+    remarks: Remarks,
     *,
-    remarks: Remarks = NOTHING,
     yields: bool = False,
 ) -> Answer:
     """Write this rank's file and commit together; after return the checkpoint is there.

@@ -24,6 +24,7 @@ from distckpt.errors import (
     StorageTimeout,
 )
 from distckpt.gate import Decision
+from distckpt.job import Job
 from distckpt.messages import Phase, Vote, describe
 from distckpt.policy import KeepFunction, Rule
 from distckpt.pretrained import Pretrained
@@ -247,8 +248,7 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        job = self._job
-        return self._run(self._landed(lambda: restore_or_initialize(job, options)))
+        return self._run(lambda: restore_or_initialize(self._landed(), options))
 
     def restore(self, which: Which, options: RestoreOptions | None = None) -> str:
         """Restore one checkpoint of the run directory, by what it is.
@@ -274,18 +274,13 @@ class CheckpointManager:
             ConfigError: Ranks asked for different ones, or for something unknown.
             RestoreFailed, MismatchError: As ``restore_or_initialize``.
         """
-        job = self._job
-        return self._run(self._landed(lambda: restore(job, which, options)))
+        return self._run(lambda: restore(self._landed(), which, options))
 
-    def _landed(self, call: Callable[[], _Result]) -> Callable[[], _Result]:
-        """Bring in what is under way before a call."""
-
-        def landed() -> _Result:
-            if self._job.flight is not None:
-                bring_in(self._job)
-            return call()
-
-        return landed
+    def _landed(self) -> Job:
+        """Bring in what is under way."""
+        if self._job.flight is not None:
+            bring_in(self._job)
+        return self._job
 
     def wait_staged(self) -> None:
         """Wait until the state of the last asynchronous save is copied.

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from distckpt import layout, paths, strict_json, values
-from distckpt.errors import FormatError, ManifestError
+from distckpt.errors import ConfigError, FormatError, ManifestError
 from distckpt.layout import Assignment, Table
 from distckpt.record import DIGEST_LENGTH, digest, is_hex
 from distckpt.remarks import NOTHING, Remarks
@@ -206,14 +206,14 @@ def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
 def _decode_remarks(metrics: Any, metadata: Any) -> Remarks:
     try:
         decoded = values.decode(metrics)
-        good = isinstance(values.decode(metadata), dict) and isinstance(decoded, dict)
-        _check(good, "remarks", (metrics, metadata))
-    except FormatError as error:
+        _check(type(values.decode(metadata)) is dict, "metadata", metadata)
+        _check(type(decoded) is dict, "metrics", metrics)
+        _check({*map(type, decoded.values())} <= {float}, "metrics", metrics)
+        # By the rules for what is saved: a repair makes an entry of a record from it.
+        return Remarks(Remarks.of(decoded, None).metrics, metadata)
+    except (FormatError, ConfigError) as error:
         msg = f"manifest: metrics or metadata: {error}"
         raise ManifestError(msg) from error
-    _check({*map(type, decoded.values())} <= {float}, "metrics", metrics)
-    _check({*map(type, decoded)} <= {str}, "metrics", metrics)
-    return Remarks(decoded, metadata)
 
 
 def _decode_shard(fields: Any) -> Shard:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from distckpt import strict_json
 from distckpt.errors import ConfigError
 
 # The system does not let anybody handle these; Python and Ctrl-C have use for the others.
@@ -50,9 +51,17 @@ class AnyOf(Rule):
 
 
 def parts_of(rule: Any) -> tuple[Any, ...]:
-    """Return what stands between the ``|`` of a rule, or of what may stand there."""
+    """Return what stands between the ``|`` of a rule, or of what may stand there.
+
+    Raises:
+        ConfigError: It may not.
+    """
     if isinstance(rule, AnyOf):
         return rule.parts
+    if any(rule is word for word in (every, latest, best, on_signal)):
+        name = rule.__name__
+        msg = f"{name} is a function that makes a rule: write {name}(...)."
+        raise ConfigError(msg)
     if rule is None or type(rule) is int or isinstance(rule, Rule) or callable(rule):
         return (rule,)
     msg = f"{rule!r:.100} is no rule that could stand beside '|'."
@@ -107,7 +116,8 @@ class Best(Rule):
     mode: str
 
     def __str__(self) -> str:
-        return f'best({self.number}, "{self.metric}", mode="{self.mode}")'
+        metric = strict_json.quote(self.metric)
+        return f'best({self.number}, {metric}, mode="{self.mode}")'
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +146,7 @@ class CheckpointInfo:
         step: The training step; None without a step counter.
         time: ``time.time()`` of the chief when it was written.
         size_bytes: Of its tensor files.
-        metrics: What was said of it, by ``save(metrics=...)`` or ``add_metrics``. One that
-            is no finite number is None.
+        metrics: What ``save(metrics=...)`` was given. One that is no finite number is None.
     """
 
     name: str
@@ -214,7 +223,7 @@ def latest(number: int = 1) -> Latest:
 
 
 def best(number: int, metric: str, *, mode: Literal["min", "max"]) -> Best:
-    """Keep the best few, by a metric given to ``save(metrics=...)`` or ``add_metrics``.
+    """Keep the best few, by a metric given to ``save(metrics=...)``.
 
     A checkpoint without that metric, or with one that is not a number (NaN), is never
     among them, and displaces none. Of equal ones the newer is the better.

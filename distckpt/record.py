@@ -24,7 +24,7 @@ DIGEST_LENGTH = 32
 MAX_SIZE_BYTES = 16 * 2**20
 MAX_METRICS = 32
 MAX_METRIC_NAME = 64
-_MAX_RULES = 64
+MAX_RULES = 64
 _MAX_INT = 2**63 - 1
 
 
@@ -195,7 +195,7 @@ class Record:
             self.last_step,
         )
         _check(
-            len(self.rules) <= _MAX_RULES and all(type(rule) is str for rule in self.rules),
+            len(self.rules) <= MAX_RULES and all(type(rule) is str for rule in self.rules),
             "rules",
             self.rules,
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from distckpt.errors import ConfigError
 from distckpt.policy import MIN, Best, CheckpointInfo, Every, Latest, parts_of, spelled
-from distckpt.record import Entry, Record
+from distckpt.record import MAX_RULES, Entry, Record
 
 _logger = logging.getLogger(__name__)
 
@@ -55,13 +55,14 @@ class Retention:
     def _check_rules(self) -> None:
         try:
             parts = parts_of(self.max_to_keep)
-        except ConfigError:
-            parts = ()
-        if not parts:
+        except ConfigError as error:
             msg = (
                 "max_to_keep must be a positive integer, None to keep all, a rule such as "
-                f"latest(3) | best(2, ...), or a function; got {self.max_to_keep!r:.100}."
+                f"latest(3) | best(2, ...), or a function: {error}"
             )
+            raise ConfigError(msg) from None
+        if len(parts) > MAX_RULES:
+            msg = f"max_to_keep: at most {MAX_RULES} rules, got {len(parts)}."
             raise ConfigError(msg)
         for part in parts:
             _keeps(part)
@@ -225,8 +226,12 @@ def _keeps(part: Any) -> _Keep:
 def best_of(entries: Sequence[Entry], rule: Best) -> list[Entry]:
     """Sort those that have the metric: the best first, of equal ones the newest."""
     sign = 1 if rule.mode == MIN else -1
-    having = [e for e in entries if e.metric(rule.metric) is not None]
-    return sorted(having, key=lambda e: (sign * (e.metric(rule.metric) or 0.0), -e.record))
+    found = [
+        (sign * value, -entry.record, entry)
+        for entry in entries
+        if (value := entry.metric(rule.metric)) is not None
+    ]
+    return [entry for _, _, entry in sorted(found, key=lambda one: one[:2])]
 
 
 def _best(entries: Sequence[Entry], rule: Best) -> set[int]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from distckpt import paths, shard_file, strict_json
 from distckpt.asking import ask, has_time_to_save, note_saved
@@ -83,8 +83,7 @@ class Request:
         return Vote(phase, step=self.step, call=compared[:12])
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """The arguments of one call of ``save()``, as they were given."""
 
     number: Any
@@ -165,9 +164,8 @@ def _save(job: Job, given: Call) -> str | None:
         else:
             write = partial(_write, job, attempt, captured, plan)
             remarks = request.result.remarks
-            changes = write_and_commit(  # S5 to S8
-                job, attempt, step, plan, write, remarks=remarks
-            )
+            # S5 to S8
+            changes = write_and_commit(job, attempt, step, plan, write, remarks)
             job.take_lists(updated_lists(job, changes))
             job.save_seconds.append(time.monotonic() - began)
     except OutcomeUnknown:

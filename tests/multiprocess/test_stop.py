@@ -24,7 +24,7 @@ from outcome_helpers import (
     train,
 )
 
-from distckpt import CheckpointManager, on_signal, storage
+from distckpt import CheckpointManager, every, on_signal, storage
 
 TERM = on_signal("SIGTERM")
 _MAX_STEPS = 3000
@@ -260,10 +260,9 @@ def test_rank_that_waits_in_a_collective_ends_soon_after_the_launcher_says_so(tm
     assert results[1].killed, "the one that was stopped"
 
 
-def _fail_to_read_the_step(rank, directory):
-    """One rank's step counter raises now and then; its program goes on all the same."""
-    checkpoint = make_checkpoint()
-    fails = []
+def _make_with_failing_counter(directory, when):
+    """Make a manager whose step counter raises while there is something in a list."""
+    checkpoint, fails = make_checkpoint(), []
 
     def read():
         if fails:
@@ -273,9 +272,15 @@ def _fail_to_read_the_step(rank, directory):
     manager = CheckpointManager(
         *(checkpoint, directory, 3),
         step_counter=read,
-        checkpoint_interval=10**6 | TERM,
+        checkpoint_interval=when,
         timeout=timedelta(seconds=20),
     )
+    return checkpoint, manager, fails
+
+
+def _fail_to_read_the_step(rank, directory):
+    """One rank's step counter raises now and then; its program goes on all the same."""
+    checkpoint, manager, fails = _make_with_failing_counter(directory, 10**6 | TERM)
     manager.save()
     kinds = set()
     for _ in range(600):
@@ -299,20 +304,7 @@ def test_step_counter_that_raises_on_one_rank_keeps_the_ranks_in_step(tmp_path):
 
 
 def _be_told_without_a_step(rank, directory):
-    checkpoint = make_checkpoint()
-    fails = []
-
-    def read():
-        if fails:
-            raise RuntimeError("no step")
-        return int(checkpoint.step)
-
-    manager = CheckpointManager(
-        *(checkpoint, directory, 3),
-        step_counter=read,
-        checkpoint_interval=10**6 | TERM,
-        timeout=timedelta(seconds=20),
-    )
+    checkpoint, manager, fails = _make_with_failing_counter(directory, 10**6 | TERM)
     manager.save()
     train(checkpoint)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -329,6 +321,31 @@ def _be_told_without_a_step(rank, directory):
 def test_step_counter_that_raises_at_the_last_save_fails_it_on_all(tmp_path):
     """Nobody is left waiting, and the next call saves."""
     results = run_ranks(_be_told_without_a_step, 2, str(tmp_path / "run"))
+    assert values_of(results) == [("SaveFailed", "ckpt-2")] * 2
+
+
+def _be_due_without_a_step(rank, directory):
+    when = every(seconds=0.1) | 10**6
+    checkpoint, manager, fails = _make_with_failing_counter(directory, when)
+    manager.save()
+    train(checkpoint)
+    fails[:] = [True] * (rank == 1)
+    kinds, deadline = [], time.monotonic() + 10
+    while "SaveFailed" not in kinds and time.monotonic() < deadline:
+        time.sleep(0.01)
+        kinds.append(outcome(manager.save).kind)
+    fails.clear()
+    saved = None
+    while saved is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        saved = manager.save()
+    manager.close()
+    return kinds[-1], os.path.basename(saved)
+
+
+def test_step_counter_that_raises_when_the_clock_wants_a_save_fails_it_on_all(tmp_path):
+    """One rank cannot say whether there is anything new: that is its vote."""
+    results = run_ranks(_be_due_without_a_step, 2, str(tmp_path / "run"))
     assert values_of(results) == [("SaveFailed", "ckpt-2")] * 2
 
 

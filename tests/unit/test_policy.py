@@ -34,6 +34,7 @@ def test_on_signal_with_this_argument_is_refused(signals, more, text):
         (every(optimal_for_mtbf_hours=3), "every(optimal_for_mtbf_hours=3)"),
         (latest(), "latest(1)"),
         (best(2, "val", mode="max"), 'best(2, "val", mode="max")'),
+        (best(1, 'a"b', mode="min"), 'best(1, "a\\"b", mode="min")'),
         (3 | latest(2) | None, "3 | latest(2) | None"),
         (latest(2) | (latest(1) | latest(4)), "latest(2) | latest(1) | latest(4)"),
         (

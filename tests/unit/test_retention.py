@@ -388,6 +388,24 @@ def test_a_rule_that_does_not_say_what_to_keep_is_refused(rule):
         Retention(rule)
 
 
+@pytest.mark.parametrize("rule", [latest, best, every], ids=lambda rule: rule.__name__)
+def test_a_word_that_was_not_called_is_no_function_of_the_users(rule):
+    """It would fail at each save, and nothing would ever be deleted."""
+    with pytest.raises(ConfigError, match=rf"write {rule.__name__}\(\.\.\.\)"):
+        Retention(rule)
+    with pytest.raises(ConfigError, match="write"):
+        latest(1) | rule
+
+
+def test_more_rules_than_a_record_can_list_are_refused():
+    """Not at the first commit."""
+    rule = latest(1)
+    for _ in range(64):
+        rule = rule | latest(1)
+    with pytest.raises(ConfigError, match="at most 64"):
+        Retention(rule)
+
+
 def test_hours_beside_rules_are_refused():
     with pytest.raises(ConfigError, match="every\\(hours="):
         Retention(latest(2), 6)
