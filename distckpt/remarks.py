@@ -74,8 +74,10 @@ def _checked_metrics(metrics: Any) -> dict[str, float]:
             )
             raise ConfigError(msg)
         try:
-            # A string that float() would read is a mistake.
-            checked[name] = float("?" if isinstance(value, (str, bytes)) else value)
+            # A string that float() would read is a mistake. A loss has its gradient's
+            # history still, and torch warns of float(loss), not of this.
+            number = value.item() if hasattr(value, "item") else value
+            checked[name] = float("?" if isinstance(number, (str, bytes)) else number)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             msg = f"metrics: {name!r} must be a number, got {value!r:.100}."
             raise ConfigError(msg) from None

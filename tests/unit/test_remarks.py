@@ -21,6 +21,13 @@ def test_metrics_become_floats_and_are_listed_by_name():
     assert math.isnan(remarks.metrics["n"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_loss_that_has_just_been_computed_is_a_metric():
+    """The usual one; torch warns if it is converted as it is."""
+    loss = (torch.ones(2, requires_grad=True) * 2).sum()
+    assert Remarks.of({"loss": loss}, None).metrics == {"loss": 4.0}
+
+
 def test_metadata_is_what_it_was_when_it_was_given():
     """A save behind the loop encodes it later; the user may change it meanwhile."""
     tags = ["a", ("b", 1)]
