@@ -2,6 +2,9 @@
 
 Exit codes: 0 all is well, 1 something is wrong with a checkpoint, 2 wrong usage, 3 the
 directory or checkpoint is not there or cannot be read.
+
+What reads checkpoints is imported by the commands that do: ``list``, which reads records
+only, answers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +22,8 @@ from distckpt import paths, storage, values
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_transfer import export_command, import_command
 from distckpt.errors import CheckpointNotFound
-from distckpt.manifest import Manifest
-from distckpt.readers import locate, read_manifest, read_record
 from distckpt.record import Entry, Record
+from distckpt.state import read_head
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
@@ -34,7 +36,10 @@ from distckpt.terminal import (
     size,
     steps,
 )
-from distckpt.verify import Report, verify_attempt
+
+if TYPE_CHECKING:
+    from distckpt.manifest import Manifest
+    from distckpt.verify import Report
 
 # Only DCP has a file of this name; see dcp_metadata.py.
 _DCP_FILE = ".metadata"
@@ -138,6 +143,8 @@ def verify(path: str, as_json: bool) -> None:
     its checksums, which torch itself never reads, are compared, and missing files and parts
     of tensors found.
     """
+    from distckpt.verify import verify_attempt
+
     reports: list[tuple[str, Report]] = []
     is_dcp = or_exit(storage.exists, os.path.join(path, _DCP_FILE))
     if is_dcp:
@@ -156,7 +163,6 @@ def verify(path: str, as_json: bool) -> None:
 
 
 def _verify_dcp(path: str) -> Report:
-    # Imported here: the other commands answer sooner without.
     from distckpt.formats.dcp_verify import verify_dcp
 
     with Progress("verifying") as progress:
@@ -167,10 +173,13 @@ def _record_of(directory: str) -> Record | None:
     if not storage.is_directory(directory):
         msg = f"{directory} is not a directory."
         raise CheckpointNotFound(msg)
-    return read_record(directory)
+    head = read_head(directory)
+    return None if head is None else head.record
 
 
 def _manifest_of(path: str) -> Manifest:
+    from distckpt.readers import locate, read_manifest
+
     located = locate(path)
     manifest = read_manifest(located.directory, located.manifest_digest)
     _ = manifest.assignment  # worked out here, where its errors are reported
@@ -178,6 +187,8 @@ def _manifest_of(path: str) -> Manifest:
 
 
 def _targets(path: str) -> list[tuple[str, str, str | None]]:
+    from distckpt.readers import locate, read_record
+
     is_attempt = storage.exists(os.path.join(path, paths.MANIFEST_FILE))
     if storage.is_directory(path) and not is_attempt:
         record = read_record(path)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from distckpt import identity, storage
+from distckpt import storage
 from distckpt.errors import CheckpointNotFound
 from distckpt.terminal import (
     EXIT_BAD,
@@ -59,7 +59,7 @@ def repair_command(directory: str, yes: bool, as_json: bool) -> None:
 
     Exit code 1: there is something to repair, and --yes was not given.
     """
-    from distckpt import repair
+    from distckpt import identity, repair
 
     def show(names: Sequence[str]) -> Iterable[str]:
         with steps("verifying", names, as_json) as each:
