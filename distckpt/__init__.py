@@ -42,7 +42,14 @@ if TYPE_CHECKING:
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
     from distckpt.per_rank import PerRank, RngState
-    from distckpt.policy import CheckpointInfo, best, every, latest, on_signal
+    from distckpt.policy import (
+        CheckpointInfo,
+        best,
+        every,
+        latest,
+        on_request,
+        on_signal,
+    )
     from distckpt.pretrained import from_pretrained
     from distckpt.readers import (
         CheckpointState,
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
         latest_checkpoint,
     )
     from distckpt.rendezvous import init_process_group
+    from distckpt.requests import add_metrics, pin, request_save, unpin
     from distckpt.restore_names import RestoreOptions
     from distckpt.save import CheckpointOptions
     from distckpt.stored_tensor import StoredTensor
@@ -91,6 +99,7 @@ __all__ = [
     "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
+    "add_metrics",
     "best",
     "checkpoints_iterator",
     "every",
@@ -99,8 +108,12 @@ __all__ = [
     "init_process_group",
     "latest",
     "latest_checkpoint",
+    "on_request",
     "on_signal",
     "open",
+    "pin",
+    "request_save",
+    "unpin",
 ]
 
 _HOMES = {
@@ -115,6 +128,7 @@ _HOMES = {
     "RestoreOptions": "restore_names",
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",
+    "add_metrics": "requests",
     "best": "policy",
     "checkpoints_iterator": "readers",
     "every": "policy",
@@ -123,8 +137,12 @@ _HOMES = {
     "init_process_group": "rendezvous",
     "latest": "policy",
     "latest_checkpoint": "readers",
+    "on_request": "policy",
     "on_signal": "policy",
     "open": "opened",
+    "pin": "requests",
+    "request_save": "requests",
+    "unpin": "requests",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the ranks ask each other now and then: told to stop? is a save due by the clock?
+"""What the ranks ask each other now and then: told to stop? is a save due, or asked for?
 
 And, when told to stop, whether there is time for one more save.
 """
@@ -10,16 +10,16 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from distckpt import storage
 from distckpt.comm import Answer
-from distckpt.errors import SaveFailed, StorageError, StorageTimeout
-from distckpt.job import Job, Ran, Stop, agree
+from distckpt.errors import SaveFailed
+from distckpt.job import Job, Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 
 _logger = logging.getLogger(__name__)
 
 # About how often to ask.
 _ASK_SECONDS = 1.0
+_MAX_NAMED = 4
 
 
 class Asked(NamedTuple):
@@ -43,13 +43,14 @@ def ask(job: Job) -> Asked:
 
     Called by: every rank, first thing in ``save()``. Collectives: one round about every
     second, if there are rules that need it: ``on_signal``, until all know that the job is
-    told to stop, and those of time.
+    told to stop, those of time and ``on_request``.
     """
     stop = job.stop
-    if stop is None and not job.gate.when.clocked:
+    always_asks = bool(job.gate.when.clocked or job.gate.when.asked)
+    if stop is None and not always_asks:
         return _NOTHING
     due: tuple[str, ...] = ()
-    if job.gate.when.clocked or (stop is not None and not stop.agreed):
+    if always_asks or (stop is not None and not stop.agreed):
         job.calls_left -= 1
         if job.calls_left <= 0:
             answer = _ask(job)
@@ -88,9 +89,15 @@ def note_saved(job: Job) -> None:
     job.stop.is_due = False
 
 
+def answer_requests(job: Job) -> None:
+    """Answer who asks for a save when there is nothing that is not saved yet."""
+    if job.chief is not None and job.flight is None and job.requested:
+        job.chief.answer(job.requested)
+
+
 def _ask(job: Job) -> Answer:
     stop = job.stop
-    looked = Ran(lambda: None if stop is None else _look(job, stop))
+    looked = Ran(lambda: _look(job))
 
     def says(seconds: float | None) -> Vote:
         # In milliseconds, one more than there are: 0 says that nobody has told it.
@@ -109,33 +116,25 @@ def _ask(job: Job) -> Answer:
             "needed": float(needed),
             "left": float(grace - passed),
             "calls": job.pace.calls_in(_ASK_SECONDS),
-            "due": [] if job.clock is None else job.clock.due(),
+            "due": _due(job),
         }
 
     return agree(job.decisions, Phase.ASK, looked, decide, says=says)
 
 
-def _look(job: Job, stop: Stop) -> float | None:
+def _due(job: Job) -> list[str]:
+    due = [] if job.clock is None else job.clock.due()
+    asking = [request.by for request in job.requested[:_MAX_NAMED]]
+    return due + [f"{job.gate.when.asked}: asked for by {', '.join(asking)}"] * bool(asking)
+
+
+def _look(job: Job) -> float | None:
     """Return since how many seconds this rank is told to stop; None if it is not."""
-    notice = stop.notice
-    if notice.since is None and stop.file is not None and _is_there(job, stop, stop.file):
+    if job.requests is not None:
+        job.requested = job.requests.look(job.check_alive) or []
+    if job.stop is None:
+        return None
+    notice, file = job.stop.notice, job.stop.file
+    if notice.since is None and file is not None and file.look(job.check_alive):
         notice.note()
     return None if notice.since is None else time.monotonic() - notice.since
-
-
-def _is_there(job: Job, stop: Stop, path: str) -> bool:
-    # An error is no reason to end a job that could go on.
-    try:
-        found = stop.worker.run(lambda: storage.exists(path), lambda _: job.check_alive())
-    except StorageTimeout as error:
-        # Else each of these questions would wait for as long.
-        stop.file = None
-        _logger.warning("%s is not looked for any more: %s", path, error)
-        return False
-    except StorageError as error:
-        if stop.complaint != str(error):
-            _logger.warning("cannot look for the file that tells to stop: %s", error)
-        stop.complaint = str(error)
-        return False
-    stop.complaint = ""
-    return found

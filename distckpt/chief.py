@@ -12,23 +12,25 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from distckpt import paths, record, state, storage
+from distckpt import mailbox, paths, record, state, storage
 from distckpt.choice import Which, choose
 from distckpt.errors import (
     ConfigError,
     DirectoryInUseError,
     FencedError,
+    FormatError,
     StorageError,
 )
 from distckpt.identity import Identity
 from distckpt.janitor import Janitor, remove_published
 from distckpt.layout import Table
 from distckpt.lock import DirectoryLock
+from distckpt.mailbox import Request
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.probe import Probe, check_filesystem
@@ -77,6 +79,8 @@ class Chief:
         # Attempts of ours that were neither committed nor removed: a call that hung or
         # was interrupted has left them.
         self._unsettled: set[Attempt] = set()
+        # Which requests for a save each save answers: those that were there before it.
+        self._answers: dict[Attempt, list[str]] = {}
         self._fenced = ""
         self._load(state.read_head(directory))
 
@@ -270,7 +274,8 @@ class Chief:
 
         Raises:
             FencedError: Another chief has claimed the directory.
-            ConfigError: The default number is that of a live checkpoint.
+            ConfigError: The default number is that of a live checkpoint, or the number that
+                was asked for that of a pinned one.
             StorageError: The directory could not be made.
         """
         self.check_not_fenced()
@@ -285,11 +290,14 @@ class Chief:
                 "or pass checkpoint_number to replace it."
             )
             raise ConfigError(msg)
+        requests = self._requests()
+        self._refuse_to_replace_pinned(prefix, requests)
         attempt = Attempt(self._checkpoint_name, chosen, self._epoch, paths.random_hex(4))
         if paths.parse_published(attempt.published) != attempt:
             msg = f"{prefix!r:.200} cannot be the name of a checkpoint."
             raise ConfigError(msg)
         self._unsettled.add(attempt)
+        self._answers[attempt] = [r.name for r in requests if r.kind == mailbox.SAVE]
         try:
             # Its name need not be durable: the one that it is published under will be.
             storage.make_directory(self._path(attempt.pending))
@@ -297,6 +305,43 @@ class Chief:
             self.abandon(attempt)
             raise
         return attempt
+
+    def _refuse_to_replace_pinned(self, prefix: str, requests: Sequence[Request]) -> None:
+        entries = mailbox.applied(self.candidates, requests)
+        if any(entry.pinned and entry.attempt.prefix == prefix for entry in entries):
+            msg = (
+                f"{prefix} is pinned in {self._directory}, and saving would replace it: "
+                f"unpin it ('distckpt unpin {self._path(prefix)}'), or save under another "
+                "number."
+            )
+            raise ConfigError(msg)
+
+    def _requests(self) -> list[Request]:
+        """Read what other processes ask for; that it cannot be read holds up no save."""
+        try:
+            requests, refused = mailbox.collect(self._directory)
+            mailbox.remove(self._directory, refused)
+            return requests
+        except (StorageError, FormatError) as error:
+            _logger.warning("what other processes ask for cannot be read: %s", error)
+            return []
+
+    def save_requests(self) -> list[Request]:
+        """Return who asks for a save, oldest first.
+
+        Raises:
+            StorageError, UnsafeCheckpointError: It cannot be read.
+        """
+        requests, _ = mailbox.collect(self._directory)
+        return [request for request in requests if request.kind == mailbox.SAVE]
+
+    def answer(self, requests: Sequence[Request]) -> None:
+        """Let those who have asked know that it is done: the newest record says what."""
+        try:
+            mailbox.remove(self._directory, [request.name for request in requests])
+        except StorageError as error:
+            # Taken up again with the next commit, where it changes nothing.
+            _logger.warning("requests of other processes stay where they are: %s", error)
 
     def _settle(self) -> None:
         """Remove what earlier saves of this chief have left behind."""
@@ -347,7 +392,8 @@ class Chief:
             storage.sync_directory(pending)
             storage.rename(pending, self._path(attempt.published))
             storage.sync_directory(self._directory)
-            self._append_commit(manifest, digest(data))
+            requests = self._requests()
+            self._append_commit(manifest, digest(data), requests)
         except FencedError:
             raise
         except StorageError:
@@ -364,9 +410,26 @@ class Chief:
             self._uncertain = True
             raise
         self._unsettled.discard(attempt)
+        asked = self._answers.pop(attempt, [])
+        answered = [r for r in requests if r.kind != mailbox.SAVE or r.name in asked]
+        self._tell_of_late(answered)
         self._after_append()
+        self.answer(answered)
 
-    def _append_commit(self, manifest: Manifest, manifest_digest: str) -> None:
+    def _tell_of_late(self, requests: Sequence[Request]) -> None:
+        """Warn of what has come too late: the next request must not make that mistake."""
+        listed = {entry.attempt for entry in self.candidates}
+        for request in requests:
+            attempt = request.attempt
+            if attempt is not None and attempt not in listed:
+                _logger.warning(
+                    "%s of %s, asked for by %s: it is not committed any more",
+                    *(request.kind, attempt.prefix, request.by),
+                )
+
+    def _append_commit(
+        self, manifest: Manifest, manifest_digest: str, requests: Sequence[Request]
+    ) -> None:
         self.check_not_fenced()
         assert self._head is not None
         newest = self._head.record
@@ -381,30 +444,44 @@ class Chief:
             metrics=manifest.remarks.listed,
         )
         prefix = entry.attempt.prefix
-        others = [e for e in self._live if e.attempt.prefix != prefix]
+        # Before retention decides, so that what was pinned, or is now the best, stays.
+        live = mailbox.applied(self._live, requests)
+        others = [e for e in live if e.attempt.prefix != prefix]
         replaced = [e for e in self.candidates if e.attempt.prefix == prefix]
         swept = sweep([*others, entry], self._last_preserved, self._retention)
-        kept = [e for e in self._kept if e.attempt.prefix != prefix]
+        kept = mailbox.applied(self._kept, requests)
+        kept = tuple(e for e in kept if e.attempt.prefix != prefix)
+        self._append(
+            record.COMMIT,
+            live=swept.live,
+            kept=without_reasons((*kept, *swept.preserved)),
+            bad=without_reasons(self._bad),
+            releasing=without_reasons((*self._to_release(), *replaced, *swept.dropped)),
+            last_preserved=swept.last_preserved,
+            last_step=newest.last_step if step is None else step,
+            rules=self._retention.rules,
+        )
+
+    def _to_release(self) -> list[Entry]:
+        """Return what was dropped before, and is not deleted yet."""
         deleted = self._janitor.take_released()
-        releasing = [e for e in self._releasing if e.attempt not in deleted]
-        head = state.append(
+        return [entry for entry in self._releasing if entry.attempt not in deleted]
+
+    def _append(self, action: str, **changes: Any) -> None:
+        """Append the successor of the newest record, and take over what it says."""
+        assert self._head is not None
+        newest = self._head.record
+        self._head = state.append(
             self._directory,
             replace(
                 newest,
                 number=newest.number + 1,
                 previous=self._head.digest,
-                action=record.COMMIT,
+                action=action,
                 written=float(time.time()),
-                live=swept.live,
-                kept=without_reasons((*kept, *swept.preserved)),
-                bad=without_reasons(self._bad),
-                releasing=without_reasons((*releasing, *replaced, *swept.dropped)),
-                last_preserved=swept.last_preserved,
-                last_step=newest.last_step if step is None else step,
-                rules=self._retention.rules,
+                **changes,
             ),
         )
-        self._head = head
         self._take_lists()
 
     def _take_lists(self) -> None:
@@ -430,6 +507,7 @@ class Chief:
             for name in (attempt.pending, attempt.trash):
                 storage.remove_tree(self._path(name))
             self._unsettled.discard(attempt)
+            self._answers.pop(attempt, None)
         except StorageError as error:
             _logger.warning("could not remove a failed save, left for later: %s", error)
 
@@ -469,6 +547,37 @@ class Chief:
         self._janitor.release([entry.attempt for entry in self._head.record.releasing])
         self._janitor.prune_records()
 
+    # By hand
+
+    def prune(self, plan: Callable[[Sequence[Entry]], Sequence[Entry]]) -> list[Entry]:
+        """Drop what a plan says of all that is committed; deleted behind the caller.
+
+        After return a durable record lists it no more.
+
+        Args:
+            plan: Is given the checkpoints, oldest first, and returns those to be dropped.
+
+        Raises:
+            FencedError: Another chief has claimed the directory.
+            StorageError, OutcomeUnknown: It could not be recorded.
+        """
+        self.check_not_fenced()
+        requests = [r for r in self._requests() if r.kind != mailbox.SAVE]
+        live = mailbox.applied(self._live, requests)
+        kept = mailbox.applied(self._kept, requests)
+        every = sorted((*live, *kept), key=lambda entry: entry.record)
+        dropped = [*plan(every)]
+        leaving = {entry.attempt for entry in dropped}
+        self._append(
+            record.PRUNE,
+            live=tuple(entry for entry in live if entry.attempt not in leaving),
+            kept=tuple(entry for entry in kept if entry.attempt not in leaving),
+            releasing=(*self._to_release(), *without_reasons(dropped)),
+        )
+        self._after_append()
+        self.answer(requests)
+        return dropped
+
     # Restore
 
     def choose(self, which: Which) -> list[Entry]:
@@ -477,7 +586,9 @@ class Chief:
         Raises:
             CheckpointNotFound, ConfigError: There is none; says why.
         """
-        return choose(self.candidates, which, self._directory, self._retention.best)
+        # An evaluation may have ended since the last commit.
+        entries = mailbox.applied(self.candidates, self._requests())
+        return choose(entries, which, self._directory, self._retention.best)
 
     def confirm_bad(self, entry: Entry) -> None:
         """Take an attempt that failed to verify out of all lists.

@@ -20,6 +20,12 @@ import click
 
 from distckpt import paths, storage, values
 from distckpt.cli_repair import doctor_command, repair_command
+from distckpt.cli_requests import (
+    pin_command,
+    prune_command,
+    request_save_command,
+    unpin_command,
+)
 from distckpt.cli_transfer import export_command, import_command
 from distckpt.errors import CheckpointNotFound
 from distckpt.record import Entry, Record
@@ -59,6 +65,10 @@ main.add_command(export_command)
 main.add_command(import_command)
 main.add_command(doctor_command)
 main.add_command(repair_command)
+main.add_command(pin_command)
+main.add_command(unpin_command)
+main.add_command(request_save_command)
+main.add_command(prune_command)
 
 
 @main.command(name="list")
@@ -87,7 +97,7 @@ def list_command(directory: str, as_json: bool) -> None:
                 _age(time.time() - entry.time),
                 size(entry.size_bytes),
                 _metrics(dict(entry.metrics)),
-                ", ".join(rules[index] for index in entry.why),
+                ", ".join(_kept_by(entry, rules)),
             ]
             for state, entry in rows
         ],
@@ -226,8 +236,13 @@ def _entry_to_json(
         "time": entry.time,
         "size_bytes": entry.size_bytes,
         "metrics": dict(entry.metrics),
-        "kept_by": [rules[index] for index in entry.why],
+        "pinned": entry.pinned,
+        "kept_by": _kept_by(entry, rules),
     }
+
+
+def _kept_by(entry: Entry, rules: Sequence[str]) -> list[str]:
+    return ["a pin"] * entry.pinned + [rules[index] for index in entry.why]
 
 
 def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from distckpt.gate import IntervalGate
 from distckpt.groups import invite, open_channels
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
+from distckpt.lookout import Lookout
 from distckpt.messages import Phase, Vote, describe, raise_failures
 from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
@@ -156,6 +157,9 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
         )
         if job.gate.when.clocked:
             job.clock = Clock(job.gate.when.clocked)
+        if job.gate.when.asked:
+            what, look = "requests of other processes", job.chief.save_requests
+            job.requests = Lookout(what, look, _look_worker(job.timeout_seconds))
         num_hosts = len({vote.digest_b for vote in votes})
         return {**job.lists(), "hosts": num_hosts}
 
@@ -246,9 +250,16 @@ def _stop(told: OnSignal | None, timeout_seconds: float) -> Stop | None:
     if told.signals and threading.current_thread() is not threading.main_thread():
         msg = "on_signal: signals can be handled by a manager of the main thread only."
         raise ConfigError(msg)
-    # Before the others give up waiting for this rank.
-    worker = Worker(min(_LOOK_SECONDS, _STORAGE_SHARE * timeout_seconds))
-    return Stop(Notice(told.signals), told.file, told.grace_period_seconds, worker)
+    file, path = None, told.file
+    if path is not None:
+        what, worker = f"{path}, which tells to stop,", _look_worker(timeout_seconds)
+        file = Lookout(what, lambda: storage.exists(path), worker)
+    return Stop(Notice(told.signals), file, told.grace_period_seconds)
+
+
+def _look_worker(timeout_seconds: float) -> Worker:
+    # Gives up before the others give up waiting for this rank.
+    return Worker(min(_LOOK_SECONDS, _STORAGE_SHARE * timeout_seconds))
 
 
 def _step_reader(step_counter: Any) -> Callable[[], int] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from distckpt.errors import ConfigError
-from distckpt.policy import Every, OnSignal, Rule, parts_of, spelled
+from distckpt.policy import Every, OnRequest, OnSignal, Rule, parts_of, spelled
 
 _MAX_CALLS = 1_000_000
 
@@ -44,12 +44,14 @@ class SaveWhen:
         saves_always: Whether every call saves.
         told: Save, too, when the job is told to stop.
         clocked: Rules that go by the chief's clock.
+        asked: Save, too, when another process asks for it.
     """
 
     steps: tuple[int, ...] = ()
     saves_always: bool = False
     told: OnSignal | None = None
     clocked: tuple[Every, ...] = ()
+    asked: OnRequest | None = None
 
     @property
     def interval(self) -> int | None:
@@ -72,14 +74,15 @@ class SaveWhen:
         steps += [int(one.amount) for one in each if one.unit == "steps"]
         clocked = [one for one in each if one.unit != "steps"]
         told = [part for part in parts if isinstance(part, OnSignal)]
-        known = (type(None), int, Every, OnSignal)
+        asked = [part for part in parts if isinstance(part, OnRequest)]
+        known = (type(None), int, Every, OnSignal, OnRequest)
         strange = [part for part in parts if type(part) not in known]
         if strange or len(told) > 1:
             given = spelled(interval) if isinstance(interval, Rule) else repr(interval)
             msg = (
                 "checkpoint_interval must be an integer, None, or rules for saving with | "
-                "between them: every(...), and at most one on_signal(...); got "
-                f"{given:.200}."
+                "between them: every(...), on_request(), and at most one on_signal(...); "
+                f"got {given:.200}."
             )
             raise ConfigError(msg)
         return SaveWhen(
@@ -87,6 +90,7 @@ class SaveWhen:
             saves_always=None in parts,
             told=told[0] if told else None,
             clocked=tuple(clocked),
+            asked=asked[0] if asked else None,
         )
 
 
@@ -158,6 +162,7 @@ class IntervalGate:
             ]
         waiting += [f"{rule}: it is not time yet" for rule in self.when.clocked]
         waiting += [f"{self.when.told}: not told"] if self.when.told else []
+        waiting += [f"{self.when.asked}: nobody asks"] if self.when.asked else []
         return Decision(False, tuple(waiting))
 
 

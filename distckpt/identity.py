@@ -34,6 +34,11 @@ def current(environ: Mapping[str, str] = os.environ) -> Identity:
     return Identity(_run(environ)[:256], int(restart) if restart.isdecimal() else 0)
 
 
+def this_process() -> str:
+    """Return which process this is, for people."""
+    return f"process {os.getpid()} on {socket.gethostname()}"[:256]
+
+
 def host(boot_id: bytes) -> bytes:
     """Return 12 bytes that are equal on the ranks of one host, and differ between hosts.
 

@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 
-from distckpt import paths, state, storage
+from distckpt import mailbox, paths, state, storage
 from distckpt.errors import FormatError, StorageError
+from distckpt.leases import Leases
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.paths import Attempt
 
@@ -35,9 +36,13 @@ class Janitor:
         self._running = False
         self._thread: threading.Thread | None = None
         self._released: set[Attempt] = set()
+        self._leases = Leases(directory)
 
     def release(self, attempts: Collection[Attempt]) -> None:
-        """Delete attempts that a durable record lists as releasing."""
+        """Delete attempts that a durable record lists as releasing.
+
+        Not those that somebody reads: they stay in that list, and are tried again.
+        """
         for attempt in attempts:
             self._submit(partial(self._release, attempt))
 
@@ -95,6 +100,8 @@ class Janitor:
         published = os.path.join(self._directory, attempt.published)
         trash = os.path.join(self._directory, attempt.trash)
         if storage.exists(published):
+            if self._leases.hold(attempt):
+                return
             remove_published(self._directory, attempt)
         elif storage.exists(trash):
             storage.remove_tree(trash)
@@ -125,6 +132,7 @@ def _sweep(directory: str, epoch: int, chain: str, listed: Collection[Attempt]) 
         written_in = paths.parse_temporary_file(name)
         if written_in is not None and written_in < epoch:
             storage.remove_file(os.path.join(records, name))
+    mailbox.sweep(directory)
 
 
 def _sweep_name(

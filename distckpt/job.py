@@ -21,6 +21,8 @@ from distckpt.flight import Flight
 from distckpt.gate import NOT_CALLED, Decision, IntervalGate, Pace
 from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
+from distckpt.lookout import Lookout
+from distckpt.mailbox import Request
 from distckpt.messages import Phase, Status, Vote, failure
 from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
@@ -28,7 +30,6 @@ from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
-from distckpt.worker import Worker
 
 _Result = TypeVar("_Result")
 
@@ -39,21 +40,17 @@ class Stop:
 
     Attributes:
         notice: Whether this process was told.
-        file: A file that tells it, too.
+        file: Whether a file is there that tells it, too; None for no such file.
         grace_period_seconds: How long after that the job is ended.
-        worker: Looks for the file: one that hangs must not hold up the saves.
         agreed: Whether all ranks know it.
         is_due: Whether the save for it is still to be made.
-        complaint: Why the file could not be looked for the last time; "" if it could.
     """
 
     notice: Notice
-    file: str | None
+    file: Lookout[bool] | None
     grace_period_seconds: float
-    worker: Worker
     agreed: bool = False
     is_due: bool = False
-    complaint: str = ""
 
 
 @dataclass(slots=True)
@@ -87,6 +84,8 @@ class Job:
         save_seconds: How long the last saves took, from the question to the commit.
         stop: Whether the job is told to stop; None if it does not ask for that.
         clock: When rules of time want a save; on the chief, if there are any.
+        requests: What other processes ask for; on the chief, if saves are made for that.
+        requested: Who asked for a save when the ranks asked last; on the chief.
         calls_left: After how many more calls of ``save()`` to ask about all this.
     """
 
@@ -114,6 +113,8 @@ class Job:
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None
     clock: Clock | None = None
+    requests: Lookout[list[Request]] | None = None
+    requested: list[Request] = field(default_factory=list)
     calls_left: int = 1
 
     @property

@@ -14,6 +14,8 @@ STATE_FILE = "checkpoint"
 RECORDS_DIRECTORY = ".state"
 LOCK_FILE = ".lock"
 MANIFEST_FILE = "manifest.json"
+REQUESTS_DIRECTORY = ".requests"
+LEASES_DIRECTORY = ".leases"
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9._])?"
 # No leading zeros and no "-0": every name has exactly one spelling.
@@ -28,6 +30,8 @@ _TEMPORARY = re.compile(rf"\.e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})\.t
 _PROBE = re.compile(
     rf"\.probe-e(?P<epoch>{_NATURAL})-(?P<nonce>[0-9a-f]{{16}})-[0-9]{{5,}}"
 )
+_REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.json")
+_LEASE = re.compile(rf"({_ATTEMPT.pattern})\.[0-9a-f]{{16}}\.lease")
 _CHECKPOINT_NAME = re.compile(_NAME)
 
 
@@ -141,6 +145,27 @@ def parse_probe_file(name: str) -> int | None:
     """Parse a probe's name into its epoch; None for anything else."""
     match = _PROBE.fullmatch(name)
     return None if match is None else int(match["epoch"])
+
+
+def request_file(time_ns: int) -> str:
+    """Name the file by which another process asks for something, sorted by time."""
+    return f"{time_ns:020d}-{random_hex(8)}.json"
+
+
+def is_request_file(name: str) -> bool:
+    """Tell whether a file's name is that of a request."""
+    return _REQUEST.fullmatch(name) is not None
+
+
+def lease_file(attempt: Attempt) -> str:
+    """Name the file by which a reader keeps an attempt from being deleted."""
+    return f"{attempt.published}.{random_hex(8)}.lease"
+
+
+def parse_lease_file(name: str) -> Attempt | None:
+    """Parse a lease's file name into what it keeps; None for anything else."""
+    match = _LEASE.fullmatch(name)
+    return None if match is None else parse_published(match[1])
 
 
 def partial(name: str) -> str:

@@ -7,6 +7,7 @@ nothing by themselves: ``gate.py`` and ``retention.py`` give them their meaning.
 
 from __future__ import annotations
 
+import ast
 import math
 import operator
 import os
@@ -58,7 +59,7 @@ def parts_of(rule: Any) -> tuple[Any, ...]:
     """
     if isinstance(rule, AnyOf):
         return rule.parts
-    if any(rule is word for word in (every, latest, best, on_signal)):
+    if any(rule is word for word in (every, latest, best, on_signal, on_request)):
         name = rule.__name__
         msg = f"{name} is a function that makes a rule: write {name}(...)."
         raise ConfigError(msg)
@@ -134,6 +135,14 @@ class OnSignal(Rule):
         given += ["file=..."] if self.file is not None else []
         given.append(f"grace_period_seconds={self.grace_period_seconds}")
         return f"on_signal({', '.join(given)})"
+
+
+@dataclass(frozen=True, slots=True)
+class OnRequest(Rule):
+    """When another process asks for it; see ``on_request``."""
+
+    def __str__(self) -> str:
+        return "on_request()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,3 +307,50 @@ def on_signal(
         msg = f"on_signal: grace_period_seconds must be positive, got {grace!r:.100}."
         raise ConfigError(msg)
     return OnSignal(tuple(dict.fromkeys(signals)), path, float(grace))
+
+
+def on_request() -> OnRequest:
+    """Save when another process asks for it: ``distckpt request-save``, ``request_save``.
+
+    For ``checkpoint_interval``: ``every(steps=500) | on_request()``. The chief looks for
+    requests about once a second, and the call at which all ranks hear of one saves,
+    whatever its step. Without this rule a request waits for the next save.
+    """
+    return OnRequest()
+
+
+def parse(text: str) -> Rule:
+    """Read rules for what to keep as they are written: ``latest(3) | every(hours=6)``.
+
+    Nothing is run: calls of ``latest``, ``best`` and ``every`` with plain arguments, and
+    ``|`` between them, are all there is.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        return _parse(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        msg = (
+            f"{text!r:.200} is no rule: write latest(...), best(...) or every(...), with | "
+            f"between them ({error})."
+        )
+        raise ConfigError(msg) from error
+
+
+def _parse(node: ast.expr) -> Rule:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _parse(node.left) | _parse(node.right)
+    words: dict[str, Callable[..., Rule]] = {"latest": latest, "best": best, "every": every}
+    if not (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in words
+    ):
+        msg = f"not a call of {', '.join(words)}: {ast.unparse(node):.100}"
+        raise ValueError(msg)
+    positional = [ast.literal_eval(argument) for argument in node.args]
+    by_name = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+    return words[node.func.id](*positional, **by_name)

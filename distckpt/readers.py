@@ -1,6 +1,7 @@
 """What other processes use to look at a run directory: without torch, without a job.
 
-Nothing here writes, takes a lock or needs a process group.
+Nothing here takes a lock or needs a process group, or writes anything but the leases of
+``checkpoints_iterator``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.layout import Assignment
+from distckpt.leases import SECONDS, Lease, checked_seconds, leased, names_of
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
-from distckpt.record import Record, digest
+from distckpt.record import Entry, Record, digest
 from distckpt.shard_file import ShardReader
 from distckpt.shard_header import Entries
 
@@ -106,11 +108,14 @@ def checkpoints_iterator(
     min_interval_secs: float = 0,
     timeout: float | None = None,
     timeout_fn: Callable[[], bool] | None = None,
+    *,
+    lease_seconds: float | None = SECONDS,
 ) -> Iterator[str]:
     """Yield the newest checkpoint's path each time there is a new one.
 
     Names, defaults and meaning are those of ``tf.train.checkpoints_iterator``: not every
-    checkpoint is yielded, only the newest when the caller asks.
+    checkpoint is yielded, only the newest when the caller asks. While the body of the loop
+    runs it is leased: a job that drops it meanwhile deletes it later.
 
     Args:
         directory: The run directory; need not exist yet.
@@ -118,8 +123,12 @@ def checkpoints_iterator(
         timeout: Seconds to wait for a new one; None waits for ever.
         timeout_fn: Called after a timeout; the iterator ends if it returns True, or if
             there is none.
+        lease_seconds: How long a lease lasts when this process has died: its thread touches
+            the lease more often than that. None takes none, as where the run directory
+            cannot be written; a lease that cannot be taken is a warning.
     """
     root = checked_path(directory)
+    seconds = checked_seconds(lease_seconds)
     last: str | None = None
     while True:
         attempt = _wait_for_other(root, last, timeout)
@@ -127,12 +136,34 @@ def checkpoints_iterator(
             if timeout_fn is None or timeout_fn():
                 return
             continue
+        lease = _lease(root, attempt, seconds)
+        # One that was dropped before the lease was there may be deleted at any time.
+        if lease is not None and not _is_committed(root, attempt):
+            lease.release()
+            continue
         started = time.monotonic()
         last = attempt.published
-        yield os.path.join(root, attempt.prefix)
+        with leased(lease):
+            yield os.path.join(root, attempt.prefix)
         rest = started + min_interval_secs - time.monotonic()
         if rest > 0:
             time.sleep(rest)
+
+
+def _lease(root: str, attempt: paths.Attempt, seconds: float | None) -> Lease | None:
+    if seconds is None:
+        return None
+    try:
+        return Lease(root, attempt, seconds)
+    except (StorageError, FormatError) as error:
+        path = os.path.join(root, attempt.prefix)
+        _logger.warning("%s may be deleted while it is read: %s", path, error)
+        return None
+
+
+def _is_committed(root: str, attempt: paths.Attempt) -> bool:
+    record = read_record(root)
+    return record is not None and any(e.attempt == attempt for e in record.committed)
 
 
 def _wait_for_other(
@@ -198,7 +229,7 @@ def locate(path: Path) -> Located:
         return Located(_newest_whole(root, name), None)
     record = read_record(root)
     assert record is not None
-    for entry in record.committed:
+    for entry in (*record.committed, *_still_read(root, record, name)):
         if entry.attempt.prefix == name:
             return Located(os.path.join(root, entry.attempt.published), entry.manifest)
     known = [entry.attempt.prefix for entry in record.committed]
@@ -207,6 +238,12 @@ def locate(path: Path) -> Located:
         f"{', '.join(known[:10]) or 'none'}."
     )
     raise CheckpointNotFound(msg)
+
+
+def _still_read(root: str, record: Record, prefix: str) -> list[Entry]:
+    """Return what is dropped, but leased: whoever has the lease opens it by its name."""
+    dropped = [entry for entry in record.releasing if entry.attempt.prefix == prefix]
+    return [entry for entry in dropped if names_of(root, entry.attempt)]
 
 
 def locate_newest(path: Path) -> Located:

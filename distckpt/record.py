@@ -18,6 +18,7 @@ FORMAT = 1
 CLAIM = "claim"
 COMMIT = "commit"
 REPAIR = "repair"
+PRUNE = "prune"
 
 DIGEST_LENGTH = 32
 # A hundred thousand checkpoints; what is larger takes too long to read.
@@ -55,6 +56,7 @@ class Entry:
         size_bytes: Size of its shard files.
         metrics: What was said of it, sorted by name; None for what is no finite number.
         why: Which of the record's rules keep it, by index.
+        pinned: Whether a person keeps it, whatever the rules say.
     """
 
     attempt: paths.Attempt
@@ -65,6 +67,7 @@ class Entry:
     size_bytes: int = 0
     metrics: tuple[tuple[str, float | None], ...] = ()
     why: tuple[int, ...] = ()
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         # A name that cannot be read back would make the whole chain unreadable.
@@ -80,6 +83,7 @@ class Entry:
         _check(all(map(is_metric, self.metrics)), "entry's metrics", self.metrics)
         _check(len(names) <= MAX_METRICS, "number of metrics", len(names))
         _check(all(map(_is_count, self.why)), "entry's reasons", self.why)
+        _check(type(self.pinned) is bool, "entry's pin", self.pinned)
 
     def metric(self, name: str) -> float | None:
         """Return one metric; None if it is missing, or no finite number."""
@@ -101,6 +105,8 @@ class Entry:
             tree["metrics"] = dict(self.metrics)
         if self.why:
             tree["why"] = list(self.why)
+        if self.pinned:
+            tree["pinned"] = True
         return tree
 
     @staticmethod
@@ -108,7 +114,7 @@ class Entry:
         """Decode; raises ``CorruptStateError`` for anything that is not an entry."""
         known = ("path", "record", "time", "step", "manifest")
         _check(isinstance(fields, dict) and tuple(fields)[:5] == known, "entry", fields)
-        _check({*fields} <= {*known, "size", "metrics", "why"}, "entry", fields)
+        _check({*fields} <= {*known, "size", "metrics", "why", "pinned"}, "entry", fields)
         path = fields["path"]
         attempt = paths.parse_published(path) if isinstance(path, str) else None
         if attempt is None:
@@ -125,6 +131,7 @@ class Entry:
             size_bytes=fields.get("size", 0),
             metrics=tuple(metrics.items()),
             why=tuple(why),
+            pinned=fields.get("pinned", False),
         )
 
 
@@ -141,7 +148,7 @@ class Record:
         writer: Random id of the manager that wrote it.
         run: Identity of the job (see ``identity.py``).
         restart: How often the launcher had restarted the job.
-        action: ``"claim"``, ``"commit"`` or, by hand, ``"repair"``.
+        action: ``"claim"``, ``"commit"`` or, by hand, ``"repair"`` or ``"prune"``.
         written: Wall time, for people.
         live: Managed checkpoints, oldest first.
         kept: Committed but unmanaged: preserved, or forgotten by TensorFlow's rule.
@@ -182,7 +189,7 @@ class Record:
         _check(is_hex(self.writer, 16), "writer", self.writer)
         _check(isinstance(self.run, str) and len(self.run) <= 256, "run", self.run)
         _check(_is_count(self.restart), "restart", self.restart)
-        _check(self.action in (CLAIM, COMMIT, REPAIR), "action", self.action)
+        _check(self.action in (CLAIM, COMMIT, REPAIR, PRUNE), "action", self.action)
         _check(_is_finite(self.written), "written", self.written)
         _check(
             self.last_preserved is None or _is_finite(self.last_preserved),

@@ -154,11 +154,21 @@ def recover(record: Record | None, now: float, retention: Retention) -> Managed:
 def sweep(live: Sequence[Entry], last_preserved: float, retention: Retention) -> Swept:
     """Decide who leaves the managed checkpoints.
 
+    Those that are pinned stay beside those that the rule keeps: it does not see them.
+
     Args:
         live: Managed checkpoints, oldest first, the one just added last.
         last_preserved: Time of the newest preserved checkpoint.
         retention: The rule.
     """
+    swept = _sweep([entry for entry in live if not entry.pinned], last_preserved, retention)
+    pinned = without_reasons(entry for entry in live if entry.pinned)
+    staying = {entry.attempt: entry for entry in (*swept.live, *pinned)}
+    remaining = [staying[e.attempt] for e in live if e.attempt in staying]
+    return swept._replace(live=tuple(remaining))
+
+
+def _sweep(live: Sequence[Entry], last_preserved: float, retention: Retention) -> Swept:
     if not retention.is_number:
         return _sweep_by_rules(live, last_preserved, retention)
     keep = len(live) if retention.max_to_keep is None else retention.max_to_keep

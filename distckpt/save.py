@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from distckpt import paths, shard_file, strict_json
-from distckpt.asking import ask, has_time_to_save, note_saved
+from distckpt.asking import answer_requests, ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
 from distckpt.checkpoint import Captured
 from distckpt.claim import ensure_claimed
@@ -130,6 +130,8 @@ def _save(job: Job, given: Call) -> str | None:
         is_wanted = told_to_stop or (bool(due) and job.gate.has_news(step))
         if not is_wanted and not job.gate.allows(step, check_interval):
             job.decision, job.gate.refused_step = None, step
+            if due:
+                answer_requests(job)
             _look_after_flight(job)
             return None
         reasons += job.gate.reasons(step, bool(check_interval))

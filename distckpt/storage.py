@@ -511,6 +511,12 @@ def modified(path: str) -> float:
         return os.stat(path).st_mtime
 
 
+def touch(path: str) -> None:
+    """Note on a file that is there that it was written now, by the filesystem's clock."""
+    with _reported("utime", path):
+        os.utime(path, follow_symlinks=False)
+
+
 def is_writable_by_others(path: str) -> bool:
     """Tell whether any user may rename and delete in a directory; False if it is none."""
     with _reported("stat", path), suppress(FileNotFoundError):

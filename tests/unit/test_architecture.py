@@ -22,10 +22,10 @@ LAYERS = {
     | {"policy"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
+    | {"liveness", "worker", "arena", "mailbox", "leases"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
-    6: {"verify", "groups", "flight", "stored_tensor", "node"},
+    6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"},
     7: {"opened", "module_node", "repair", "doctor"},
     8: {"optimizer_node"},
     9: {"tracked"},
@@ -37,7 +37,7 @@ LAYERS = {
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save"},
-    18: {"manager", "cli_transfer", "cli_repair"},
+    18: {"manager", "cli_transfer", "cli_repair", "cli_requests"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -66,6 +66,7 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
+    *{"mailbox", "leases", "lookout", "requests", "prune", "cli_requests"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distckpt.errors import ConfigError
-from distckpt.policy import AnyOf, best, every, latest, on_signal
+from distckpt.policy import AnyOf, best, every, latest, on_request, on_signal, parse
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,50 @@ def test_rules_are_values():
 def test_rule_with_this_argument_is_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        latest(3),
+        latest() | best(2, "val_loss", mode="min"),
+        best(1, 'a"b\u2028', mode="max") | every(hours=1.5) | every(steps=10),
+    ],
+)
+def test_rules_for_keeping_are_read_as_they_are_spelled(rule):
+    """What records say of their rules is what the command takes."""
+    assert parse(str(rule)) == rule
+    assert parse(f"  {rule} ") == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        "latest",
+        "latest(1) & latest(2)",
+        "latest(1); latest(2)",
+        "latest(1) | None",
+        "__import__('os').system('true')",
+        "latest(__import__('os').getpid())",
+        "latest(*[1])",
+        "latest(**{'number': 1})",
+        "latest(1)(2)",
+        "on_signal('SIGTERM')",
+        "latest(1, 2)",
+        "latest(-1)",
+        "every(days=1)",
+        "latest(1" + " | latest(1" * 5000,
+        "(" * 500 + "latest(1)" + ")" * 500,
+        "latest(1)\0",
+    ],
+)
+def test_text_that_is_no_rule_is_refused_and_runs_nothing(text):
+    with pytest.raises(ConfigError):
+        parse(text)
+
+
+def test_on_request_is_spelled_and_is_a_value():
+    assert str(5 | on_request()) == "5 | on_request()"
+    assert on_request() == on_request()

@@ -43,6 +43,7 @@ NAMES = [
     "TensorNotFound",
     "UnsafeCheckpointError",
     "UnsupportedError",
+    "add_metrics",
     "best",
     "checkpoints_iterator",
     "every",
@@ -51,8 +52,12 @@ NAMES = [
     "init_process_group",
     "latest",
     "latest_checkpoint",
+    "on_request",
     "on_signal",
     "open",
+    "pin",
+    "request_save",
+    "unpin",
 ]
 
 
@@ -139,6 +144,7 @@ def test_readers_arguments_are_tensorflows():
         ("min_interval_secs", 0),
         ("timeout", None),
         ("timeout_fn", None),
+        ("lease_seconds", 60.0),
     ]
     assert _parameters(distckpt.latest_checkpoint) == [("directory", "required")]
     assert _parameters(distckpt.get_checkpoint_state) == [("directory", "required")]

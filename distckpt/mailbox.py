@@ -1,0 +1,194 @@
+"""What other processes ask the chief for: a file each, in a directory of the run directory.
+
+Whoever may write the run directory may ask. The chief takes requests up when it commits, in
+the order of their names, and removes them when a durable record says what came of them; so
+after a crash one may be taken up again, which changes nothing. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distckpt import paths, storage, strict_json
+from distckpt.errors import CorruptStateError, FormatError, StorageError
+from distckpt.paths import Attempt
+from distckpt.record import MAX_METRICS, Entry, is_metric
+
+_logger = logging.getLogger(__name__)
+
+SAVE, PIN, UNPIN, METRICS = "save", "pin", "unpin", "metrics"
+
+_FORMAT = 1
+_FIELDS = ["format", "kind", "by", "path", "metrics"]
+_MAX_SIZE_BYTES = 64 * 2**10
+_MAX_BY = 256
+# More wait for the next commit.
+_MAX_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing that is asked for.
+
+    Attributes:
+        kind: ``SAVE``, ``PIN``, ``UNPIN`` or ``METRICS``.
+        by: Who asks, for people.
+        attempt: Which checkpoint it is about; None for a save.
+        metrics: Numbers to be added to it, sorted by name.
+        name: Of its file.
+    """
+
+    kind: str
+    by: str
+    attempt: Attempt | None = None
+    metrics: tuple[tuple[str, float | None], ...] = ()
+    name: str = ""
+
+    def encode(self) -> bytes:
+        """Encode to the bytes of its file."""
+        path = None if self.attempt is None else self.attempt.published
+        values = [_FORMAT, self.kind, self.by, path, dict(self.metrics)]
+        return strict_json.dumps(dict(zip(_FIELDS, values, strict=True))).encode()
+
+    @staticmethod
+    def decode(data: bytes, name: str) -> Request:
+        """Decode and check the bytes of a file.
+
+        Raises:
+            CorruptStateError: It is no request.
+        """
+        try:
+            tree = strict_json.loads(data)
+        except strict_json.JsonError as error:
+            raise CorruptStateError(str(error)) from None
+        _check(isinstance(tree, dict) and list(tree) == _FIELDS, "fields", tree)
+        _check(tree["format"] == _FORMAT, "format", tree["format"])
+        kind, by, path = tree["kind"], tree["by"], tree["path"]
+        _check(kind in (SAVE, PIN, UNPIN, METRICS), "kind", kind)
+        _check(isinstance(by, str) and len(by) <= _MAX_BY, "by", by)
+        attempt = paths.parse_published(path) if isinstance(path, str) else None
+        _check((attempt is None) == (kind == SAVE), "path", path)
+        metrics = tree["metrics"]
+        _check(
+            isinstance(metrics, dict) and len(metrics) <= MAX_METRICS, "metrics", metrics
+        )
+        _check(all(map(is_metric, metrics.items())), "metrics", metrics)
+        return Request(kind, by, attempt, tuple(sorted(metrics.items())), name)
+
+
+def post(directory: str, request: Request) -> str:
+    """Leave a request for the chief; returns the name of its file.
+
+    After return it is there as a whole, and durable.
+
+    Raises:
+        StorageError: It could not be written.
+        UnsafeCheckpointError: Requests are elsewhere, by way of a link.
+    """
+    box = _box(directory)
+    storage.make_directories(box)
+    name = paths.request_file(time.time_ns())
+    temporary = os.path.join(box, paths.partial(name))
+    try:
+        storage.write_new_file(temporary, request.encode())
+        storage.rename_new(temporary, os.path.join(box, name))
+        storage.sync_directory(box)
+    except StorageError:
+        with suppress(StorageError):
+            storage.remove_file(temporary)
+        raise
+    return name
+
+
+def collect(directory: str) -> tuple[list[Request], list[str]]:
+    """Read what is asked for, in the order in which it was.
+
+    Returns:
+        The requests; and the names of files that are none, though they are called so.
+
+    Raises:
+        StorageError: The directory cannot be read.
+        UnsafeCheckpointError: It is elsewhere, by way of a link.
+    """
+    box = _box(directory)
+    requests, refused = [], []
+    names = [name for name in storage.list_directory(box) if paths.is_request_file(name)]
+    for name in names[:_MAX_AT_ONCE]:
+        path = os.path.join(box, name)
+        try:
+            requests.append(Request.decode(storage.read_file(path, _MAX_SIZE_BYTES), name))
+        except (StorageError, FormatError) as error:
+            # Not one that another process has removed meanwhile.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                _logger.warning("%s: no request: %s", path, error)
+                refused.append(name)
+    return requests, refused
+
+
+def is_waiting(directory: str, name: str) -> bool:
+    """Tell whether a request was not answered yet."""
+    return storage.exists(os.path.join(_box(directory), name))
+
+
+def remove(directory: str, names: Collection[str]) -> None:
+    """Remove requests that are answered, oldest first.
+
+    In this order, and durably: were one to come back after a power cut, so would all newer
+    ones about the same checkpoint.
+    """
+    if not names:
+        return
+    box = _box(directory)
+    for name in sorted(names):
+        storage.remove_file(os.path.join(box, name))
+    storage.sync_directory(box)
+
+
+def sweep(directory: str) -> None:
+    """Remove what processes have left that died while they asked for something."""
+    box = _box(directory)
+    for name in storage.list_directory(box):
+        if not paths.is_request_file(name):
+            storage.remove_file(os.path.join(box, name))
+
+
+def applied(entries: Iterable[Entry], requests: Sequence[Request]) -> tuple[Entry, ...]:
+    """Return entries as they are when all that is asked for is done."""
+    changed = {entry.attempt: entry for entry in entries}
+    for request in requests:
+        entry = None if request.attempt is None else changed.get(request.attempt)
+        if entry is None:
+            continue
+        if request.kind == METRICS:
+            metrics = dict(entry.metrics) | dict(request.metrics)
+            if len(metrics) > MAX_METRICS:
+                _logger.warning(
+                    "metrics of %s, by %s: not added, with them it would have %d of at "
+                    "most %d",
+                    *(entry.attempt.prefix, request.by, len(metrics), MAX_METRICS),
+                )
+                continue
+            entry = replace(entry, metrics=tuple(sorted(metrics.items())))
+        else:
+            entry = replace(entry, pinned=request.kind == PIN)
+        changed[entry.attempt] = entry
+    return tuple(changed.values())
+
+
+def _box(directory: str) -> str:
+    box = os.path.join(directory, paths.REQUESTS_DIRECTORY)
+    # Whoever made the directory could else have files read and removed anywhere.
+    storage.refuse_link(box)
+    return box
+
+
+def _check(condition: bool, what: str, found: Any) -> None:
+    if not condition:
+        msg = f"bad {what}: {found!r:.200}"
+        raise CorruptStateError(msg)
