@@ -393,6 +393,7 @@ class Chief:
             storage.rename(pending, self._path(attempt.published))
             storage.sync_directory(self._directory)
             requests = self._requests()
+            self._tell_of_late(requests)
             self._append_commit(manifest, digest(data), requests)
         except FencedError:
             raise
@@ -412,7 +413,6 @@ class Chief:
         self._unsettled.discard(attempt)
         asked = self._answers.pop(attempt, [])
         answered = [r for r in requests if r.kind != mailbox.SAVE or r.name in asked]
-        self._tell_of_late(answered)
         self._after_append()
         self.answer(answered)
 

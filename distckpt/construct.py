@@ -252,7 +252,7 @@ def _stop(told: OnSignal | None, timeout_seconds: float) -> Stop | None:
         raise ConfigError(msg)
     file, path = None, told.file
     if path is not None:
-        what, worker = f"{path}, which tells to stop,", _look_worker(timeout_seconds)
+        what, worker = "the file that tells to stop", _look_worker(timeout_seconds)
         file = Lookout(what, lambda: storage.exists(path), worker)
     return Stop(Notice(told.signals), file, told.grace_period_seconds)
 

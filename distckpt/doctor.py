@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from distckpt import paths, state, storage
+from distckpt import leases, mailbox, paths, state, storage
 from distckpt.errors import FormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
@@ -65,6 +65,7 @@ def examine(directory: str, *, tries: bool = True) -> Iterator[Finding]:
     if record is not None:
         yield _copy(directory, record)
     yield from _leftovers(directory, record)
+    yield from _from_others(directory)
 
 
 # What the filesystem is
@@ -305,6 +306,27 @@ def _leftovers(directory: str, newest: Record | None) -> Iterator[Finding]:
         yield Finding("left over", WARNING, text)
     if not found:
         yield Finding("left over", OK, "nothing")
+
+
+def _from_others(directory: str) -> Iterator[Finding]:
+    """Tell of what other processes have left: requests that wait, leases."""
+    try:
+        requests, refused = mailbox.collect(directory)
+        held = leases.held(directory)
+    except (StorageError, FormatError) as error:
+        yield Finding("requests", BAD, str(error))
+        return
+    for request in requests:
+        what = request.kind if request.attempt is None else f"{request.kind} of "
+        name = "" if request.attempt is None else request.attempt.prefix
+        text = f"{what}{name}, by {request.by}; the next commit takes it up"
+        yield Finding("requests", OK, text)
+    if refused:
+        text = f"{len(refused)} files are none; the next commit removes them"
+        yield Finding("requests", WARNING, text)
+    for attempt, seconds in held:
+        text = f"of {attempt.prefix}, touched {seconds:.0f} s ago"
+        yield Finding("lease", OK, text)
 
 
 def _fate_of(

@@ -168,6 +168,24 @@ def names_of(directory: str, attempt: Attempt) -> list[str]:
     return [name for name in names if paths.parse_lease_file(name) == attempt]
 
 
+def held(directory: str) -> list[tuple[Attempt, float]]:
+    """List all leases, of living and dead readers, with the seconds since each was touched.
+
+    By this host's clock, for people.
+
+    Raises:
+        StorageError, UnsafeCheckpointError: They cannot be looked for.
+    """
+    found = []
+    for name in storage.list_directory(_folder(directory)):
+        attempt = paths.parse_lease_file(name)
+        if attempt is not None:
+            path = os.path.join(_folder(directory), name)
+            with suppress(StorageError):  # given back meanwhile
+                found.append((attempt, time.time() - storage.modified(path)))
+    return found
+
+
 def _seconds_of(path: str) -> float:
     """Read how long a lease lasts; whatever it says, not for ever."""
     with suppress(StorageError, FormatError, ConfigError, strict_json.JsonError):

@@ -34,6 +34,7 @@ LOOKING = {
     "free_bytes",
     "is_directory",
     "list_directory",
+    "modified",
     "refuse_link",
 }
 

@@ -10,8 +10,9 @@ import sys
 import pytest
 from unit_helpers import flip_bit, make_attempt, make_claimed, save
 
-from distckpt import doctor, lock, paths, state, storage
+from distckpt import doctor, lock, paths, pin, request_save, state, storage
 from distckpt.errors import StorageError
+from distckpt.leases import Lease
 
 pytestmark = pytest.mark.alone
 
@@ -226,3 +227,23 @@ def test_state_file_that_is_no_file_is_told(saved):
     os.unlink(path)
     os.mkfifo(path)
     assert one(saved, "state file")[0] == doctor.WARNING
+
+
+def test_what_others_ask_for_and_read_is_told(saved):
+    pin(os.path.join(saved, "ckpt-2"))
+    request_save(saved)
+    lease = Lease(saved, state.read_head(saved).record.live[0].attempt, 60.0)
+    found = findings_of(saved, tries=False)
+    assert [text.partition(",")[0] for _, text in found["requests"]] == [
+        "pin of ckpt-2",
+        "save",
+    ]
+    ((verdict, text),) = found["lease"]
+    assert verdict == doctor.OK and text.startswith("of ckpt-2, touched 0 s ago")
+    lease.release()
+    assert "lease" not in findings_of(saved, tries=False)
+
+
+def test_requests_that_are_elsewhere_are_bad(saved, tmp_path):
+    os.symlink(tmp_path, os.path.join(saved, paths.REQUESTS_DIRECTORY))
+    assert one(saved, "requests", tries=False)[0] == doctor.BAD
