@@ -16,6 +16,7 @@ from distckpt.checkpoint import Captured
 from distckpt.comm import Answer, How
 from distckpt.commit import updated_lists, write_and_commit
 from distckpt.errors import ManagerBroken, OutcomeUnknown, SaveFailed
+from distckpt.events import STAGE
 from distckpt.flight import Flight
 from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
@@ -100,10 +101,16 @@ def _fly(
             staged.result.check_unchanged()
         return written
 
-    try:
-        flight.answer = write_and_commit(
-            job, attempt, flight.step, plan, write, flight.remarks, yields=True
+    if copied.error is None:
+        job.events.tell(
+            STAGE,
+            seconds=staged.seconds + copied.seconds,
+            checkpoint=attempt.prefix,
+            step=flight.saving.step,
+            size_bytes=staged.result.size_bytes,
         )
+    try:
+        flight.answer = write_and_commit(job, flight.saving, plan, write, yields=True)
     except BaseException as error:
         # Ctrl-C was raised where it came; later this rank says what all others say.
         flight.error = error if isinstance(error, Exception) else error.__cause__ or error
@@ -194,7 +201,7 @@ def _judge(job: Job, votes: Sequence[Vote]) -> Answer:
 
 def _undo(job: Job, flight: Flight) -> None:
     """Set numbering and interval back to where they were before the save."""
-    if job.gate.last_step == flight.step:
+    if job.gate.last_step == flight.saving.step:
         job.gate.last_step = flight.last_step
     if job.clock is not None:
         job.clock.undo()

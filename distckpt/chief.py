@@ -51,6 +51,9 @@ class Chief:
     Making one reads and writes nothing. ``prepare_claim`` and ``finish_claim`` make it
     the directory's only writer; they, and everything that writes, raise ``FencedError``
     once another chief has claimed.
+
+    Attributes:
+        identity: The job that it belongs to.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Chief:
         self._directory = directory
         self._checkpoint_name = checkpoint_name
         self._retention = retention
-        self._identity = identity
+        self.identity = identity
         self._takeover = takeover
         self._max_lock_wait_seconds = max_lock_wait_seconds
         self._janitor = janitor or Janitor(directory)
@@ -174,7 +177,7 @@ class Chief:
             return
         newest = state.read_head(self._directory)
         holder = None if newest is None else newest.record
-        if holder is not None and holder.run == self._identity.run:
+        if holder is not None and holder.run == self.identity.run:
             # A process of this very job that has not gone yet, or never will: the next
             # record fences it.
             _logger.warning(
@@ -245,8 +248,8 @@ class Chief:
                 chain=paths.random_hex(8),
                 epoch=1,
                 writer=self._writer,
-                run=self._identity.run,
-                restart=self._identity.restart,
+                run=self.identity.run,
+                restart=self.identity.restart,
                 action=record.CLAIM,
                 written=float(time.time()),
             )
@@ -257,8 +260,8 @@ class Chief:
             previous=self._head.digest,
             epoch=newest.epoch + 1,
             writer=self._writer,
-            run=self._identity.run,
-            restart=self._identity.restart,
+            run=self.identity.run,
+            restart=self.identity.restart,
             action=record.CLAIM,
             written=float(time.time()),
         )

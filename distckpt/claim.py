@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from distckpt.comm import Answer
 from distckpt.errors import RanksFailed
+from distckpt.events import CLAIM
 from distckpt.job import Job, Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.probe import Probe
@@ -23,6 +26,7 @@ def ensure_claimed(job: Job) -> None:
     """
     if job.claimed:
         return
+    began = time.monotonic()
     # C1 (chief): lock, read, probe.
     answer = job.decisions.consult(Vote(Phase.CLAIM), lambda _: _prepare(job))
     probe = Probe(job.directory, answer["epoch"], answer["nonce"])
@@ -36,6 +40,9 @@ def ensure_claimed(job: Job) -> None:
     answer = agree(job.decisions, Phase.PROBE, tried, lambda votes: _finish(job, votes))
     job.take_lists(answer)
     job.claimed = True
+    whose = {} if job.chief is None else asdict(job.chief.identity)
+    detail = {"epoch": probe.epoch, "ranks": job.world_size, **whose}
+    job.events.tell(CLAIM, seconds=time.monotonic() - began, detail=detail)
 
 
 def _prepare(job: Job) -> Answer:

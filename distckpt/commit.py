@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -16,12 +17,13 @@ from distckpt.errors import (
     SaveFailed,
     StorageError,
 )
+from distckpt.events import COMMIT, VOTE, WRITE
+from distckpt.flight import Saving
 from distckpt.job import Job, Ran, agree
 from distckpt.manifest import Shard
-from distckpt.messages import Phase, Vote, raise_failures
+from distckpt.messages import Phase, Vote, raise_failures, slowest
 from distckpt.paths import Attempt
 from distckpt.record import Record
-from distckpt.remarks import Remarks
 from distckpt.save_plan import SavePlan, or_abandon
 from distckpt.worker import Worker
 
@@ -30,11 +32,9 @@ _LAST_LOOK_SECONDS = 0.2
 
 def write_and_commit(
     job: Job,
-    attempt: Attempt,
-    step: int | None,
+    saving: Saving,
     plan: SavePlan,
     write: Callable[[], shard_file.Written],
-    remarks: Remarks,
     *,
     yields: bool = False,
 ) -> Answer:
@@ -44,11 +44,9 @@ def write_and_commit(
 
     Args:
         job: The manager's.
-        attempt: What is saved.
-        step: At which step.
+        saving: What it is about.
         plan: What all ranks agreed to write.
         write: Writes this rank's file; may run on another thread.
-        remarks: What the user says of it; the chief's count.
         yields: Whether whoever else wants the processor goes first.
 
     Returns:
@@ -61,19 +59,25 @@ def write_and_commit(
         FencedError: The directory belongs to another manager.
     """
     # S5 (every rank): write my file, durably.
+    attempt = saving.attempt
+    about = {"checkpoint": attempt.prefix, "step": saving.step}
     what = f"writing {attempt.prefix}"
     written = Ran(lambda: job.on_disk(job.commits, what, write, yields=yields))
-    chief = _ChiefsPart(job, attempt, step, plan, remarks)
+    if written.error is None:
+        size_bytes = written.result.size_bytes
+        job.events.tell(WRITE, seconds=written.seconds, size_bytes=size_bytes, **about)
+    chief = _ChiefsPart(job, saving, plan)
     try:
         # S6 (every rank): vote; S7 (chief): commit; S8 (every rank): receive the outcome.
-        return agree(
-            job.commits,
-            Phase.WRITE,
-            written,
-            or_abandon(job, attempt, chief.decide),
-            says=_vote_on_file,
-            how=How(patient=True, hung=chief.judge_undone),
-        )
+        with job.events.timed(VOTE, **about):
+            return agree(
+                job.commits,
+                Phase.WRITE,
+                written,
+                or_abandon(job, attempt, chief.decide),
+                says=_vote_on_file,
+                how=How(patient=True, hung=chief.judge_undone),
+            )
     except ManagerBroken as error:
         newest = _newest_record(job)
         if newest is not None and newest.epoch > attempt.epoch:
@@ -99,16 +103,12 @@ class _ChiefsPart:
     def __init__(
         self,
         job: Job,
-        attempt: Attempt,
-        step: int | None,
+        saving: Saving,
         plan: SavePlan,
-        remarks: Remarks,
     ) -> None:
         self._job = job
-        self._attempt = attempt
-        self._step = step
+        self._saving = saving
         self._plan = plan
-        self._remarks = remarks
         self.began = False
 
     def decide(self, votes: Sequence[Vote]) -> Answer:
@@ -119,7 +119,7 @@ class _ChiefsPart:
             # disk that cannot say so has its table of failures, as without the question.
             with suppress(StorageError):
                 self._job.chief.check_not_fenced()
-        path = self._job.path(self._attempt.prefix)
+        path = self._job.path(self._saving.attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         raise_failures(votes, what, SaveFailed, keep_kind=False)
         self.began = True
@@ -129,7 +129,7 @@ class _ChiefsPart:
             text = f"the commit failed on the chief: {error}"
             msg = f"saving {path} failed: {text}; no checkpoint was made."
             raise SaveFailed(msg, {0: text}) from error
-        return _changes(self._job, self._job.chief, self._attempt.prefix)
+        return _changes(self._job, self._job.chief, self._saving.attempt.prefix)
 
     def _commit(self, chief: Chief, votes: Sequence[Vote]) -> None:
         layouts, values = self._plan
@@ -137,20 +137,37 @@ class _ChiefsPart:
             Shard(vote.size_bytes, vote.digest_a.hex(), table)
             for vote, table in zip(votes, layouts.table_of_rank, strict=True)
         ]
+        saving = self._saving
+        began = time.monotonic()
         chief.commit(
-            self._attempt,
-            step=self._step,
+            saving.attempt,
+            step=saving.step,
             shards=shards,
             layouts=layouts.tables,
             values=values,
-            remarks=self._remarks,
+            remarks=saving.remarks,
+        )
+        now = time.monotonic()
+        self._job.events.tell(
+            COMMIT,
+            seconds=now - began,
+            checkpoint=saving.attempt.prefix,
+            step=saving.step,
+            size_bytes=sum(shard.size_bytes for shard in shards),
+            detail={
+                **slowest(votes),
+                "total_seconds": round(now - saving.began, 6),
+                "reasons": list(saving.reasons),
+                "metrics": dict(saving.remarks.listed),
+            },
         )
 
     def judge_undone(self, error: DistckptError) -> DistckptError:
         """Say what it means that the chief has left off: a commit may go through later."""
         if not self.began:
             return error
-        what = f"Whether {self._job.path(self._attempt.prefix)} was committed is unknown"
+        path = self._job.path(self._saving.attempt.prefix)
+        what = f"Whether {path} was committed is unknown"
         return OutcomeUnknown(f"{error} {what}; the next save or restore will tell.")
 
 

@@ -29,18 +29,22 @@ from distckpt.errors import (
     StorageError,
     UnsupportedError,
 )
+from distckpt.events import DELETE, Events, Sink
 from distckpt.exchange_plan import is_faster_once
 from distckpt.gate import IntervalGate
 from distckpt.groups import invite, open_channels
+from distckpt.janitor import Janitor
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
 from distckpt.lookout import Lookout
 from distckpt.messages import Phase, Vote, describe, raise_failures
+from distckpt.paths import Attempt
 from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.record import digest
 from distckpt.retention import Retention
+from distckpt.sinks import History, say_line
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
 
@@ -70,6 +74,7 @@ class Arguments:
     timeout: Any
     takeover: Any
     read_replicated: Any = AUTO
+    on_event: Any = ()
 
     @property
     def wait(self) -> timedelta:
@@ -79,6 +84,15 @@ class Arguments:
         """
         good = isinstance(self.timeout, timedelta) and self.timeout > timedelta(0)
         return self.timeout if good else DEFAULT_TIMEOUT
+
+    def sinks(self) -> list[Sink]:
+        """Return who is told of events, checked."""
+        given = self.on_event
+        sinks = [given] if callable(given) else given
+        if not isinstance(sinks, (list, tuple)) or not all(map(callable, sinks)):
+            msg = f"on_event must be callable, or a list of such, got {given!r:.100}."
+            raise ConfigError(msg)
+        return [*sinks]
 
     def retention(self) -> Retention:
         """Return the retention rule, checked."""
@@ -146,6 +160,12 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             )
             raise ConfigError(msg)
         job = made.result
+        job.events.add(History(job.directory))
+        job.events.add(say_line)
+
+        def tell_of_deletion(attempt: Attempt, seconds: float) -> None:
+            job.events.tell(DELETE, seconds=seconds, checkpoint=attempt.prefix)
+
         job.chief = Chief(
             job.directory,
             checkpoint_name=arguments.checkpoint_name,
@@ -154,6 +174,7 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             takeover=bool(arguments.takeover),
             # The other ranks wait for the chief while it waits for the lock.
             max_lock_wait_seconds=job.timeout_seconds / 2,
+            janitor=Janitor(job.directory, tell_of_deletion),
         )
         if job.gate.when.clocked:
             job.clock = Clock(job.gate.when.clocked)
@@ -241,6 +262,7 @@ def _make_job(
         init_fn=arguments.init_fn,
         timeout_seconds=arguments.wait.total_seconds(),
         stop=_stop(gate.when.told, arguments.wait.total_seconds()),
+        events=Events(arguments.sinks(), decisions.rank),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -15,6 +15,24 @@ from distckpt.paths import Attempt
 from distckpt.remarks import Remarks
 
 
+class Saving(NamedTuple):
+    """What one save is about.
+
+    Attributes:
+        attempt: What is saved.
+        step: At which step; None if that is not known.
+        remarks: What the user says of it; the chief's count.
+        reasons: What has spoken for it.
+        began: When, by the monotonic clock.
+    """
+
+    attempt: Attempt
+    step: int | None
+    remarks: Remarks
+    reasons: tuple[str, ...]
+    began: float
+
+
 class Flight:
     """One save on its way from the call to its commit.
 
@@ -22,11 +40,9 @@ class Flight:
     ranks know it, by the call that brings it in (``background.py``).
 
     Args:
-        attempt: What is saved.
+        saving: What it is about.
         counter: The save counter before.
         last_step: The step of the save before, for the interval.
-        step: The step of this one.
-        remarks: What the user has said of it.
 
     Attributes:
         staged: Set when nothing of the user's memory is needed any more.
@@ -43,17 +59,13 @@ class Flight:
 
     def __init__(
         self,
-        attempt: Attempt,
+        saving: Saving,
         counter: int,
         last_step: int | None,
-        step: int | None,
-        remarks: Remarks,
     ) -> None:
-        self.attempt = attempt
+        self.saving = saving
         self.counter = counter
         self.last_step = last_step
-        self.step = step
-        self.remarks = remarks
         self.staged = threading.Event()
         self.done = threading.Event()
         self.answer: Answer | None = None
@@ -64,12 +76,16 @@ class Flight:
         self.released = threading.Event()
         self.thread: threading.Thread | None = None
         self.seconds = 0.0
-        self._began = time.monotonic()
         self._hook: Any = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """What is saved."""
+        return self.saving.attempt
 
     def finish(self) -> None:
         """Note that the outcome is there."""
-        self.seconds = time.monotonic() - self._began
+        self.seconds = time.monotonic() - self.saving.began
         self.done.set()
 
     def wait_staged(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
@@ -27,10 +28,17 @@ class Janitor:
 
     The thread lives only while there is work, so an idle janitor keeps nothing alive
     and cannot hold up the process's exit.
+
+    Args:
+        directory: The run directory.
+        told: Called with each attempt that was deleted, and how many seconds it took.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(
+        self, directory: str, told: Callable[[Attempt, float], None] | None = None
+    ) -> None:
         self._directory = directory
+        self._told = told
         self._condition = threading.Condition()
         self._work: deque[Callable[[], None]] = deque()
         self._running = False
@@ -99,14 +107,20 @@ class Janitor:
     def _release(self, attempt: Attempt) -> None:
         published = os.path.join(self._directory, attempt.published)
         trash = os.path.join(self._directory, attempt.trash)
+        began = time.monotonic()
+        was_there = True
         if storage.exists(published):
             if self._leases.hold(attempt):
                 return
             remove_published(self._directory, attempt)
         elif storage.exists(trash):
             storage.remove_tree(trash)
+        else:
+            was_there = False
         with self._condition:
             self._released.add(attempt)
+        if was_there and self._told is not None:
+            self._told(attempt, time.monotonic() - began)
 
 
 def remove_published(directory: str, attempt: Attempt) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from distckpt.clock import Clock
 from distckpt.collector import collector_paused
 from distckpt.comm import AS_USUAL, Answer, Channel, Decide, How
 from distckpt.errors import DistckptError, ManagerBroken
+from distckpt.events import Events
 from distckpt.flight import Flight
 from distckpt.gate import NOT_CALLED, Decision, IntervalGate, Pace
 from distckpt.layout import Layouts
@@ -84,6 +86,7 @@ class Job:
         save_seconds: How long the last saves took, from the question to the commit.
         stop: Whether the job is told to stop; None if it does not ask for that.
         clock: When rules of time want a save; on the chief, if there are any.
+        events: Whoever wants to know what happens.
         requests: What other processes ask for; on the chief, if saves are made for that.
         requested: Who asked for a save when the ranks asked last; on the chief.
         calls_left: After how many more calls of ``save()`` to ask about all this.
@@ -113,6 +116,7 @@ class Job:
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None
     clock: Clock | None = None
+    events: Events = field(default_factory=Events)
     requests: Lookout[list[Request]] | None = None
     requested: list[Request] = field(default_factory=list)
     calls_left: int = 1
@@ -236,14 +240,21 @@ def draft_of(job: Job, attempt: Attempt, captured: Captured, file: OwnFile) -> D
 
 
 class Ran(Generic[_Result]):
-    """What a phase came to on this rank: a result, or the error that will be its vote."""
+    """What a phase came to on this rank: a result, or the error that will be its vote.
+
+    Attributes:
+        error: The error; None if there was none.
+        seconds: How long it took.
+    """
 
     def __init__(self, body: Callable[[], _Result]) -> None:
         self.error: BaseException | None = None
+        began = time.monotonic()
         try:
             self._result = body()
         except BaseException as error:
             self.error = error
+        self.seconds = time.monotonic() - began
 
     def value(self) -> _Result:
         """Return the result, or raise the error."""
@@ -290,6 +301,7 @@ def agree(
         vote = voted.result
     else:
         vote = failure(phase, original, status_of(original))
+    vote = vote._replace(seconds=ran.seconds)
     try:
         answer = channel.consult(vote, decide, how=how)
     except DistckptError as error:

@@ -98,6 +98,7 @@ class Loading:
     What all ranks have use for can be left to ``exchange.py``: ``read`` reads the rest.
 
     Attributes:
+        manifest: What the attempt consists of.
         wants: Equal on ranks that want the same tensors; zeros if nothing is left to an
             exchange.
         common: How what they want is exchanged; None likewise.
@@ -117,7 +118,7 @@ class Loading:
         self._names = names
         self._remembered = remembered
         self._directory = directory
-        self._manifest = manifest
+        self.manifest = manifest
         self._rank = rank
         self._world_size = world_size
         self._what = name_of(directory, manifest)
@@ -186,7 +187,7 @@ class Loading:
         with self._closed_on_error(), collector_paused():
             check_nothing_adrift()
             self._wants = self._look_at_tensors(exchange)
-            assignment = self._manifest.assignment
+            assignment = self.manifest.assignment
             self._reads = self._remembered.read_plans.plan(assignment, self._wants.wanted)
             for rank in self._reads.sources:
                 self._reader(rank)
@@ -201,7 +202,7 @@ class Loading:
     def _look_at_tensors(self, exchange: bool) -> _Wants:
         names, live = [*self._shared.reads], [*self._shared.reads.values()]
         # What all ranks read together follows from how it was saved, too.
-        saved = self._manifest.assignment if exchange else None
+        saved = self.manifest.assignment if exchange else None
         return self._remembered.known.recall(
             ("reads", exchange), live, (names, saved), lambda: self._list_wants(exchange)
         )
@@ -226,17 +227,17 @@ class Loading:
         if not known.is_sharded or not tensors.is_cut(tensor):
             return True
         # As it was saved, each rank's part lies by itself in the file of one.
-        saved = self._manifest.assignment.rows[name].sharding
+        saved = self.manifest.assignment.rows[name].sharding
         as_saved = saved and (saved.mesh.shape, saved.placements)
         return tensors.is_cut_inside(tensor) and as_saved != tensors.layout_of(tensor)
 
     def _exchange_plan(self, common: list[Wanted]) -> ExchangePlan:
-        assignment = self._manifest.assignment
+        assignment = self.manifest.assignment
         reads = self._remembered.common_plans.plan(assignment, common)
         plan = self._remembered.exchange_plan
         if plan is None or not plan.is_of(reads):
             plan = ExchangePlan(
-                reads, assignment.rows, self._manifest.world_size, self._world_size
+                reads, assignment.rows, self.manifest.world_size, self._world_size
             )
             self._remembered.exchange_plan = plan
         return plan
@@ -255,7 +256,7 @@ class Loading:
         Raises:
             MismatchError: It needs those of a rank that has saved none, or more.
         """
-        saved_by = self._manifest.world_size
+        saved_by = self.manifest.world_size
         if not nodes.per_rank:
             return []
         if not self._is_resized:
@@ -278,7 +279,7 @@ class Loading:
     @property
     def _is_resized(self) -> bool:
         """Whether another number of ranks has saved."""
-        return self._world_size != self._manifest.world_size
+        return self._world_size != self.manifest.world_size
 
     def _plan_own(self, node: Node, resize: Resize) -> None:
         """Plan what is this rank's own; see ``PerRank``."""
@@ -304,7 +305,7 @@ class Loading:
         reader = self._readers.get(rank)
         if reader is None:
             with _blamed_on(rank):
-                reader = open_shard(self._directory, self._manifest, rank)
+                reader = open_shard(self._directory, self.manifest, rank)
             self._readers[rank] = self._stack.enter_context(reader)
         return reader
 

@@ -23,6 +23,7 @@ from distckpt.errors import (
     StorageError,
     StorageTimeout,
 )
+from distckpt.events import ERROR, FENCE, Sink
 from distckpt.gate import Decision
 from distckpt.job import Job
 from distckpt.messages import Phase, Vote, describe
@@ -36,6 +37,8 @@ from distckpt.worker import Worker
 _Result = TypeVar("_Result")
 
 _UNLOCK_SECONDS = 1.0
+# How long one that closes waits until all events are told.
+_TELL_SECONDS = 1.0
 
 
 class CheckpointManager:
@@ -80,6 +83,9 @@ class CheckpointManager:
             others; for storage that is slow for many hosts. ``"auto"``: the faster one, by
             the numbers of hosts and ranks; with one host always each
             (docs/decisions/0014).
+        on_event: Called with an ``Event`` for everything that happens on this rank; or a
+            list of such callables, as there are in ``distckpt.sinks``. On a thread of its
+            own.
 
     Raises:
         ConfigError, UnsupportedError: A bad argument, on every rank.
@@ -101,6 +107,7 @@ class CheckpointManager:
         timeout: timedelta = DEFAULT_TIMEOUT,
         takeover: bool = False,
         read_replicated: Literal["auto", "each", "once"] = "auto",
+        on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._unusable: DistckptError | None = None
         arguments = Arguments(
@@ -115,6 +122,7 @@ class CheckpointManager:
             timeout=timeout,
             takeover=takeover,
             read_replicated=read_replicated,
+            on_event=on_event,
         )
         self._job = construct(arguments, process_group)
 
@@ -371,6 +379,7 @@ class CheckpointManager:
         if self._job.flight is not None:
             self._job.flight.release_optimizers()
         self._job.arena = None
+        self._job.events.wait(_TELL_SECONDS)
         if self._job.stop is not None:
             self._job.stop.notice.end()
         if self._job.liveness is not None:
@@ -388,11 +397,14 @@ class CheckpointManager:
             notice.enter()
         try:
             result = call()
-        except FencedError as error:
-            self._let_go(error)
-            raise
-        except ManagerBroken as error:
-            self._let_go(error, describe(error))
+        except DistckptError as error:
+            kind = FENCE if isinstance(error, FencedError) else ERROR
+            what = {"error": type(error).__name__, "text": str(error)[:500]}
+            self._job.events.tell(kind, detail=what)
+            if isinstance(error, FencedError):
+                self._let_go(error)
+            elif isinstance(error, ManagerBroken):
+                self._let_go(error, describe(error))
             raise
         except (KeyboardInterrupt, SystemExit) as error:
             if self._job.world_size > 1:

@@ -61,6 +61,7 @@ class Vote(NamedTuple):
         call: Of a call of ``save()``, which must be alike on all ranks, likewise.
         detail: Text of any length, or nothing; gathered only when some rank has some.
         rank: Who votes; set by the channel.
+        seconds: How long the phase took, so that the chief knows the slowest.
     """
 
     phase: Phase
@@ -72,6 +73,7 @@ class Vote(NamedTuple):
     call: bytes = bytes(12)
     detail: bytes = b""
     rank: int = 0
+    seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -93,11 +95,11 @@ class Vote(NamedTuple):
             status, number = self.status | _HAS_STEP, self.step
         length = len(self.detail)
         digests = (self.digest_a, self.digest_b, self.call)
-        return _VOTE.pack(self.phase, status, length, number, *digests)
+        return _VOTE.pack(self.phase, status, length, number, *digests, self.seconds)
 
 
 # So small that the two votes of a save are at most 128 bytes.
-_VOTE = struct.Struct("<BBIq16s12s12s")
+_VOTE = struct.Struct("<BBIq16s12s12sf")
 _HAS_STEP = 0x80
 # Looked up, because making a member of an enum from its number is slow.
 _PHASES = {int(phase): phase for phase in Phase}
@@ -115,7 +117,8 @@ def unpack_votes(packed: Sequence[bytes], details: Sequence[bytes]) -> list[Vote
     """
     votes = []
     fields = zip(_VOTE.iter_unpack(b"".join(packed)), details, strict=True)
-    for rank, ((phase, status, _, number, a, b, call), detail) in enumerate(fields):
+    for rank, (packed_vote, detail) in enumerate(fields):
+        phase, status, _, number, a, b, call, seconds = packed_vote
         size_bytes, step = number, None
         if status & _HAS_STEP:
             size_bytes, step = 0, number
@@ -130,9 +133,22 @@ def unpack_votes(packed: Sequence[bytes], details: Sequence[bytes]) -> list[Vote
                 call,
                 detail,
                 rank,
+                seconds,
             )
         )
     return votes
+
+
+def slowest(votes: Sequence[Vote]) -> dict[str, Any]:
+    """Say which rank took longest for a phase, how long, and how long all did."""
+    last = max(votes, key=lambda vote: vote.seconds)
+    mean = sum(vote.seconds for vote in votes) / len(votes)
+    return {
+        "ranks": len(votes),
+        "slowest_rank": last.rank,
+        "slowest_seconds": round(last.seconds, 6),
+        "mean_seconds": round(mean, 6),
+    }
 
 
 def detail_lengths(packed: Sequence[bytes]) -> list[int]:

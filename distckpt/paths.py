@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 STATE_FILE = "checkpoint"
 RECORDS_DIRECTORY = ".state"
@@ -16,6 +17,7 @@ LOCK_FILE = ".lock"
 MANIFEST_FILE = "manifest.json"
 REQUESTS_DIRECTORY = ".requests"
 LEASES_DIRECTORY = ".leases"
+EVENTS_DIRECTORY = ".events"
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9._])?"
 # No leading zeros and no "-0": every name has exactly one spelling.
@@ -32,6 +34,7 @@ _PROBE = re.compile(
 )
 _REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.json")
 _LEASE = re.compile(rf"({_ATTEMPT.pattern})\.[0-9a-f]{{16}}\.lease")
+_EVENTS = re.compile(rf"e({_NATURAL})-([0-9a-f]{{8}})-([0-9]{{4}})\.jsonl")
 _CHECKPOINT_NAME = re.compile(_NAME)
 
 
@@ -70,6 +73,14 @@ class Attempt:
     def trash(self) -> str:
         """Directory name while it is being deleted."""
         return f".{self.published}.trash"
+
+
+class EventsFile(NamedTuple):
+    """A file of the history: of which claim, by whom, and its part; they sort by age."""
+
+    epoch: int
+    part: int
+    nonce: str
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -166,6 +177,17 @@ def parse_lease_file(name: str) -> Attempt | None:
     """Parse a lease's file name into what it keeps; None for anything else."""
     match = _LEASE.fullmatch(name)
     return None if match is None else parse_published(match[1])
+
+
+def events_file(epoch: int, nonce: str, part: int) -> str:
+    """Name a file of the chief's history."""
+    return f"e{epoch}-{nonce}-{part:04d}.jsonl"
+
+
+def parse_events_file(name: str) -> EventsFile | None:
+    """Parse such a name; None for anything else."""
+    match = _EVENTS.fullmatch(name)
+    return None if match is None else EventsFile(int(match[1]), int(match[3]), match[2])
 
 
 def partial(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from distckpt.errors import (
     StorageError,
     StorageTimeout,
 )
+from distckpt.events import FALLBACK, RESTORE
 from distckpt.exchange import Exchange
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
@@ -124,6 +126,8 @@ class Candidates:
 
     def _fall_back(self, why: str) -> Answer:
         _logger.warning("falling back to an older checkpoint: %s", why)
+        prefix = self._left[0].attempt.prefix
+        self._job.events.tell(FALLBACK, checkpoint=prefix, detail={"reason": why[:500]})
         self._skipped.append(why)
         self._left = self._left[1:]
         self._retried = False
@@ -239,6 +243,7 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
             how=How(patient=True),
         )
 
+    began = time.monotonic()
     planned = Ran(lambda: _plan(job, trial))
     try:
         answer = agreed(Phase.PLAN, planned, _vote_on_plan)  # R3
@@ -257,6 +262,12 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
     finally:
         if planned.error is None:
             planned.result.loading.close()
+    job.events.tell(
+        RESTORE,
+        seconds=time.monotonic() - began,
+        checkpoint=trial.attempt.prefix,
+        step=plan.loading.manifest.step,
+    )
     return True
 
 

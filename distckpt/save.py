@@ -24,7 +24,8 @@ from distckpt.errors import (
     SaveFailed,
     StorageError,
 )
-from distckpt.flight import Flight
+from distckpt.events import SAVE
+from distckpt.flight import Flight, Saving
 from distckpt.gate import Decision
 from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
@@ -135,6 +136,7 @@ def _save(job: Job, given: Call) -> str | None:
             _look_after_flight(job)
             return None
         reasons += job.gate.reasons(step, bool(check_interval))
+    reasons += ["told to stop"] if told_to_stop else []
     if job.undefined:
         raise RestoreFailed(job.undefined)
     request = Ran(lambda: given.request(step_read.value()))
@@ -158,16 +160,15 @@ def _save(job: Job, given: Call) -> str | None:
         begin = partial(_begin, job, request, counter)
         attempt, captured, plan = decide_and_plan(job, call, begin)  # S1 to S3
         step, options = request.result.step, request.result.options
+        saving = Saving(attempt, step, request.result.remarks, tuple(reasons), began)
         if options.validate_replicas and job.world_size > 1:
             compare_replicas(job, attempt, captured)
         if options.enable_async:
-            flight = Flight(attempt, counter, last_step, step, request.result.remarks)
+            flight = Flight(saving, counter, last_step)
             take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
         else:
             write = partial(_write, job, attempt, captured, plan)
-            remarks = request.result.remarks
-            # S5 to S8
-            changes = write_and_commit(job, attempt, step, plan, write, remarks)
+            changes = write_and_commit(job, saving, plan, write)  # S5 to S8
             job.take_lists(updated_lists(job, changes))
             job.save_seconds.append(time.monotonic() - began)
     except OutcomeUnknown:
@@ -180,10 +181,16 @@ def _save(job: Job, given: Call) -> str | None:
     job.gate.last_step = step
     if job.clock is not None:
         job.clock.reset(began)
-    reasons += ["told to stop"] if told_to_stop else []
-    job.decision = Decision(True, tuple(reasons))
+    job.decision = Decision(True, saving.reasons)
     if told_to_stop:
         note_saved(job)
+    job.events.tell(
+        SAVE,
+        seconds=time.monotonic() - began,
+        checkpoint=attempt.prefix,
+        step=step,
+        detail={"asynchronous": options.enable_async},
+    )
     return job.path(attempt.prefix)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from distckpt.errors import (
     OutcomeUnknown,
     SaveFailed,
 )
+from distckpt.events import CAPTURE, DECIDE
 from distckpt.job import Job, Ran, agree
 from distckpt.layout import Layouts, Table
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
@@ -98,9 +100,13 @@ def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> 
         return _decide(job, votes, begin)
 
     ran = Ran(body)
+    began = time.monotonic()
     answer = agree(job.decisions, Phase.DECIDE, ran, decide, says=_State.vote)
     attempt = paths.parse_published(answer["attempt"])
     assert attempt is not None
+    about = {"checkpoint": attempt.prefix, "step": ran.result.call.step}
+    job.events.tell(CAPTURE, seconds=ran.seconds, **about)
+    job.events.tell(DECIDE, seconds=time.monotonic() - began, **about)
     state = ran.result
     key = bytes.fromhex(answer["key"])
     values = state.values

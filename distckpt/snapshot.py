@@ -65,10 +65,14 @@ class Snapshot:
         moves: What to copy.
         draft: The file's header.
         outline: What the file holds.
+
+    Attributes:
+        size_bytes: Of the image.
     """
 
     def __init__(self, arena: Arena, moves: Moves, draft: Draft, outline: Outline) -> None:
-        self._image = arena.bytes[: shard_file.image_bytes(draft, outline)]
+        self.size_bytes = shard_file.image_bytes(draft, outline)
+        self._image = arena.bytes[: self.size_bytes]
         self._draft = draft
         self._outline = outline
         # Walked once: when all is copied, it keeps no tensor alive any more.

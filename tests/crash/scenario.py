@@ -433,7 +433,7 @@ def claim_and_check_clean(directory: str) -> None:
 def unlisted(directory: str, record: Record) -> list[str]:
     """Name all that is in a run directory and belongs to nothing."""
     known = {paths.STATE_FILE, paths.RECORDS_DIRECTORY, paths.LOCK_FILE}
-    known |= {paths.REQUESTS_DIRECTORY, paths.LEASES_DIRECTORY}
+    known |= {paths.REQUESTS_DIRECTORY, paths.LEASES_DIRECTORY, paths.EVENTS_DIRECTORY}
     known |= {entry.attempt.published for entry in (*record.committed, *record.bad)}
     names = [name for name in _names_in(directory) if name not in known]
     records = _names_in(os.path.join(directory, paths.RECORDS_DIRECTORY))

@@ -156,9 +156,10 @@ def flip_last_bit(path):
 
 
 def tree_of(directory):
-    """Return every file below a directory with its content."""
+    """Return every file below a directory with its content, but for the history."""
     found = {}
-    for folder, _, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if name != paths.EVENTS_DIRECTORY]
         for name in names:
             path = os.path.join(folder, name)
             with open(path, "rb") as file:

@@ -724,6 +724,11 @@ def _close_and_leave(rank, directory):
         lock.acquire(timeout=0)
         lock.release()
     dist.barrier()
+    deadline = time.monotonic() + 5
+    while any("distckpt" in t.name for t in threading.enumerate()):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     found["threads"] = [t.name for t in threading.enumerate() if "distckpt" in t.name]
     return found
 

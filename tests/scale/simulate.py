@@ -28,6 +28,7 @@ from distckpt import layout, messages, readers, values
 from distckpt.chief import Chief
 from distckpt.comm import _check_same_phase
 from distckpt.commit import _ChiefsPart
+from distckpt.flight import Saving
 from distckpt.identity import Identity
 from distckpt.job import Ran
 from distckpt.layout import SHARDED, SPLIT, Layouts, Row, Table
@@ -216,7 +217,8 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
         for rank in ranks
     ]
     plan = SavePlan(job.layouts, plain)
-    part = _ChiefsPart(job, attempt, 1000, plan, NOTHING)
+    saving = Saving(attempt, 1000, NOTHING, ("simulated",), time.monotonic())
+    part = _ChiefsPart(job, saving, plan)
     commit = part._commit
 
     def timed_apart(chief: Chief, votes: Sequence[Vote]) -> None:

@@ -17,12 +17,12 @@ import distckpt
 LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
     | {"rendezvous", "collector", "few_open"},
-    1: {"values", "record", "sharding", "messages", "modules", "line"}
+    1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena", "mailbox", "leases"},
+    | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"},
@@ -66,7 +66,16 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
-    *{"mailbox", "leases", "lookout", "requests", "prune", "cli_requests"},
+    *{
+        "events",
+        "sinks",
+        "mailbox",
+        "leases",
+        "lookout",
+        "requests",
+        "prune",
+        "cli_requests",
+    },
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 

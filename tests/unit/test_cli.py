@@ -102,6 +102,7 @@ def test_list_as_json_says_all_of_each_checkpoint(several, clock):
         "time": clock.now - 60,
         "size_bytes": 401444,
         "metrics": {},
+        "pinned": False,
         "kept_by": [],
     }
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from distckpt.flight import Flight
+from distckpt.flight import Flight, Saving
 from distckpt.paths import Attempt
 from distckpt.remarks import Remarks
 
@@ -16,7 +16,8 @@ from distckpt.remarks import Remarks
 @pytest.fixture
 def flight():
     """Make one that holds optimizers; let them go again."""
-    made = Flight(Attempt("ckpt", 1, 1, "00000000"), 0, None, 5, Remarks())
+    saving = Saving(Attempt("ckpt", 1, 1, "00000000"), 5, Remarks(), (), 0.0)
+    made = Flight(saving, 0, None)
     yield made
     made.release_optimizers()
 

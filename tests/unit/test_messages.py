@@ -21,6 +21,7 @@ _common = {
     "call": st.binary(min_size=12, max_size=12),
     "detail": st.binary(max_size=20),
     "rank": st.just(0),
+    "seconds": st.floats(0, 1e6, width=32),
 }
 _votes = st.builds(
     Vote, size_bytes=st.integers(0, 2**63 - 1), step=st.none(), **_common
@@ -44,7 +45,7 @@ def test_votes_packed_and_unpacked_are_the_same(votes):
 @given(vote=_votes)
 def test_vote_packed_has_always_the_same_size(vote):
     """Votes are gathered as one fixed-size tensor; two a save are at most 128 bytes."""
-    assert len(vote.pack()) == messages.VOTE_BYTES == 54
+    assert len(vote.pack()) == messages.VOTE_BYTES == 58
 
 
 @settings(max_examples=MAX_EXAMPLES)
