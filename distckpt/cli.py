@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import click
 
 from distckpt import paths, storage, values
 from distckpt.cli_repair import doctor_command, repair_command
+from distckpt.cli_report import report_command
 from distckpt.cli_requests import (
     pin_command,
     prune_command,
@@ -34,8 +35,11 @@ from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
     Progress,
+    age,
+    date,
     echo,
     json_option,
+    metrics_text,
     or_exit,
     print_json,
     print_table,
@@ -69,6 +73,7 @@ main.add_command(pin_command)
 main.add_command(unpin_command)
 main.add_command(request_save_command)
 main.add_command(prune_command)
+main.add_command(report_command)
 
 
 @main.command(name="list")
@@ -93,10 +98,10 @@ def list_command(directory: str, as_json: bool) -> None:
                 os.path.join(directory, entry.attempt.prefix),
                 state,
                 "" if entry.step is None else str(entry.step),
-                _date(entry.time),
-                _age(time.time() - entry.time),
+                date(entry.time),
+                age(time.time() - entry.time),
                 size(entry.size_bytes),
-                _metrics(dict(entry.metrics)),
+                metrics_text(dict(entry.metrics)),
                 ", ".join(_kept_by(entry, rules)),
             ]
             for state, entry in rows
@@ -118,11 +123,11 @@ def show(path: str, as_json: bool) -> None:
     step = "unknown" if manifest.step is None else manifest.step
     echo(f"checkpoint {attempt.prefix}  (attempt {attempt.published})")
     echo(f"step       {step}")
-    echo(f"created    {_date(manifest.created)}")
+    echo(f"created    {date(manifest.created)}")
     echo(f"ranks      {manifest.world_size}")
     echo(f"size       {size(manifest.size_bytes)}")
     if manifest.remarks.metrics:
-        echo(f"metrics    {_metrics(manifest.remarks.metrics)}")
+        echo(f"metrics    {metrics_text(manifest.remarks.metrics)}")
     for name, value in manifest.remarks.metadata.items():
         echo(f"metadata   {name}: {value!r}")
     rows = manifest.assignment.rows.values()
@@ -301,27 +306,3 @@ def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -
             f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
             "and fails if there is none."
         )
-
-
-def _metrics(metrics: Mapping[str, float | None]) -> str:
-    """Spell metrics for people; one that is no finite number has a dash."""
-    return ", ".join(
-        f"{name} {'-' if value is None else f'{value:.6g}'}"
-        for name, value in metrics.items()
-    )
-
-
-def _date(seconds: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return f"{seconds:.0f} s"
-
-
-def _age(seconds: float) -> str:
-    if seconds < 0:
-        return "in the future"
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

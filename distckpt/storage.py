@@ -426,6 +426,18 @@ def list_directory(path: str) -> list[str]:
     return []
 
 
+def replace_file(path: str, data: bytes) -> None:
+    """Write a file, in place of what has its name; whole or not at all."""
+    temporary = f"{path}.{os.urandom(4).hex()}.partial"
+    try:
+        write_new_file(temporary, data)
+        rename(temporary, path)
+    except StorageError:
+        with suppress(StorageError):
+            remove_file(temporary)
+        raise
+
+
 def append_to_file(path: str, data: bytes) -> None:
     """Append to a file, made if it is not there; not durable, for what may be lost."""
     with _reported("append", path):

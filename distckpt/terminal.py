@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -63,6 +63,41 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} TiB"
+
+
+def metrics_text(metrics: Mapping[str, float | None]) -> str:
+    """Spell metrics for people; one that is no finite number has a dash."""
+    return ", ".join(
+        f"{name} {'-' if value is None else f'{value:.6g}'}"
+        for name, value in metrics.items()
+    )
+
+
+def date(seconds: float) -> str:
+    """Spell a point in time for people, in their time zone."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f} s"
+
+
+def age(seconds: float) -> str:
+    """Spell for how long something is there."""
+    if seconds < 0:
+        return "in the future"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def duration(seconds: float) -> str:
+    """Spell how long something takes."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return age(seconds)
 
 
 def print_table(

@@ -18,12 +18,14 @@ LAYERS = {
     0: {"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "names"}
     | {"rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
+    | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout"},
+    | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
+    | {"history"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"},
     7: {"opened", "module_node", "repair", "doctor"},
@@ -37,7 +39,7 @@ LAYERS = {
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save"},
-    18: {"manager", "cli_transfer", "cli_repair", "cli_requests"},
+    18: {"manager", "cli_transfer", "cli_repair", "cli_requests", "cli_report"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -75,6 +77,10 @@ TORCH_FREE = {
         "requests",
         "prune",
         "cli_requests",
+        "cli_report",
+        "charts",
+        "history",
+        "report",
     },
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }

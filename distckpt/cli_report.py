@@ -1,0 +1,37 @@
+"""The command ``distckpt report``: a run directory as one page for people."""
+
+from __future__ import annotations
+
+import click
+
+from distckpt import storage
+from distckpt.errors import CheckpointNotFound
+from distckpt.terminal import echo, fail, json_option, or_exit, print_json
+
+
+@click.command(name="report")
+@click.argument("directory")
+@click.option(
+    "-o",
+    "--output",
+    default="report.html",
+    show_default=True,
+    help="Where to write it; replaced if it is there.",
+)
+@json_option
+def report_command(directory: str, output: str, as_json: bool) -> None:
+    """Make a page of a run directory: saves, restarts, cost, skew, metrics, what is kept.
+
+    The page is one file that needs no network. With --json its figures are printed instead.
+    """
+    from distckpt import report
+
+    if not or_exit(storage.is_directory, directory):
+        fail(CheckpointNotFound(f"{directory} is not a directory."))
+    run = or_exit(report.read_run, directory)
+    if as_json:
+        print_json(report.figures(run))
+        return
+    data = report.render(run).encode(errors="backslashreplace")
+    or_exit(storage.replace_file, output, data)
+    echo(f"{output}: {len(data) / 1024:.0f} KiB; open it in a browser.")
