@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         UnsupportedError,
     )
+    from distckpt.events import Event
     from distckpt.gate import Decision
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
@@ -77,6 +78,7 @@ __all__ = [
     "Desync",
     "DirectoryInUseError",
     "DistckptError",
+    "Event",
     "FencedError",
     "FormatError",
     "ManagerBroken",
@@ -123,6 +125,7 @@ _HOMES = {
     "CheckpointOptions": "save",
     "CheckpointState": "readers",
     "Decision": "gate",
+    "Event": "events",
     "OpenedCheckpoint": "opened",
     "PerRank": "per_rank",
     "RestoreOptions": "restore_names",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from markupsafe import Markup
 
 LINE, DOTS = "line", "dots"
 
-_WIDTH, _HEIGHT = 720, 180
+WIDE, NARROW = 900, 440
+
+_HEIGHT = 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 24
 _MAX_POINTS = 400
 _NUM_TICKS = 4
@@ -59,8 +63,11 @@ def draw(
     *,
     spell_x: Callable[[float], str],
     spell_y: Callable[[float], str],
+    width: int = WIDE,
 ) -> Markup:
     """Draw a chart whose y axis begins at 0, or below where values are negative.
+
+    Lines are broken at the marks.
 
     Args:
         label: What it shows, for those who cannot see it.
@@ -68,26 +75,27 @@ def draw(
         marks: Behind it.
         spell_x: Spells values of x.
         spell_y: Spells values of y.
+        width: In pixels of the page, about: texts have the size that they have there.
     """
     series = [Series(s.name, s.kind, _thinned(s.points), s.style) for s in series]
     every = [point for one in series for point in one.points]
     if not every:
         return Markup('<p class="nothing">nothing yet</p>')
     xs = [point.x for point in every] + [mark.x for mark in marks]
-    x = _Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
+    x = _Axis(min(xs), max(xs), _LEFT, width - _RIGHT)
     ticks = _nice_ticks(
         min(0.0, *(point.y for point in every)), max(point.y for point in every)
     )
     y = _Axis(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     drawn = [
         Markup("<title>{}</title>").format(label),
-        *[_grid_line(y(tick), spell_y(tick)) for tick in ticks],
+        *[_grid_line(y(tick), spell_y(tick), width) for tick in ticks],
         *[_x_label(x, index / _NUM_TICKS, spell_x) for index in range(_NUM_TICKS + 1)],
         *[_marked(mark, x(mark.x)) for mark in marks],
-        *[_drawn(one, x, y) for one in series],
+        *[_drawn(one, x, y, [mark.x for mark in marks]) for one in series],
     ]
     return Markup('<svg viewBox="0 0 {} {}" role="img">{}</svg>').format(
-        _WIDTH, _HEIGHT, Markup("").join(drawn)
+        width, _HEIGHT, Markup("").join(drawn)
     )
 
 
@@ -111,11 +119,11 @@ class _Axis:
         return self._start + share * (self._end - self._start)
 
 
-def _grid_line(y: float, text: str) -> Markup:
+def _grid_line(y: float, text: str, width: int) -> Markup:
     return Markup(
         '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
         '<text class="axis" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-    ).format(_LEFT, _WIDTH - _RIGHT, y, y, _LEFT - 6, y + 4, text)
+    ).format(_LEFT, width - _RIGHT, y, y, _LEFT - 6, y + 4, text)
 
 
 def _x_label(x: _Axis, share: float, spell: Callable[[float], str]) -> Markup:
@@ -131,11 +139,13 @@ def _marked(mark: Mark, x: float) -> Markup:
     ).format(mark.kind, x, x, _TOP, _HEIGHT - _BOTTOM, mark.title)
 
 
-def _drawn(one: Series, x: _Axis, y: _Axis) -> Markup:
-    line = Markup("")
-    if one.style == LINE and len(one.points) > 1:
-        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in one.points)
-        line = Markup('<polyline class="{}" points="{}"/>').format(one.kind, path)
+def _drawn(one: Series, x: _Axis, y: _Axis, breaks: Sequence[float]) -> Markup:
+    lines = []
+    if one.style == LINE:
+        for _, group in groupby(one.points, lambda point: bisect(breaks, point.x)):
+            path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in group)
+            template = '<polyline class="{}" points="{}"/>'
+            lines.append(Markup(template).format(one.kind, path))
     radius = 3.5 if one.style == DOTS else 2 if len(one.points) < 80 else 0.8
     template = (
         '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
@@ -144,7 +154,7 @@ def _drawn(one: Series, x: _Axis, y: _Axis) -> Markup:
         Markup(template).format(one.kind, x(p.x), y(p.y), radius, p.title)
         for p in one.points
     ]
-    return line + Markup("").join(dots)
+    return Markup("").join([*lines, *dots])
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -143,7 +143,7 @@ class CheckpointManager:
 
     @property
     def last_decision(self) -> Decision:
-        """Why the last call of ``save()`` has saved, or not: which rules, in words.
+        """Why the last call of ``save()`` has saved, or not; which rules, in words.
 
         The last that returned: what raised an error has said so.
         """
@@ -151,7 +151,7 @@ class CheckpointManager:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the job was told to stop: the same on every rank, from the same call on.
+        """Whether the job was told to stop; the same on every rank, from the same call on.
 
         Only with ``on_signal``. The ranks agree in ``save()``, which has then saved, unless
         there was no time left for it: leave the loop, and close the manager.

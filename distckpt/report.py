@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from distckpt import charts, state
-from distckpt.charts import DOTS, Mark, Point, Series
+from distckpt.charts import DOTS, NARROW, WIDE, Mark, Point, Series
 from distckpt.errors import ConfigError
 from distckpt.events import (
     CAPTURE,
@@ -244,15 +244,17 @@ def _charts(run: Run) -> dict[str, Any]:
     times = [event.time for event in run.events]
     spell_x = charts.spell_time(max(times) - min(times) if times else 0.0)
 
-    def chart(label: str, series: list[Series], spell_y: Any) -> Markup:
-        drawn = charts.draw(label, series, marks, spell_x=spell_x, spell_y=spell_y)
+    def chart(label: str, series: list[Series], spell_y: Any, width: int) -> Markup:
+        spell = {"spell_x": spell_x, "spell_y": spell_y}
+        drawn = charts.draw(label, series, marks, width=width, **spell)
         known = [("claim: start or restart", "claim")] if marks else []
         return drawn + charts.legend(series, known)
 
+    unit, sizes = _sizes(commits)
     return {
-        "timeline": chart("Saves and restarts", _timeline(run), duration),
-        "skew": chart("Writing, by rank", _skew(commits), duration),
-        "sizes": chart("Size", [_sizes(commits)], size),
+        "timeline": chart("Saves and restarts", _timeline(run), duration, WIDE),
+        "skew": chart("Writing, by rank", _skew(commits), duration, NARROW),
+        "sizes": chart("Size", [sizes], lambda y: f"{y:g} {unit}", NARROW),
         "metric_charts": _metric_charts(run, commits),
     }
 
@@ -308,12 +310,16 @@ def _skew(commits: Sequence[Event]) -> list[Series]:
     ]
 
 
-def _sizes(commits: Sequence[Event]) -> Series:
+def _sizes(commits: Sequence[Event]) -> tuple[str, Series]:
+    """Return the sizes in a unit that suits them, so that the axis has round numbers."""
+    largest = max((event.size_bytes for event in commits), default=0)
+    unit = size(largest).split()[1]
+    unit_bytes = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
     points = [
-        Point(e.time, float(e.size_bytes), f"{e.checkpoint}: {size(e.size_bytes)}")
+        Point(e.time, e.size_bytes / unit_bytes, f"{e.checkpoint}: {size(e.size_bytes)}")
         for e in commits
     ]
-    return Series("bytes of one checkpoint", "size", points)
+    return unit, Series("one checkpoint", "size", points)
 
 
 def _metric_charts(run: Run, commits: Sequence[Event]) -> list[tuple[str, Markup]]:
@@ -344,7 +350,11 @@ def _metric_charts(run: Run, commits: Sequence[Event]) -> list[tuple[str, Markup
             best = choose(points, key=lambda point: point.y)
             series.append(Series("the best", "best", [best], DOTS))
         chart = charts.draw(
-            name, series, spell_x=lambda x: f"{x:.0f}", spell_y=lambda y: f"{y:.4g}"
+            name,
+            series,
+            spell_x=lambda x: f"{x:.0f}",
+            spell_y=lambda y: f"{y:.4g}",
+            width=NARROW,
         )
         drawn.append((name, chart + charts.legend(series)))
     return drawn

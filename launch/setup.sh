@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes the project's .venv and installs everything into it.
+# Sourced by the other scripts here: makes the project's .venv and installs everything into it.
 # Works again on a second run without reinstalling: a stamp remembers what was installed.
 
 set -euo pipefail
@@ -35,10 +35,10 @@ install() {
         return 1
     fi
     if ! "$python" -m pip install --quiet --disable-pip-version-check \
-        -r launch/requirements.txt -e '.[test]'; then
+        -r launch/requirements.txt -e '.[test,docs]'; then
         echo "setup: installation failed. What is needed, from a package index or a local mirror:" >&2
         echo "  - $(grep -v '^#' launch/requirements.txt) (launch/requirements.txt)" >&2
-        echo "  - the packages listed under dependencies and 'test' in pyproject.toml" >&2
+        echo "  - the packages listed under dependencies, 'test' and 'docs' in pyproject.toml" >&2
         echo "Without a network, point pip at a folder of wheels: PIP_FIND_LINKS=/path PIP_NO_INDEX=1 $0" >&2
         return 1
     fi

@@ -21,6 +21,7 @@ NAMES = [
     "Desync",
     "DirectoryInUseError",
     "DistckptError",
+    "Event",
     "FencedError",
     "FormatError",
     "ManagerBroken",
@@ -104,6 +105,7 @@ def test_the_managers_arguments_are_tensorflows_then_ours_by_keyword():
         ("timeout", timedelta(minutes=5)),
         ("takeover", False),
         ("read_replicated", "auto"),
+        ("on_event", ()),
     ]
     signature = inspect.signature(distckpt.CheckpointManager)
     for name, _ in parameters[8:]:
