@@ -193,7 +193,7 @@ class Log:
     """Says by Python's logging what happens: a line a save at INFO, all else at DEBUG.
 
     Args:
-        logger: By default the one called ``distckpt``. The chief says a line a save there
+        logger: By default the one called ``distckpt``, where the chief says its line a save
             in any case.
     """
 
@@ -202,12 +202,10 @@ class Log:
 
     def __call__(self, event: Event) -> None:
         """Say one."""
-        say_line(event, self._logger)
-        if event.kind not in _SAID:
+        if self._logger is not _logger:
+            say_line(event, self._logger)
+        if event.kind not in (COMMIT, RESTORE):
             self._logger.debug("rank %d: %s", event.rank, event.to_json())
-
-
-_SAID = (COMMIT, RESTORE)
 
 
 def say_line(event: Event, logger: logging.Logger = _logger) -> None:

@@ -21,7 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from distckpt import chief, janitor, paths, readers, shard_file, state, storage, strict_json
+from distckpt import (
+    chief,
+    janitor,
+    leases,
+    paths,
+    readers,
+    shard_file,
+    state,
+    storage,
+    strict_json,
+)
 from distckpt.chief import Chief
 from distckpt.errors import StorageError
 from distckpt.janitor import remove_published
@@ -50,6 +60,7 @@ _SCHEDULES = "tests/crash/test_schedules.py::test_incarnations_at_random_calls_s
 _ERRORS = "tests/crash/test_errors_at_every_call.py::test_errors_harm_only_that_save"
 _ROT = "tests/crash/test_rot.py::test_rot_is_found_and_the_right_file_named"
 _CRAFTED = "tests/crash/test_crafted.py"
+_PINS = "tests/crash/test_pins.py"
 
 
 def _mutant(killed_by: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -371,6 +382,40 @@ def sweep_of_any_chain() -> None:
         honest(directory, name, epoch, found or chain, listed)
 
     _put(janitor, "_sweep_name", careless)
+
+
+# What others ask for
+
+
+@_mutant(_PINS)
+def leases_not_looked_for() -> None:
+    """Delete what somebody reads."""
+    _put(leases.Leases, "hold", lambda *_: False)
+
+
+@_mutant(_PINS)
+def requests_removed_before_the_record() -> None:
+    """Take a pin up, and forget it when the commit fails or the chief dies."""
+    honest = Chief._requests
+
+    def hasty(self: Chief) -> Any:
+        requests = honest(self)
+        self.answer(requests)
+        return requests
+
+    _put(Chief, "_requests", hasty)
+
+
+@_mutant("tests/unit/test_requests.py")
+def request_taken_up_by_a_fenced_chief() -> None:
+    """Answer what only the newer chief may answer."""
+    honest = Chief._append_commit
+
+    def early(self: Chief, manifest: Any, manifest_digest: str, requests: Any) -> None:
+        self.answer(requests)
+        honest(self, manifest, manifest_digest, requests)
+
+    _put(Chief, "_append_commit", early)
 
 
 # What is read

@@ -290,7 +290,7 @@ def test_a_save_is_one_line_and_all_else_is_for_debugging(caplog):
             Event(WRITE, 1.0, 1),
             Event(RESTORE, 1.0, 0, checkpoint="c-1"),
         ):
-            Log()(event)
+            Log(logging.getLogger("mine"))(event)
     found = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert found[0] == (
         "INFO",
@@ -306,3 +306,10 @@ def test_the_line_is_said_of_no_other_rank_and_nothing_else(caplog):
         say_line(Event(RESTORE, 1.0, 1))
         say_line(Event(WRITE, 1.0, 0))
     assert not caplog.records
+
+
+def test_the_chiefs_line_is_not_said_twice(caplog):
+    with caplog.at_level(logging.DEBUG):
+        for event in (WHOLE, Event(WRITE, 1.0, 1)):
+            Log()(event)
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
