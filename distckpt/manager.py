@@ -67,8 +67,9 @@ class CheckpointManager:
             0-dim tensor, a counter object), or a callable.
         checkpoint_interval: Least number of steps between two saves; needs
             ``step_counter``. None: every call saves. Or rules with ``|`` between them, each
-            of which has a save made: ``every(steps=500) | every(minutes=20)``, and
-            ``on_signal("SIGTERM")``: once more when the job is told to stop.
+            of which has a save made: ``every(steps=500) | every(minutes=20)``;
+            ``on_signal("SIGTERM")``: once more when the job is told to stop;
+            ``on_request()``: when another process asks for it.
         init_fn: Called by ``restore_or_initialize`` where there is nothing to restore; or
             ``from_pretrained(path)``: what the modules then begin with.
         process_group: The ranks that checkpoint together; None means all. Any backend:
