@@ -305,8 +305,8 @@ class CheckpointManager:
     def sync(self) -> None:
         """Wait for what is outstanding, on all ranks.
 
-        After return an asynchronous save is committed, all deletions are done and all
-        ranks hold the same ``latest_checkpoint``.
+        After return an asynchronous save is committed, all deletions are done (but for what
+        somebody reads) and all ranks hold the same ``latest_checkpoint``.
 
         Called by: every rank. Collectives: one round, one more with a save under way.
 

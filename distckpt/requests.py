@@ -96,12 +96,15 @@ def request_save(directory: Path, *, timeout: float | None = 0) -> str | None:
         request; None if that took longer.
 
     Raises:
-        CheckpointNotFound: There is no such directory.
+        CheckpointNotFound: There is no such run directory.
         StorageError, CorruptStateError: It could not be asked for.
     """
     root = checked_path(directory)
     if not storage.is_directory(root):
         msg = f"{root} is not a directory."
+        raise CheckpointNotFound(msg)
+    if not state.has_records(root):
+        msg = f"{root}: no job has claimed it yet, so there is nobody to be asked."
         raise CheckpointNotFound(msg)
     name = mailbox.post(root, Request(SAVE, this_process()))
     if not _wait(lambda: not mailbox.is_waiting(root, name), timeout):

@@ -236,9 +236,12 @@ def test_a_save_that_fails_answers_nobody(run_dir, chief):
     assert waiting(run_dir) == ["save"]
 
 
-def test_a_directory_that_is_not_there_is_asked_for_nothing(run_dir):
+def test_a_directory_that_is_no_run_directory_is_asked_for_nothing(run_dir, tmp_path):
     with pytest.raises(CheckpointNotFound, match="not a directory"):
         request_save(os.path.join(run_dir, "nowhere"))
+    with pytest.raises(CheckpointNotFound, match="no job has claimed it"):
+        request_save(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 # The chief and the mailbox
