@@ -5,9 +5,11 @@ Run it under torchrun, on any number of processes:
     torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --directory runs/gpt
 
 Started again, or restarted by torchrun after a worker was lost, it goes on from the last
-commit. Told to stop (SIGTERM to torchrun), it saves once more and ends. ``--kill-*`` make a
-worker kill itself, to see that for yourself. With ``--strategy fsdp`` each rank holds a
-part of every parameter, and saves just that.
+commit. Told to stop (SIGTERM to torchrun), it saves once more and ends, with an exit status
+that says that it is not done: by it the launchers of other hosts, which were told nothing,
+go on without the one that was. ``--kill-*`` make a worker kill itself, to see that for
+yourself. With ``--strategy fsdp`` each rank holds a part of every parameter, and saves just
+that.
 """
 
 from __future__ import annotations
@@ -224,6 +226,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout-seconds", type=float, default=60.0)
     parser.add_argument(
+        "--grace-period-seconds",
+        type=float,
+        default=30.0,
+        help="how long it goes on after SIGTERM, by who sends it (default: torchrun's 30)",
+    )
+    parser.add_argument(
         "--kill-in-training",
         type=int,
         metavar="STEP",
@@ -239,8 +247,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train to the last step, through all restarts."""
+def main() -> bool:
+    """Train to the last step, through all restarts; return whether it came that far."""
     arguments = parse_arguments()
     torch.set_num_threads(1)
     timeout = timedelta(seconds=arguments.timeout_seconds)
@@ -286,14 +294,15 @@ def main() -> None:
         scheduler=scheduler,
         step=step,
         loader=loader,
-        rng=PerRank(RngState()),
+        rng=PerRank(RngState(), resize="by_rank"),  # a job may lose hosts and get others
     )
     with CheckpointManager(
         checkpoint,
         arguments.directory,
         max_to_keep=arguments.max_to_keep,
         step_counter=step,
-        checkpoint_interval=arguments.interval | on_signal("SIGTERM"),
+        checkpoint_interval=arguments.interval
+        | on_signal("SIGTERM", grace_period_seconds=arguments.grace_period_seconds),
         timeout=timeout,
     ) as manager:
         restored = manager.restore_or_initialize()
@@ -328,10 +337,12 @@ def main() -> None:
                 )
                 last = now
         manager.sync()
-        ended = "told to stop" if manager.should_stop else "done"
+        is_done = bool(step >= arguments.steps)
+        ended = "done" if is_done else "told to stop"
         say(f"{ended} at step {int(step)}; kept: {', '.join(manager.checkpoints)}")
     dist.barrier()
     dist.destroy_process_group()
+    return is_done
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -343,7 +354,8 @@ def is_lost_peer(error: Exception) -> bool:
 
 if __name__ == "__main__":
     try:
-        main()
+        if not main():
+            sys.exit(os.EX_TEMPFAIL)
     except Exception as exception:
         if not is_lost_peer(exception):
             raise
