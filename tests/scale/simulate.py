@@ -28,6 +28,7 @@ from distckpt import layout, messages, readers, values
 from distckpt.chief import Chief
 from distckpt.comm import _check_same_phase
 from distckpt.commit import _ChiefsPart
+from distckpt.events import Events
 from distckpt.flight import Saving
 from distckpt.identity import Identity
 from distckpt.job import Ran
@@ -282,6 +283,7 @@ def simulate(make: Callable[[int, int], Job], ranks: int, tensors: int) -> Costs
                 chief=chief,
                 claimed=True,
                 checkpoint=SimpleNamespace(save_counter=0),
+                events=Events([lambda _: None]),
                 checkpoints=[],
                 directory=directory,
                 layouts=layouts,
