@@ -16,8 +16,6 @@ from distckpt.errors import CheckpointNotFound, ConfigError, UnsafeCheckpointErr
 from distckpt.leases import Lease, Leases
 from distckpt.verify import verify_attempt
 
-pytestmark = pytest.mark.alone
-
 ONE = make_attempt(1)
 
 

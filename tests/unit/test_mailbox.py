@@ -13,8 +13,6 @@ from distckpt import mailbox, paths, storage
 from distckpt.errors import CorruptStateError, StorageError, UnsafeCheckpointError
 from distckpt.mailbox import METRICS, PIN, SAVE, UNPIN, Request
 
-pytestmark = pytest.mark.alone
-
 ONE, OTHER = make_attempt(1), make_attempt(2)
 REQUESTS = [
     Request(SAVE, "me"),

@@ -17,8 +17,6 @@ from distckpt.policy import latest
 from distckpt.record import PRUNE
 from distckpt.remarks import Remarks
 
-pytestmark = pytest.mark.alone
-
 
 def run(*arguments):
     return CliRunner().invoke(cli.main, ["prune", *arguments], catch_exceptions=False)

@@ -28,8 +28,6 @@ from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
 from distckpt.sinks import History
 
-pytestmark = pytest.mark.alone
-
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

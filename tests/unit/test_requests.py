@@ -31,8 +31,6 @@ from distckpt.errors import (
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def chief(run_dir):
