@@ -36,7 +36,7 @@ LAYERS = {
     14: {"claim", "construct", "save_plan", "exchange", "asking"},
     15: {"commit", "restore", "replicas"},
     16: {"background"},
-    17: {"save"},
+    17: {"save", "cli_paths"},
     18: {"manager", "cli_transfer", "cli_repair"},
     19: {"cli"},
 }
@@ -66,6 +66,7 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
+    *{"cli_paths"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
