@@ -19,7 +19,7 @@ LAYERS = {
     | {"rendezvous", "collector", "few_open"},
     1: {"values", "record", "sharding", "messages", "modules", "line"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
-    | {"policy"},
+    | {"policy", "elements"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
@@ -27,7 +27,7 @@ LAYERS = {
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node"},
     7: {"opened", "module_node", "repair", "doctor"},
-    8: {"optimizer_node"},
+    8: {"optimizer_node", "diff"},
     9: {"tracked"},
     10: {"loading"},
     11: {"checkpoint"},
@@ -37,7 +37,7 @@ LAYERS = {
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save", "cli_paths"},
-    18: {"manager", "cli_transfer", "cli_repair"},
+    18: {"manager", "cli_transfer", "cli_repair", "cli_diff"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -66,7 +66,7 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
-    *{"cli_paths"},
+    *{"cli_paths", "cli_diff", "diff", "elements"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
