@@ -29,6 +29,7 @@ from distckpt.cli_paths import (
 )
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_transfer import export_command, import_command
+from distckpt.cli_watch import watch_command
 from distckpt.errors import CheckpointNotFound, DistckptError
 from distckpt.record import Entry, Record
 from distckpt.state import read_head
@@ -70,6 +71,7 @@ main.add_command(export_command)
 main.add_command(import_command)
 main.add_command(doctor_command)
 main.add_command(repair_command)
+main.add_command(watch_command)
 
 
 @main.command(name="list")

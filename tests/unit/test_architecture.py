@@ -23,7 +23,7 @@ LAYERS = {
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node"},
     7: {"opened", "module_node", "repair", "doctor"},
@@ -37,7 +37,7 @@ LAYERS = {
     15: {"commit", "restore", "replicas"},
     16: {"background"},
     17: {"save", "cli_paths"},
-    18: {"manager", "cli_transfer", "cli_repair", "cli_diff"},
+    18: {"manager", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -66,7 +66,7 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
-    *{"cli_paths", "cli_diff", "diff", "elements"},
+    *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
