@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from distckpt import paths, storage, values
+from distckpt.cli_bench import bench_command
 from distckpt.cli_diff import diff_command
 from distckpt.cli_paths import (
     check_run_directory,
@@ -66,6 +67,7 @@ def main() -> None:
     """
 
 
+main.add_command(bench_command)
 main.add_command(diff_command)
 main.add_command(export_command)
 main.add_command(import_command)
