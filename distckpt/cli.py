@@ -21,6 +21,7 @@ import click
 
 from distckpt import paths, storage, values
 from distckpt.cli_bench import bench_command
+from distckpt.cli_completion import completion_command
 from distckpt.cli_diff import diff_command
 from distckpt.cli_paths import (
     check_run_directory,
@@ -68,6 +69,7 @@ def main() -> None:
 
 
 main.add_command(bench_command)
+main.add_command(completion_command)
 main.add_command(diff_command)
 main.add_command(export_command)
 main.add_command(import_command)

@@ -38,7 +38,7 @@ LAYERS = {
     16: {"background"},
     17: {"save", "cli_paths"},
     18: {"manager", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"}
-    | {"cli_bench"},
+    | {"cli_completion", "cli_bench"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -71,7 +71,7 @@ TORCH_FREE = {
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
-    *{"cli_bench"},
+    *{"cli_completion", "cli_bench"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
