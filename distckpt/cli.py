@@ -1,7 +1,7 @@
-"""The command ``distckpt``: look at run directories, verify, export, import; no torch.
+"""The command ``distckpt``: look at run directories and checkpoints; no torch.
 
-Exit codes: 0 all is well, 1 something is wrong with a checkpoint, 2 wrong usage, 3 the
-directory or checkpoint is not there or cannot be read.
+Exit codes: 0 all is well, 1 something is wrong with a checkpoint (of ``diff``: two are
+different), 2 wrong usage, 3 the directory or checkpoint is not there or cannot be read.
 
 What reads checkpoints is imported by the commands that do: ``list``, which reads records
 only, answers at once.
@@ -13,12 +13,22 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from distckpt import paths, storage, values
+from distckpt.cli_bench import bench_command
+from distckpt.cli_completion import completion_command
+from distckpt.cli_diff import diff_command
+from distckpt.cli_paths import (
+    check_run_directory,
+    complete_checkpoint,
+    complete_directory,
+    naming_what_is_near,
+)
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_report import report_command
 from distckpt.cli_requests import (
@@ -28,7 +38,8 @@ from distckpt.cli_requests import (
     unpin_command,
 )
 from distckpt.cli_transfer import export_command, import_command
-from distckpt.errors import CheckpointNotFound
+from distckpt.cli_watch import watch_command
+from distckpt.errors import CheckpointNotFound, DistckptError
 from distckpt.record import Entry, Record
 from distckpt.state import read_head
 from distckpt.terminal import (
@@ -39,12 +50,11 @@ from distckpt.terminal import (
     date,
     echo,
     json_option,
-    metrics_text,
+    metrics,
     or_exit,
     print_json,
     print_table,
     size,
-    steps,
 )
 
 if TYPE_CHECKING:
@@ -58,13 +68,16 @@ _DCP_FILE = ".metadata"
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distckpt", prog_name="distckpt")
 def main() -> None:
-    """Look at run directories of distckpt, verify checkpoints, export and import them.
+    """Look at run directories of distckpt, and at checkpoints; export and import them.
 
-    Exit codes: 0 all is well; 1 something is wrong with a checkpoint; 2 wrong usage;
-    3 the directory or checkpoint is not there or cannot be read.
+    Exit codes: 0 all is well; 1 something is wrong with a checkpoint, or, of diff, two are
+    different; 2 wrong usage; 3 the directory or checkpoint is not there or cannot be read.
     """
 
 
+main.add_command(bench_command)
+main.add_command(completion_command)
+main.add_command(diff_command)
 main.add_command(export_command)
 main.add_command(import_command)
 main.add_command(doctor_command)
@@ -74,16 +87,19 @@ main.add_command(unpin_command)
 main.add_command(request_save_command)
 main.add_command(prune_command)
 main.add_command(report_command)
+main.add_command(watch_command)
 
 
 @main.command(name="list")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many, the newest.")
 @json_option
-def list_command(directory: str, as_json: bool) -> None:
+def list_command(directory: str, limit: int | None, as_json: bool) -> None:
     """List the checkpoints that a run directory's newest record names."""
     record = or_exit(_record_of, directory)
-    rows = [] if record is None else list(_listed(record))
+    every = [] if record is None else list(_listed(record))
     rules = () if record is None else record.rules
+    rows = every[:limit]
     if as_json:
         items = [_entry_to_json(directory, state, entry, rules) for state, entry in rows]
         print_json({"directory": directory, "checkpoints": items})
@@ -101,20 +117,25 @@ def list_command(directory: str, as_json: bool) -> None:
                 date(entry.time),
                 age(time.time() - entry.time),
                 size(entry.size_bytes),
-                metrics_text(dict(entry.metrics)),
+                metrics(dict(entry.metrics)),
                 ", ".join(_kept_by(entry, rules)),
             ]
             for state, entry in rows
         ],
         right=("step", "age", "size"),
     )
+    if len(rows) < len(every):
+        echo(f"{len(every) - len(rows)} older ones are not shown: of {len(every)}.")
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", shell_complete=complete_checkpoint)
 @json_option
 def show(path: str, as_json: bool) -> None:
-    """Show what one checkpoint holds: its files and its tensors."""
+    """Show what one checkpoint holds: its files and its tensors.
+
+    PATH is a checkpoint, or a run directory, whose newest is taken.
+    """
     manifest = or_exit(_manifest_of, path)
     if as_json:
         print_json(_manifest_to_json(manifest))
@@ -127,7 +148,7 @@ def show(path: str, as_json: bool) -> None:
     echo(f"ranks      {manifest.world_size}")
     echo(f"size       {size(manifest.size_bytes)}")
     if manifest.remarks.metrics:
-        echo(f"metrics    {metrics_text(manifest.remarks.metrics)}")
+        echo(f"metrics    {metrics(manifest.remarks.metrics)}")
     for name, value in manifest.remarks.metadata.items():
         echo(f"metadata   {name}: {value!r}")
     rows = manifest.assignment.rows.values()
@@ -149,7 +170,7 @@ def show(path: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", shell_complete=complete_checkpoint)
 @json_option
 def verify(path: str, as_json: bool) -> None:
     """Read every byte of a checkpoint, or of all in a directory, and verify it.
@@ -166,9 +187,11 @@ def verify(path: str, as_json: bool) -> None:
         reports.append((path, _verify_dcp(path)))
     else:
         targets = or_exit(_targets, path)
-        with steps("verifying", targets, as_json) as each:
-            for name, directory, manifest_digest in each:
-                reports.append((name, verify_attempt(directory, manifest_digest)))
+        with Progress("verifying") as progress:
+            advance = progress.begin(sum(target.size_bytes for target in targets))
+            for target in targets:
+                report = verify_attempt(target.directory, target.manifest_digest, advance)
+                reports.append((target.name, report))
     if as_json:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
         print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
@@ -185,24 +208,30 @@ def _verify_dcp(path: str) -> Report:
 
 
 def _record_of(directory: str) -> Record | None:
-    if not storage.is_directory(directory):
-        msg = f"{directory} is not a directory."
-        raise CheckpointNotFound(msg)
+    check_run_directory(directory)
     head = read_head(directory)
     return None if head is None else head.record
 
 
 def _manifest_of(path: str) -> Manifest:
-    from distckpt.readers import locate, read_manifest
+    from distckpt.readers import locate_newest, read_manifest
 
-    located = locate(path)
+    with naming_what_is_near(path):
+        located = locate_newest(path)
     manifest = read_manifest(located.directory, located.manifest_digest)
     _ = manifest.assignment  # worked out here, where its errors are reported
     return manifest
 
 
-def _targets(path: str) -> list[tuple[str, str, str | None]]:
-    from distckpt.readers import locate, read_record
+class _Target(NamedTuple):
+    name: str
+    directory: str
+    manifest_digest: str | None
+    size_bytes: int
+
+
+def _targets(path: str) -> list[_Target]:
+    from distckpt.readers import locate, read_manifest, read_record
 
     is_attempt = storage.exists(os.path.join(path, paths.MANIFEST_FILE))
     if storage.is_directory(path) and not is_attempt:
@@ -211,15 +240,20 @@ def _targets(path: str) -> list[tuple[str, str, str | None]]:
             msg = f"{path}: no checkpoint is committed there."
             raise CheckpointNotFound(msg)
         return [
-            (
+            _Target(
                 os.path.join(path, entry.attempt.prefix),
                 os.path.join(path, entry.attempt.published),
                 entry.manifest,
+                entry.size_bytes,
             )
             for entry in record.committed
         ]
-    located = locate(path)
-    return [(path, located.directory, located.manifest_digest)]
+    with naming_what_is_near(path):
+        located = locate(path)
+    size_bytes = 0
+    with suppress(DistckptError):  # which the verification finds and names
+        size_bytes = read_manifest(located.directory, located.manifest_digest).size_bytes
+    return [_Target(path, located.directory, located.manifest_digest, size_bytes)]
 
 
 def _listed(record: Record) -> Iterable[tuple[str, Entry]]:

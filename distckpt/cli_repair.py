@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
 
 import click
 
-from distckpt import storage
-from distckpt.errors import CheckpointNotFound
+from distckpt.cli_paths import check_run_directory, complete_directory
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
+    Progress,
     echo,
     json_option,
     or_exit,
     print_json,
     print_table,
-    steps,
 )
 
 
 @click.command(name="doctor")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
 @click.option("--read-only", is_flag=True, help="Write nothing: try nothing out.")
 @json_option
 def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
@@ -33,7 +31,7 @@ def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
     """
     from distckpt import doctor
 
-    or_exit(_check_there, directory)
+    or_exit(check_run_directory, directory)
     findings = or_exit(lambda: [*doctor.examine(directory, tries=not read_only)])
     is_well = all(found.verdict != doctor.BAD for found in findings)
     if as_json:
@@ -48,7 +46,7 @@ def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
 
 
 @click.command(name="repair")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
 @click.option("--yes", is_flag=True, help="Do it; else only say what would be done.")
 @json_option
 def repair_command(directory: str, yes: bool, as_json: bool) -> None:
@@ -61,12 +59,9 @@ def repair_command(directory: str, yes: bool, as_json: bool) -> None:
     """
     from distckpt import identity, repair
 
-    def show(names: Sequence[str]) -> Iterable[str]:
-        with steps("verifying", names, as_json) as each:
-            yield from each
-
-    or_exit(_check_there, directory)
-    plan = or_exit(repair.plan_repair, directory, identity.current(), show)
+    or_exit(check_run_directory, directory)
+    with Progress("verifying") as progress:
+        plan = or_exit(repair.plan_repair, directory, identity.current(), progress.begin)
     is_done = plan.record is not None and yes
     if is_done:
         or_exit(repair.repair, plan)
@@ -100,9 +95,3 @@ def repair_command(directory: str, yes: bool, as_json: bool) -> None:
             "--yes it is done."
         )
     sys.exit(EXIT_OK if plan.record is None or is_done else EXIT_BAD)
-
-
-def _check_there(directory: str) -> None:
-    if not storage.is_directory(directory):
-        msg = f"{directory} is not a directory."
-        raise CheckpointNotFound(msg)

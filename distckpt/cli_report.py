@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from distckpt import storage
-from distckpt.errors import CheckpointNotFound
-from distckpt.terminal import echo, fail, json_option, or_exit, print_json
+from distckpt.cli_paths import check_run_directory, complete_directory
+from distckpt.terminal import echo, json_option, or_exit, print_json
 
 
 @click.command(name="report")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
 @click.option(
     "-o",
     "--output",
@@ -26,8 +26,7 @@ def report_command(directory: str, output: str, as_json: bool) -> None:
     """
     from distckpt import report
 
-    if not or_exit(storage.is_directory, directory):
-        fail(CheckpointNotFound(f"{directory} is not a directory."))
+    or_exit(check_run_directory, directory)
     run = or_exit(report.read_run, directory)
     if as_json:
         print_json(report.figures(run))

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distckpt import storage
+from distckpt.cli_paths import (
+    check_run_directory,
+    complete_checkpoint,
+    complete_directory,
+)
 from distckpt.errors import CheckpointNotFound, ConfigError
 from distckpt.terminal import (
     EXIT_BAD,
@@ -39,7 +43,7 @@ _wait_option = click.option(
 
 
 @click.command(name="pin")
-@click.argument("path")
+@click.argument("path", shell_complete=complete_checkpoint)
 @_wait_option
 @json_option
 def pin_command(path: str, timeout: float, as_json: bool) -> None:
@@ -54,7 +58,7 @@ def pin_command(path: str, timeout: float, as_json: bool) -> None:
 
 
 @click.command(name="unpin")
-@click.argument("path")
+@click.argument("path", shell_complete=complete_checkpoint)
 @_wait_option
 @json_option
 def unpin_command(path: str, timeout: float, as_json: bool) -> None:
@@ -76,7 +80,7 @@ def _report(path: str, what: str, is_done: bool, timeout: float, as_json: bool) 
 
 
 @click.command(name="request-save")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
 @click.option(
     "--wait",
     "timeout",
@@ -95,6 +99,7 @@ def request_save_command(directory: str, timeout: float, as_json: bool) -> None:
     """
     from distckpt.requests import request_save
 
+    or_exit(check_run_directory, directory)
     path = or_exit(lambda: request_save(directory, timeout=timeout))
     if as_json:
         print_json({"directory": directory, "committed": path})
@@ -112,7 +117,7 @@ def request_save_command(directory: str, timeout: float, as_json: bool) -> None:
 
 
 @click.command(name="prune")
-@click.argument("directory")
+@click.argument("directory", shell_complete=complete_directory)
 @click.option(
     "--keep",
     metavar="RULES",
@@ -129,8 +134,7 @@ def prune_command(directory: str, keep: str | None, yes: bool, as_json: bool) ->
     """
     from distckpt import prune
 
-    if not or_exit(storage.is_directory, directory):
-        fail(CheckpointNotFound(f"{directory} is not a directory."))
+    or_exit(check_run_directory, directory)
     record = or_exit(prune.read, directory)
     if record is None:
         fail(CheckpointNotFound(f"{directory}: no checkpoint has been committed."))

@@ -12,7 +12,14 @@ from typing import Any
 
 import click
 
-from distckpt.errors import ConfigError, DistckptError, FormatError, UnsupportedError
+from distckpt.cli_paths import complete_checkpoint, naming_what_is_near
+from distckpt.errors import (
+    ConfigError,
+    CorruptStateError,
+    DistckptError,
+    FormatError,
+    UnsupportedError,
+)
 from distckpt.formats import foreign
 from distckpt.terminal import (
     EXIT_BAD,
@@ -45,7 +52,7 @@ _rename_option = click.option(
 
 
 @click.command(name="export")
-@click.argument("path")
+@click.argument("path", shell_complete=complete_checkpoint)
 @click.option("--to", type=click.Choice(foreign.EXPORTED), required=True, help="Format.")
 @click.option("--output", required=True, metavar="TARGET", help="Nothing may be there.")
 @click.option(
@@ -92,7 +99,7 @@ def export_command(
         msg = "--config is for --to huggingface."
         raise click.UsageError(msg)
     options = export.Options(tracked_object, only, max_shard_bytes, config, rename)
-    with _exit_codes(), opened.open(path) as checkpoint:
+    with _exit_codes(), naming_what_is_near(path), opened.open(path) as checkpoint:
         total = 2 * export.size_to_write(checkpoint, to, options)
         with _timed(f"exporting to {to}", total, as_json, output) as (advance, facts):
             done = export.export(checkpoint, output, to, options, advance)
@@ -173,6 +180,8 @@ def _exit_codes() -> Iterator[None]:
         yield
     except (ConfigError, UnsupportedError) as error:
         fail(error, EXIT_USAGE)
+    except CorruptStateError as error:
+        fail(error, EXIT_UNREADABLE)  # of no checkpoint is known what it is
     except FormatError as error:
         fail(error, EXIT_BAD)
     except DistckptError as error:

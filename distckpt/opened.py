@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from distckpt import readers, values
+from distckpt.boxes import Box
 from distckpt.errors import ConfigError, ManifestError, TensorNotFound
 from distckpt.manifest import Manifest
 from distckpt.selection import Selection
@@ -43,13 +44,17 @@ def open(path: readers.Path) -> OpenedCheckpoint:
 
 
 class _Named(Mapping[str, StoredTensor]):
-    """Tensors by full name, and plain values beside."""
+    """Tensors by full name, and plain values beside.
+
+    Attributes:
+        encoded_values: The plain values by name, as they are stored (``values.encode``).
+    """
 
     def __init__(
         self, handles: dict[str, StoredTensor], encoded: dict[str, Any], where: str
     ) -> None:
         self._handles = handles
-        self._encoded = encoded
+        self.encoded_values: Mapping[str, Any] = encoded
         self._where = where
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -72,7 +77,7 @@ class _Named(Mapping[str, StoredTensor]):
         """The plain values by name, decoded; a tensor inside one is its handle."""
         return {
             name: self._with_handles(values.decode(encoded))
-            for name, encoded in self._encoded.items()
+            for name, encoded in self.encoded_values.items()
         }
 
     def _with_handles(self, value: Any) -> Any:
@@ -113,7 +118,27 @@ class RankTensors(_Named):
         self.rank = rank
 
     def __repr__(self) -> str:
-        return f"<rank {self.rank}'s own: {len(self)} tensors, {len(self._encoded)} values>"
+        num_values = len(self.encoded_values)
+        return f"<rank {self.rank}'s own: {len(self)} tensors, {num_values} values>"
+
+
+class Part(NamedTuple):
+    """What one shard file holds of one tensor.
+
+    Attributes:
+        name: The tensor's, of tied ones that of the first.
+        rank: Whose own it is; None if it is the job's.
+        box: Which region of it.
+        block_bytes: Size of the blocks that checksums were taken of.
+        checksums: Of all its blocks. Parts of equal size and equal checksums, of blocks of
+            equal size, have equal bytes.
+    """
+
+    name: str
+    rank: int | None
+    box: Box
+    block_bytes: int
+    checksums: bytes
 
 
 class OpenedCheckpoint(_Named):
@@ -190,6 +215,22 @@ class OpenedCheckpoint(_Named):
             raise ConfigError(msg)
         return RankTensors(self._files, rank)
 
+    def parts(self, rank: int) -> Iterator[Part]:
+        """Walk what one rank's file holds, in its order; reads no more than its header.
+
+        Raises:
+            FormatError, StorageError: Its file is not what was committed.
+        """
+        reader = self._files.reader(rank)
+        for stored in reader.header.entries.values():
+            yield Part(
+                stored.name,
+                rank if stored.per_rank else None,
+                stored.box,
+                reader.header.block_bytes,
+                reader.checksums_of(stored),
+            )
+
     def close(self) -> None:
         """Close the files; handles cannot be read any more."""
         self._files.readers.close()
@@ -203,5 +244,5 @@ class OpenedCheckpoint(_Named):
     def __repr__(self) -> str:
         return (
             f"<checkpoint {self.manifest.attempt.prefix} (step {self.step}): "
-            f"{len(self)} tensors, {len(self._encoded)} plain values>"
+            f"{len(self)} tensors, {len(self.encoded_values)} plain values>"
         )

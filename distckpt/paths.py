@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 STATE_FILE = "checkpoint"
@@ -88,6 +89,8 @@ def is_checkpoint_name(name: str) -> bool:
     return _CHECKPOINT_NAME.fullmatch(name) is not None
 
 
+# An entry of a record asks twice for its name: once to parse it, once to check it.
+@lru_cache(maxsize=16)
 def parse_published(name: str) -> Attempt | None:
     """Parse a published attempt's directory name; None for anything else."""
     match = _ATTEMPT.fullmatch(name)

@@ -36,6 +36,7 @@ _logger = logging.getLogger(__name__)
 Path: TypeAlias = "str | os.PathLike[str]"
 
 _MAX_RACES = 100
+_MAX_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,8 @@ def locate(path: Path) -> Located:
         return Located(text, _digest_in_records(text))
     root, name = os.path.split(text)
     root = root or os.curdir
-    if paths.parse_prefix(name) is None:
+    wanted = paths.parse_prefix(name)
+    if wanted is None:
         msg = (
             f"{text} is no checkpoint: neither a path like 'runs/gpt/ckpt-1000' nor a "
             f"directory with a {paths.MANIFEST_FILE}."
@@ -232,12 +234,20 @@ def locate(path: Path) -> Located:
     for entry in (*record.committed, *_still_read(root, record, name)):
         if entry.attempt.prefix == name:
             return Located(os.path.join(root, entry.attempt.published), entry.manifest)
-    known = [entry.attempt.prefix for entry in record.committed]
+    known = [entry.attempt for entry in record.committed]
     msg = (
         f"{text}: no such checkpoint. Committed in {root}, newest first: "
-        f"{', '.join(known[:10]) or 'none'}."
+        f"{_few(known) or 'none'}."
     )
+    if len(known) > _MAX_SHOWN:
+        known.sort(key=lambda attempt: abs(attempt.number - wanted[1]))
+        msg = f"{msg} Nearest to it: {_few(known[:2])}."
     raise CheckpointNotFound(msg)
+
+
+def _few(attempts: list[paths.Attempt]) -> str:
+    shown = ", ".join(attempt.prefix for attempt in attempts[:_MAX_SHOWN])
+    return f"{shown}, ... ({len(attempts)})" if len(attempts) > _MAX_SHOWN else shown
 
 
 def _still_read(root: str, record: Record, prefix: str) -> list[Entry]:

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, NoReturn
 
 from distckpt import paths, strict_json
+from distckpt.collector import collector_paused
 from distckpt.errors import CorruptStateError
 
 FORMAT = 1
@@ -41,6 +42,10 @@ def is_hex(value: Any, length: int) -> bool:
         and len(value) == length
         and not value.strip("0123456789abcdef")
     )
+
+
+_FIRST_FIELDS = ("path", "record", "time", "step", "manifest")
+_ENTRY_FIELDS = frozenset((*_FIRST_FIELDS, "size", "metrics", "why", "pinned"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +117,14 @@ class Entry:
     @staticmethod
     def from_json(fields: Any) -> Entry:
         """Decode; raises ``CorruptStateError`` for anything that is not an entry."""
-        known = ("path", "record", "time", "step", "manifest")
-        _check(isinstance(fields, dict) and tuple(fields)[:5] == known, "entry", fields)
-        _check({*fields} <= {*known, "size", "metrics", "why", "pinned"}, "entry", fields)
-        path = fields["path"]
+        known = isinstance(fields, dict) and fields.keys() <= _ENTRY_FIELDS
+        _check(known and tuple(fields)[:5] == _FIRST_FIELDS, "entry", fields)
+        path, record, time, step, manifest = map(fields.__getitem__, _FIRST_FIELDS)
         attempt = paths.parse_published(path) if isinstance(path, str) else None
         if attempt is None:
             _refuse("entry's path", path)
         metrics, why = fields.get("metrics", {}), fields.get("why", [])
         _check(isinstance(metrics, dict) and isinstance(why, list), "entry", fields)
-        record, time, step, manifest = (fields[name] for name in known[1:])
         return Entry(
             attempt,
             record,
@@ -247,6 +250,7 @@ class Record:
         return f'{body},\n"checksum": "{digest(body.encode())}"\n}}\n'.encode()
 
     @staticmethod
+    @collector_paused()
     def decode(data: bytes) -> Record:
         """Decode and check the bytes of a record's file.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,6 +23,7 @@ from distckpt.identity import Identity
 from distckpt.lock import DirectoryLock
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.paths import Attempt
+from distckpt.readers import read_manifest
 from distckpt.record import Entry, Record, digest
 from distckpt.state import Head
 from distckpt.verify import verify_attempt
@@ -38,8 +39,8 @@ LIVE, KEPT, BAD, RELEASING, LEFT = "live", "kept", "bad", "releasing", "left alo
 _LOST_RECORDS = 1_000_000
 _BEFORE_FIRST_SECONDS = 1.0
 
-# Shows how it gets on with a number of attempts.
-Steps: TypeAlias = Callable[[Sequence[str]], Iterable[str]]
+# Told how many bytes will be read; returns what is told when some were.
+Begin: TypeAlias = Callable[[int], Callable[[int], object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class _Published:
 
 
 def plan_repair(
-    directory: str, identity: Identity, steps: Steps = lambda names: names
+    directory: str, identity: Identity, begin: Begin = lambda _: lambda _: None
 ) -> Plan:
     """Look at everything, and say what a repair would do; writes nothing.
 
@@ -102,7 +103,7 @@ def plan_repair(
     Args:
         directory: The run directory.
         identity: Who repairs, for the record.
-        steps: Stands between the names of the attempts and their verification.
+        begin: Told how many bytes will be read; returns what is told when some were.
 
     Raises:
         UnsafeCheckpointError: The records are elsewhere, by way of a link.
@@ -120,7 +121,8 @@ def plan_repair(
     ]
     basis, newest_number, what = _basis_of(directory, names)
     known = {} if basis is None else {entry.attempt: entry for entry in _all_of(basis)}
-    found = [_look_at(directory, name, known) for name in steps(names)]
+    advance = begin(sum(_size_of(directory, name) for name in names))
+    found = [_look_at(directory, name, known, advance) for name in names]
     builder = _Builder(basis, newest_number, found, _highest_epoch(directory))
     return Plan(
         directory, damage, what, tuple(builder.verdicts()), builder.record(identity)
@@ -211,13 +213,23 @@ def _all_of(basis: Record) -> Iterator[Entry]:
     yield from (*basis.live, *basis.kept, *basis.bad, *basis.releasing)
 
 
-def _look_at(directory: str, name: str, known: dict[Attempt, Entry]) -> _Published:
+def _size_of(directory: str, name: str) -> int:
+    manifest = _or_none(read_manifest, os.path.join(directory, name))
+    return 0 if manifest is None else manifest.size_bytes
+
+
+def _look_at(
+    directory: str,
+    name: str,
+    known: dict[Attempt, Entry],
+    advance: Callable[[int], object],
+) -> _Published:
     """Verify one attempt, by the record's word where there is one."""
     attempt = paths.parse_published(name)
     assert attempt is not None
     path = os.path.join(directory, name)
     expected = known[attempt].manifest if attempt in known else None
-    report = verify_attempt(path, expected)
+    report = verify_attempt(path, expected, advance)
     problem = "" if report.ok else report.problems[0]
     try:
         data = storage.read_file(os.path.join(path, paths.MANIFEST_FILE), MAX_SIZE_BYTES)

@@ -41,7 +41,7 @@ from distckpt.events import (
 from distckpt.history import read_history
 from distckpt.policy import MIN, Best, parse, parts_of
 from distckpt.record import Entry, Record
-from distckpt.terminal import age, date, duration, metrics_text, size
+from distckpt.terminal import age, date, metrics, size, took
 
 _PHASES = {
     CAPTURE: "collect names and layouts",
@@ -103,9 +103,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        size=size, date=date, age=age, duration=duration, metrics=metrics_text
-    )
+    environment.filters.update(size=size, date=date, age=age, took=took, metrics=metrics)
     return environment.get_template("report.html.j2").render(
         run=run, now=time.time(), max_rows=_MAX_ROWS, **summary(run), **_charts(run)
     )
@@ -252,8 +250,8 @@ def _charts(run: Run) -> dict[str, Any]:
 
     unit, sizes = _sizes(commits)
     return {
-        "timeline": chart("Saves and restarts", _timeline(run), duration, WIDE),
-        "skew": chart("Writing, by rank", _skew(commits), duration, NARROW),
+        "timeline": chart("Saves and restarts", _timeline(run), took, WIDE),
+        "skew": chart("Writing, by rank", _skew(commits), took, NARROW),
         "sizes": chart("Size", [sizes], lambda y: f"{y:g} {unit}", NARROW),
         "metric_charts": _metric_charts(run, commits),
     }

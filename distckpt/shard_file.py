@@ -543,8 +543,18 @@ class ShardReader:
         )
         raise ChecksumError(msg)
 
-    def verify(self) -> int:
-        """Read every byte and verify it; returns the number of bytes."""
+    def checksums_of(self, stored: Stored) -> bytes:
+        """Return what the blocks of one entry must hash to; reads nothing."""
+        num_blocks = -(-stored.size_bytes // self.header.block_bytes)
+        start = stored.first_block * CHECKSUM_BYTES
+        return self.header.checksums[start : start + num_blocks * CHECKSUM_BYTES]
+
+    def verify(self, advance: Callable[[int], object] = lambda _: None) -> int:
+        """Read every byte and verify it; returns the number of bytes.
+
+        Args:
+            advance: Told how many bytes more are through.
+        """
         self._file.expect_in_order()
         total = 0
         step = _step_bytes(self.header.block_bytes)
@@ -555,6 +565,7 @@ class ShardReader:
             for offset in range(0, stored.size_bytes, step):
                 size = min(step, stored.size_bytes - offset)
                 self._read_blocks(stored, offset, scratch[:size])
+                advance(size)
             total += stored.size_bytes
         return total
 

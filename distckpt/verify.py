@@ -6,6 +6,7 @@ Record -> manifest's digest -> headers' digests -> blocks' checksums.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distckpt import paths, storage
@@ -39,12 +40,17 @@ class Report:
         return not self.problems
 
 
-def verify_attempt(directory: str, manifest_digest: str | None) -> Report:
+def verify_attempt(
+    directory: str,
+    manifest_digest: str | None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Report:
     """Read and verify everything that belongs to one attempt.
 
     Args:
         directory: The attempt's directory.
         manifest_digest: What the record says of its manifest; None skips that check.
+        advance: Told how many bytes more are through.
 
     Returns:
         A report; faults of the checkpoint never raise.
@@ -61,7 +67,7 @@ def verify_attempt(directory: str, manifest_digest: str | None) -> Report:
     for rank in range(manifest.world_size):
         try:
             with open_shard(directory, manifest, rank) as reader:
-                report.size_bytes += reader.verify()
+                report.size_bytes += reader.verify(advance)
         except (FormatError, StorageError) as error:
             report.problems.append(str(error))
     expected = {manifest.shard_file(rank) for rank in range(manifest.world_size)}

@@ -42,15 +42,19 @@ class Team:
     Args:
         use_cuda: Whether the job's own group needs NCCL, too.
         timeout_seconds: How long a collective may take, the peers' included.
+        is_alone: Be a job of one rank, whatever launcher the environment speaks of.
     """
 
-    def __init__(self, use_cuda: bool, timeout_seconds: float) -> None:
+    def __init__(
+        self, use_cuda: bool, timeout_seconds: float, is_alone: bool = False
+    ) -> None:
+        environment = {} if is_alone else os.environ
         self.timeout_seconds = timeout_seconds
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
-        if "RANK" in os.environ:
+        if "RANK" in environment:
             if use_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(int(environment["LOCAL_RANK"]))
             init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(
@@ -58,8 +62,8 @@ class Team:
             )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
+        self.local_world_size = int(environment.get("LOCAL_WORLD_SIZE", self.world_size))
         self.group = self.new_group()
 
     @property

@@ -20,16 +20,17 @@ LAYERS = {
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
-    | {"policy"},
+    | {"policy", "elements"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
     | {"history"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"},
+    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
+    | {"watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"},
     7: {"opened", "module_node", "repair", "doctor"},
-    8: {"optimizer_node"},
+    8: {"optimizer_node", "diff"},
     9: {"tracked"},
     10: {"loading"},
     11: {"checkpoint"},
@@ -38,8 +39,9 @@ LAYERS = {
     14: {"claim", "construct", "save_plan", "exchange", "asking"},
     15: {"commit", "restore", "replicas"},
     16: {"background"},
-    17: {"save"},
-    18: {"manager", "cli_transfer", "cli_repair", "cli_requests", "cli_report"},
+    17: {"save", "cli_paths"},
+    18: {"manager", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"}
+    | {"cli_completion", "cli_bench", "cli_requests", "cli_report"},
     19: {"cli"},
 }
 # Those of ``formats`` stand between these: the same numbers.
@@ -58,6 +60,9 @@ FORMATS = {
 for layer, row in FORMATS.items():
     LAYERS[layer] |= {f"formats.{module}" for module in row}
 
+# ``bench`` stands above all rows. One module runs it, and imports it only then.
+RUNS_BENCH = "cli_bench"
+
 # What the command and the crash tests need answers at once: importing torch takes seconds.
 TORCH_FREE = {
     *{"errors", "paths", "strict_json", "dtypes", "boxes", "identity", "values", "record"},
@@ -68,20 +73,10 @@ TORCH_FREE = {
     *{"readers", "janitor", "verify", "chief", "cli", "sharding"},
     *{"selection", "stored_tensor", "opened", "names", "few_open"},
     *{"terminal", "cli_transfer", "cli_repair", "repair", "doctor"},
-    *{
-        "events",
-        "sinks",
-        "mailbox",
-        "leases",
-        "lookout",
-        "requests",
-        "prune",
-        "cli_requests",
-        "cli_report",
-        "charts",
-        "history",
-        "report",
-    },
+    *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
+    *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
+    *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
+    *{"report"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
@@ -136,7 +131,8 @@ def own_imports_of(module):
     """Return the modules of the package that a module imports, anywhere in it."""
     dotted = (name.split(".") for name in imports_of(parse(module)))
     own = [parts[1:] for parts in dotted if parts[0] == "distckpt" and len(parts) > 1]
-    return {".".join(parts[: 2 if parts[0] == "formats" else 1]) for parts in own}
+    found = {".".join(parts[: 2 if parts[0] == "formats" else 1]) for parts in own}
+    return found - {"bench"} if module == RUNS_BENCH else found
 
 
 def dotted_name(node):
@@ -222,6 +218,16 @@ def test_torch_free_modules_in_a_fresh_interpreter_do_not_import_torch():
     """Neither directly nor through anything that they import."""
     imports = "; ".join(f"import distckpt.{module}" for module in sorted(TORCH_FREE))
     code = f"import sys; {imports}; assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_bench_is_imported_only_when_it_is_run():
+    """Whoever uses the library, or another command, has nothing to do with it."""
+    own = {module: imports_of(parse(module)) for module in MODULES}
+    using = {m for m, names in own.items() if any("distckpt.bench" in n for n in names)}
+    assert using == {RUNS_BENCH}
+    code = "import sys; import distckpt.cli; assert 'distckpt.bench' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

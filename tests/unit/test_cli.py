@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,8 @@ from unit_helpers import (
     commit,
     flip_bit,
     make_claimed,
+    make_entry,
+    make_record,
     make_saved,
     save,
     write_attempt,
@@ -29,6 +32,7 @@ from distckpt.manifest import Manifest, Shard
 from distckpt.opened import open as open_checkpoint
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
+from distckpt.terminal import Progress
 
 pytestmark = pytest.mark.alone
 
@@ -105,6 +109,15 @@ def test_list_as_json_says_all_of_each_checkpoint(several, clock):
         "pinned": False,
         "kept_by": [],
     }
+
+
+def test_list_with_a_limit_shows_the_newest(several):
+    """And says that there are more; as JSON it is just shorter."""
+    lines = run("list", several, "--limit", "2").stdout.splitlines()
+    assert [line.split()[0][-6:] for line in lines[1:3]] == ["ckpt-4", "ckpt-3"]
+    assert lines[3:] == ["2 older ones are not shown: of 4."]
+    found = run_json("list", several, "--limit", "2")["checkpoints"]
+    assert [item["number"] for item in found] == [4, 3]
 
 
 @pytest.fixture
@@ -360,6 +373,24 @@ def test_verify_as_json_exits_with_1_too(saved):
     assert run("verify", saved.prefix, "--json").exit_code == 1
 
 
+def test_verify_tells_how_many_bytes_are_through(several, monkeypatch):
+    """Of all checkpoints of a directory together, and of a single one."""
+    seen = []
+
+    class Watched(Progress):
+        def begin(self, total_bytes):
+            seen.append(total_bytes)
+            advance = super().begin(total_bytes)
+            return lambda size: (seen.append(-size), advance(size))
+
+    monkeypatch.setattr(cli, "Progress", Watched)
+    run("verify", several)
+    assert seen[0] == 3 * 401444 and -sum(seen[1:]) == 3 * 393252
+    seen.clear()
+    run("verify", f"{several}/ckpt-4")
+    assert seen[0] == 401444 and -sum(seen[1:]) == 393252
+
+
 def test_verify_shows_files_that_do_not_belong(saved):
     """Harmless, but said."""
     open(saved.file("notes"), "w").close()
@@ -511,6 +542,35 @@ def test_list_as_a_process_takes_less_than_300_ms(several, tmp_path, monkeypatch
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3
+
+
+@pytest.fixture
+def thousands(run_dir):
+    """Make the records of a run that has kept 10,000 checkpoints; returns its path."""
+    remarks = {"metrics": (("acc", 0.5), ("loss", 2.5)), "size_bytes": 10**9, "why": (0,)}
+    live = [
+        replace(make_entry(n, time=60.0 * n, record=n, attempt=f"{n:08x}"), **remarks)
+        for n in range(1, 10_001)
+    ]
+    rules = ("latest(10000)",)
+    record = make_record(10_001, live=tuple(live), rules=rules, last_preserved=0.0)
+    os.makedirs(os.path.join(run_dir, ".state"))
+    state.append(run_dir, record)
+    return run_dir
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_ten_thousand_checkpoints_are_listed_at_once(thousands, options):
+    """Processor time of the process: 0.7 s where nothing else runs; as a table 0.8 s."""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run_process("list", thousands, *options)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        if seconds < 1.5:  # beside other programs it takes nearly twice as long
+            break
+    assert seconds < 1.5
+    assert done.stdout.count("ckpt-") >= 10_000
 
 
 def test_command_as_a_process_exits_with_its_code(saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -40,3 +41,58 @@ def test_bar_is_shown_where_somebody_watches_and_it_takes_a_while(
 def test_sizes_are_spelled_for_people(size_bytes, text):
     """With one digit behind the point."""
     assert terminal.size(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (119, "119 s"), (120, "2 min"), (2e5, "2 d")]
+)
+def test_lengths_of_time_are_spelled_for_people(seconds, text):
+    """In the largest unit of which there are two."""
+    assert terminal.duration(seconds) == text
+
+
+def table_of(capsys, *arguments):
+    terminal.print_table(*arguments)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_table_aligns_columns_and_folds_nothing(capsys):
+    """Numbers to the right; no blanks at the end of a line."""
+    rows = [["a" * 200, "1", "x"], ["b", "22", ""]]
+    assert table_of(capsys, ["name", "n", "note"], rows, ["n"]) == [
+        f"name{' ' * 196}   n  note",
+        f"{'a' * 200}   1  x",
+        f"b{' ' * 199}  22",
+    ]
+
+
+def test_table_knows_how_wide_other_scripts_are(capsys):
+    """A character may take two columns, or none."""
+    rows = [["層", "1"], ["e\u0301", "2"]]
+    assert table_of(capsys, ["name", "n"], rows) == [
+        "name  n",
+        "層    1",
+        "e\u0301     2",
+    ]
+
+
+@pytest.mark.parametrize(("num_rows", "is_folded"), [(3, True), (300, False)])
+def test_short_table_is_folded_to_the_terminal_and_a_long_one_is_not(
+    capsys, monkeypatch, num_rows, is_folded
+):
+    """Folding thousands of rows takes ten seconds and more."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    lines = table_of(capsys, ["name", "n"], [["[x]" * 30, "1"]] * num_rows)[1:]
+    assert (max(map(len, lines)) <= 60) == is_folded
+    assert sum(line.count("[x]") for line in lines) >= 29 * num_rows
+
+
+def test_json_has_a_field_on_a_line(capsys):
+    """For people and grep, too."""
+    tree = {"ok": True, "items": [{"a": 1, "b": ",\n"}]}
+    terminal.print_json(tree)
+    text = capsys.readouterr().out
+    assert json.loads(text) == tree
+    assert text.splitlines() == ['{"ok": true,', '"items": [{"a": 1,', '"b": ",\\n"}]}']

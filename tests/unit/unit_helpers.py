@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from distckpt import paths, shard_file, values
+from distckpt.boxes import whole
 from distckpt.chief import Chief
 from distckpt.identity import Identity
-from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
+from distckpt.layout import SPLIT, WHOLE, Assignment, Piece, Row, Table
 from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.record import Entry, Record
@@ -72,8 +73,20 @@ def bytes_of(piece, arrays):
     return memoryview(part.tobytes())
 
 
-def write_shards(directory, attempt, world_size, *, table=TABLE, arrays=ARRAYS):
-    """Write the shard files of all ranks into a directory, as the ranks would."""
+def write_shards(
+    directory,
+    attempt,
+    world_size,
+    *,
+    table=TABLE,
+    arrays=ARRAYS,
+    own=lambda rank: {},
+    own_values=lambda rank: {"seed": rank},
+):
+    """Write the shard files of all ranks into a directory, as the ranks would.
+
+    ``own`` and ``own_values`` return what a rank has of its own: arrays and plain values.
+    """
     assignment = Assignment([table], [0] * world_size)
     shards = []
     for rank in range(world_size):
@@ -82,14 +95,24 @@ def write_shards(directory, attempt, world_size, *, table=TABLE, arrays=ARRAYS):
             [
                 shard_file.Entry(piece, lambda piece=piece: bytes_of(piece, arrays))
                 for piece in assignment.pieces_of_rank(rank)
-            ],
+            ]
+            + [own_entry(rank, name, array) for name, array in own(rank).items()],
             attempt=attempt.published,
             rank=rank,
             world_size=world_size,
-            per_rank_values={"seed": rank},
+            per_rank_values={
+                name: values.encode(value) for name, value in own_values(rank).items()
+            },
         )
         shards.append(Shard(written.size_bytes, written.header, 0))
     return shards
+
+
+def own_entry(rank, name, array):
+    """Make the entry of a tensor that is a rank's own."""
+    row = Row(name, str(array.dtype), array.shape, WHOLE)
+    piece = Piece(row, whole(array.shape), rank)
+    return shard_file.Entry(piece, lambda: memoryview(array.tobytes()), per_rank=True)
 
 
 def make_chief(
@@ -123,15 +146,17 @@ def settle(chief):
     assert chief.settle(SETTLE_SECONDS), "deletions did not end"
 
 
-def write_attempt(chief, directory, attempt, *, world_size=2, table=TABLE, arrays=ARRAYS):
+def write_attempt(chief, directory, attempt, *, world_size=2, **more):
     """Write what the ranks write between begin and commit; returns their votes."""
     pending = os.path.join(directory, attempt.pending)
-    return write_shards(pending, attempt, world_size, table=table, arrays=arrays)
+    return write_shards(pending, attempt, world_size, **more)
 
 
-def commit(chief, attempt, shards, *, step=None, table=TABLE, remarks=NOTHING):
-    """Commit with the usual plain values."""
-    encoded = {path: values.encode(value) for path, value in VALUES.items()}
+def commit(
+    chief, attempt, shards, *, step=None, table=TABLE, remarks=NOTHING, plain=VALUES
+):
+    """Commit with these plain values."""
+    encoded = {path: values.encode(value) for path, value in plain.items()}
     chief.commit(
         attempt,
         step=step,
@@ -142,12 +167,22 @@ def commit(chief, attempt, shards, *, step=None, table=TABLE, remarks=NOTHING):
     )
 
 
-def save(chief, directory, number, *, step=None, world_size=2, remarks=NOTHING, **more):
+def save(
+    chief,
+    directory,
+    number,
+    *,
+    step=None,
+    world_size=2,
+    remarks=NOTHING,
+    plain=VALUES,
+    **more,
+):
     """Save one real checkpoint through a chief and wait for the deletions behind it."""
     attempt = chief.begin(number, 0)
     shards = write_attempt(chief, directory, attempt, world_size=world_size, **more)
     table = more.get("table", TABLE)
-    commit(chief, attempt, shards, step=step, table=table, remarks=remarks)
+    commit(chief, attempt, shards, step=step, table=table, remarks=remarks, plain=plain)
     settle(chief)
     return attempt
 

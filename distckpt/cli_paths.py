@@ -1,0 +1,109 @@
+"""Paths on the command line: what is meant, what may have been meant, how they complete.
+
+Shells ask while somebody types: nothing here raises then, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from distckpt import paths, state, storage
+from distckpt.errors import CheckpointNotFound, DistckptError, StorageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_MAX_NEAR = 3
+
+
+def check_run_directory(path: str, may_be_missing: bool = False) -> None:
+    """Refuse what is no directory, or a checkpoint.
+
+    Args:
+        path: What somebody has given.
+        may_be_missing: Whether it need not be there yet.
+
+    Raises:
+        CheckpointNotFound: Says what is there instead.
+        StorageError: It cannot be looked at.
+    """
+    parent, name = os.path.split(path.rstrip(os.sep))
+    parent = parent or os.curdir
+    if storage.is_directory(path):
+        if storage.exists(os.path.join(path, paths.MANIFEST_FILE)):
+            raise CheckpointNotFound(_is_checkpoint(path, parent))
+        return
+    if paths.parse_prefix(name) is not None and state.has_records(parent):
+        raise CheckpointNotFound(_is_checkpoint(path, parent))
+    if may_be_missing and path and not storage.exists(path):
+        return
+    msg = f"{path} is not a directory.{_near(path)}"
+    raise CheckpointNotFound(msg)
+
+
+def _is_checkpoint(path: str, parent: str) -> str:
+    return f"{path} is not a run directory, but a checkpoint in one: give {parent}."
+
+
+@contextmanager
+def naming_what_is_near(path: str) -> Iterator[None]:
+    """Say in the error of a path that leads nowhere what there is of a similar name."""
+    try:
+        yield
+    except CheckpointNotFound as error:
+        near = _near(path)
+        if not near:
+            raise
+        msg = f"{error}{near}"
+        raise CheckpointNotFound(msg) from error
+
+
+def _near(path: str) -> str:
+    """Spell what is called nearly as the first part of a path that is not there."""
+    # Imported here: only a mistake needs it.
+    from difflib import get_close_matches
+
+    parent, name = os.path.split(os.path.abspath(path))
+    try:
+        if storage.exists(os.path.join(parent, name)):
+            return ""
+        while not storage.is_directory(parent):
+            parent, name = os.path.split(parent)
+        names = [other for other in storage.list_directory(parent) if other[0] != "."]
+    except StorageError:
+        return ""
+    found = get_close_matches(name, names, _MAX_NEAR)
+    shown = ", ".join(os.path.join(parent, other) for other in found)
+    return f" There is {shown}." if found else ""
+
+
+def complete_checkpoint(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the checkpoints of a run directory, newest first; elsewhere directories."""
+    from click.shell_completion import CompletionItem
+
+    directory, start = os.path.split(incomplete)
+    try:
+        head = state.read_head(directory or os.curdir)
+    except DistckptError:
+        head = None  # whoever runs the command is told why
+    prefixes = [] if head is None else [e.attempt.prefix for e in head.record.committed]
+    found = [prefix for prefix in prefixes if prefix.startswith(start)]
+    if not found:
+        return complete_directory(context, parameter, incomplete)
+    return [CompletionItem(os.path.join(directory, prefix)) for prefix in found]
+
+
+def complete_directory(
+    _: click.Context, __: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Have the shell offer directories."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]

@@ -1,0 +1,95 @@
+"""``distckpt bench``: what a disk can do, and what it must not be made to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from distckpt import cli, storage
+from distckpt.bench import disk, measure
+from distckpt.errors import ConfigError
+
+
+def run(*arguments):
+    """Run the command in this process; only for what it refuses."""
+    return CliRunner().invoke(cli.main, ["bench", *arguments], catch_exceptions=False)
+
+
+def test_bench_measures_and_leaves_nothing(run_dir):
+    """Saves and restores as shares of a limit, also inside a torchrun job's environment."""
+    os.mkdir(run_dir)
+    code = "from distckpt.cli import main; main()"
+    arguments = ["bench", run_dir, "--size", "1MiB", "--repeat", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(run_dir) == []
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["failure"], found["directory"]) == (True, "", run_dir)
+    assert [figure["what"] for figure in found["figures"]] == [
+        "save, durable",
+        "restore, warm cache",
+        "restore, cold cache",
+    ]
+    for figure in found["figures"]:
+        limit = figure["limit"]
+        assert figure["bytes_per_second"] * figure["seconds"]["median"] == pytest.approx(
+            found["size_bytes"]
+        )
+        assert limit["share"] == pytest.approx(
+            limit["seconds"]["median"] / figure["seconds"]["median"]
+        )
+
+
+def test_size_that_would_fill_the_disk_is_refused(tmp_path):
+    """Before anything is written; with what there is."""
+    free = storage.free_bytes(str(tmp_path))
+    done = run(str(tmp_path), "--size", f"{free // 7 + 2**26}B")
+    assert (done.exit_code, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert "GiB of disk" in done.stderr and "smaller --size" in done.stderr
+
+
+def test_size_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 2**60)
+    memory = measure.memory_fields()["MemAvailable"]
+    with pytest.raises(ConfigError, match="GiB of memory"):
+        disk.check_room(str(tmp_path), memory // 2)
+
+
+def test_missing_directory_exits_with_3_and_is_not_made(tmp_path):
+    """On which disk would it be?"""
+    done = run(str(tmp_path / "no"))
+    assert (done.exit_code, list(tmp_path.iterdir())) == (3, [])
+
+
+@pytest.mark.parametrize("text", ["", "many", "1MiB more", "-5MB", "1000", "0.5MiB"])
+def test_size_that_is_none_exits_with_2(tmp_path, text):
+    assert run(str(tmp_path), "--size", text).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("1MiB", 2**20), ("1.5 GB", 1_500_000_000), ("2K", 2000), ("4TiB", 2**42)],
+)
+def test_sizes_are_read_as_people_write_them(tmp_path, monkeypatch, text, size_bytes):
+    asked = []
+
+    def check_room(_, size):
+        asked.append(size)
+        msg = "enough"
+        raise ConfigError(msg)
+
+    monkeypatch.setattr("distckpt.cli_bench._LEAST_BYTES", 1)
+    monkeypatch.setattr(disk, "check_room", check_room)
+    run(str(tmp_path), "--size", text)
+    assert asked == [size_bytes]
