@@ -407,7 +407,7 @@ class Chief:
             # A newer chief sweeps the pending directories of older ones. Then the disk
             # only says "no such file"; that this one is fenced is the reason.
             with suppress(StorageError):
-                self.check_not_fenced()
+                self.check_not_fenced(by_name=False)
             raise
         except BaseException:
             # OutcomeUnknown, or Ctrl-C: the record may be there.
@@ -514,13 +514,21 @@ class Chief:
         except StorageError as error:
             _logger.warning("could not remove a failed save, left for later: %s", error)
 
-    def check_not_fenced(self) -> None:
-        """Raise ``FencedError`` if another chief has claimed the directory."""
+    def check_not_fenced(self, *, by_name: bool = True) -> None:
+        """Raise ``FencedError`` if another chief has claimed the directory.
+
+        Args:
+            by_name: Believe the name of this chief's newest record, where it stands. One
+                that was stopped for long may have taken a number again that was pruned: no
+                commit is fooled by that, as it looks again when its own record is there.
+        """
         if self._fenced:
             raise FencedError(self._fenced)
-        if state.is_newest(self._directory, self._head):
+        if by_name and state.is_newest(self._directory, self._head):
             return
         newest = state.read_head(self._directory)
+        if newest == self._head:
+            return
         if newest is None:
             msg = (
                 f"{self._directory}: its records are gone. Was it deleted or unmounted, or "

@@ -118,7 +118,7 @@ class _ChiefsPart:
             # A pending directory that vanished under a rank is another chief's sweep. A
             # disk that cannot say so has its table of failures, as without the question.
             with suppress(StorageError):
-                self._job.chief.check_not_fenced()
+                self._job.chief.check_not_fenced(by_name=False)
         path = self._job.path(self._saving.attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         raise_failures(votes, what, SaveFailed, keep_kind=False)

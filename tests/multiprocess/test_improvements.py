@@ -69,7 +69,7 @@ def _shard_of(prefix, rank=0):
 
 def _hidden(directory):
     """List what lies beside the checkpoints and is no part of the layout."""
-    usual = (paths.RECORDS_DIRECTORY, paths.LOCK_FILE)
+    usual = (paths.RECORDS_DIRECTORY, paths.LOCK_FILE, paths.EVENTS_DIRECTORY)
     return [n for n in os.listdir(directory) if n.startswith(".") and n not in usual]
 
 
@@ -564,6 +564,7 @@ def test_leftovers_of_a_killed_save_go_at_the_next_claim(
         committed = [n for n in left if n.startswith(f"ckpt-{survivor}.") and n != alien]
         assert len(committed) == 1
         usual = [paths.LOCK_FILE, paths.STATE_FILE, paths.RECORDS_DIRECTORY]
+        usual.append(paths.EVENTS_DIRECTORY)
         assert left == sorted([*usual, *committed, alien, ".mine.pending"])
         assert saved == f"ckpt-{survivor + 1}"
     records = os.listdir(tmp_path / paths.RECORDS_DIRECTORY)

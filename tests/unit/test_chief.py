@@ -980,3 +980,23 @@ def test_claim_that_others_overtake_reads_again(run_dir, monkeypatch, times):
         with pytest.raises(DirectoryInUseError, match="again and again"):
             claim(mine)
         assert len(others) == 16
+
+
+def test_chief_whose_number_a_stopped_one_has_taken_again_is_told_that_it_is_fenced(
+    run_dir, monkeypatch
+):
+    """Found by schedules of three: the name of its newest record proves nothing then."""
+    monkeypatch.setattr(state, "_KEPT_RECORDS", 1)
+    older = make_claimed(run_dir)
+    attempt = older.begin(None, 0)
+    shards = write_attempt(older, run_dir, attempt)
+    last = state.record_path(run_dir, newest(run_dir).number)
+    newer = claim(make_chief(run_dir, takeover=True))
+    for number in (11, 12):
+        save(newer, run_dir, number)
+    assert not os.path.exists(last)
+    # One that was stopped before its link goes on: the number is free again.
+    with open(last, "wb") as file:
+        file.write(b"of another writer")
+    with pytest.raises(FencedError, match="has been claimed"):
+        commit(older, attempt, shards)
