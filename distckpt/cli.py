@@ -28,6 +28,7 @@ from distckpt.cli_paths import (
     complete_checkpoint,
     complete_directory,
     naming_what_is_near,
+    run_directories_in,
 )
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_report import report_command
@@ -106,6 +107,9 @@ def list_command(directory: str, limit: int | None, as_json: bool) -> None:
         return
     if not rows:
         echo(f"{directory}: no checkpoint has been committed.")
+        below = [] if record is not None else or_exit(run_directories_in, directory)
+        if below:
+            echo(f"Run directories in it: {', '.join(below)}")
         return
     print_table(
         ["path", "state", "step", "saved", "age", "size", "metrics", "kept by"],

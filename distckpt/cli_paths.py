@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -80,6 +80,17 @@ def _near(path: str) -> str:
     found = get_close_matches(name, names, _MAX_NEAR)
     shown = ", ".join(os.path.join(parent, other) for other in found)
     return f" There is {shown}." if found else ""
+
+
+def run_directories_in(path: str) -> list[str]:
+    """Return the run directories in a directory that is none itself."""
+    found = []
+    for name in storage.list_directory(path):
+        below = os.path.join(path, name)
+        with suppress(StorageError):  # not everybody may look everywhere
+            if storage.is_directory(below) and state.has_records(below):
+                found.append(below)
+    return found
 
 
 def complete_checkpoint(

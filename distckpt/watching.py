@@ -27,6 +27,7 @@ KEPT = "kept"
 BAD = "bad"
 DELETION = "deletion"
 REPAIR = "repair"
+PRUNE = "prune"
 GAP = "gap"
 OTHER_RECORDS = "other records"
 STALE = "stale"
@@ -166,6 +167,8 @@ class Watcher:
             yield Event(CLAIM, written, text, after)
         elif after.action == record.REPAIR:
             yield Event(REPAIR, written, "the records were repaired by hand", after)
+        elif after.action == record.PRUNE:
+            yield Event(PRUNE, written, "checkpoints were dropped by hand", after)
         known = {e.attempt for e in _listed(before)} | {e.attempt for e in before.releasing}
         for entry in after.committed[::-1]:
             if entry.attempt not in known:

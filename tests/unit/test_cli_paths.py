@@ -188,6 +188,15 @@ def test_run_directory_in_place_of_a_checkpoint_is_its_newest(runs):
     assert run("show", "runs/gpt").stdout.startswith("checkpoint ckpt-3 ")
 
 
+def test_list_of_what_run_directories_are_in_names_them(runs):
+    """One level up is an easy mistake, and no error."""
+    done = run("list", "runs")
+    assert (done.exit_code, done.stdout.splitlines()) == (
+        0,
+        ["runs: no checkpoint has been committed.", "Run directories in it: runs/gpt"],
+    )
+
+
 def test_directory_with_nothing_like_it_says_no_more(tmp_path):
     done = run("list", str(tmp_path / "runs"))
     assert done.stderr == f"distckpt: {tmp_path}/runs is not a directory.\n"
