@@ -54,7 +54,7 @@ def diff_command(
 
     A and B are checkpoints, also of different runs, layouts and dtypes; a run directory
     means its newest. Of each tensor that is different: how many of its elements are, the
-    largest |a-b| of them, and |a-b|/|a| of the whole tensor (L2).
+    largest distance of two of them, and the length (L2) of the difference over that of A.
 
     What checksums show to be equal is not read. What is read is verified.
 
@@ -120,7 +120,7 @@ def _print_difference(
             right=("differ", "max |a-b|", "|a-b|/|a|"),
         )
     if len(shown) < len(found.tensors):
-        echo(f"{len(found.tensors) - len(shown)} tensors that differ are not shown.")
+        echo(f"Shown are {len(shown)} of {len(found.tensors)} tensors that differ.")
     if found.values:
         print_table(["value", "A", "B"], list(_value_rows(found.values)))
     echo(_summary(found, names_only))

@@ -115,7 +115,7 @@ def test_list_with_a_limit_shows_the_newest(several):
     """And says that there are more; as JSON it is just shorter."""
     lines = run("list", several, "--limit", "2").stdout.splitlines()
     assert [line.split()[0][-6:] for line in lines[1:3]] == ["ckpt-4", "ckpt-3"]
-    assert lines[3:] == ["2 older ones are not shown: of 4."]
+    assert lines[3:] == ["Shown are the newest 2 of 4."]
     found = run_json("list", several, "--limit", "2")["checkpoints"]
     assert [item["number"] for item in found] == [4, 3]
 

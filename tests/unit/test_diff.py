@@ -356,7 +356,7 @@ def test_limit_shows_only_the_first(several):
     """The summary counts all."""
     lines = run(*several, "--limit", "2").stdout.splitlines()
     assert [line.split()[0] for line in lines[3:5]] == ["shape", "infinite"]
-    assert lines[5] == "3 tensors that differ are not shown."
+    assert lines[5] == "Shown are 2 of 5 tensors that differ."
     assert lines[6].startswith("different: 5 tensors")
     found = run_json(*several, "--limit", "2")
     assert (len(found["tensors"]), found["num_different_tensors"]) == (2, 5)
