@@ -117,7 +117,7 @@ def list_command(directory: str, limit: int | None, as_json: bool) -> None:
         right=("step", "age", "size"),
     )
     if len(rows) < len(every):
-        echo(f"{len(every) - len(rows)} older ones are not shown: of {len(every)}.")
+        echo(f"Shown are the newest {len(rows)} of {len(every)}.")
 
 
 @main.command()

@@ -120,7 +120,7 @@ def _print_difference(
             right=("differ", "max |a-b|", "|a-b|/|a|"),
         )
     if len(shown) < len(found.tensors):
-        echo(f"{len(found.tensors) - len(shown)} tensors that differ are not shown.")
+        echo(f"Shown are {len(shown)} of {len(found.tensors)} tensors that differ.")
     if found.values:
         print_table(["value", "A", "B"], list(_value_rows(found.values)))
     echo(_summary(found, names_only))

@@ -114,7 +114,7 @@ def test_list_with_a_limit_shows_the_newest(several):
     """And says that there are more; as JSON it is just shorter."""
     lines = run("list", several, "--limit", "2").stdout.splitlines()
     assert [line.split()[0][-6:] for line in lines[1:3]] == ["ckpt-4", "ckpt-3"]
-    assert lines[3:] == ["2 older ones are not shown: of 4."]
+    assert lines[3:] == ["Shown are the newest 2 of 4."]
     found = run_json("list", several, "--limit", "2")["checkpoints"]
     assert [item["number"] for item in found] == [4, 3]
 
@@ -560,13 +560,13 @@ def thousands(run_dir):
 
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_ten_thousand_checkpoints_are_listed_at_once(thousands, options):
-    """Processor time of the process: 0.7 s where nothing else runs; as a table 0.8 s."""
+    """Processor time of the process: 0.9 s as JSON, 1.0 s as a table, and some room."""
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run_process("list", thousands, *options)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        if seconds < 1.5:  # beside other programs it takes nearly twice as long
+        if seconds < 1.5:  # beside other programs it takes 0.4 times more
             break
     assert seconds < 1.5
     assert done.stdout.count("ckpt-") >= 10_000
