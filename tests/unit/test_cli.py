@@ -561,13 +561,13 @@ def thousands(run_dir):
 
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_ten_thousand_checkpoints_are_listed_at_once(thousands, options):
-    """Processor time of the process: 0.7 s where nothing else runs; as a table 0.8 s."""
+    """Processor time of the process: 0.9 s as JSON, 1.0 s as a table, and some room."""
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run_process("list", thousands, *options)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        if seconds < 1.5:  # beside other programs it takes nearly twice as long
+        if seconds < 1.5:  # beside other programs it takes 0.4 times more
             break
     assert seconds < 1.5
     assert done.stdout.count("ckpt-") >= 10_000

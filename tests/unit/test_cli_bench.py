@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 
 from distckpt import cli, storage
-from distckpt.bench import disk, measure
+from distckpt.bench import disk, measure, phases
 from distckpt.errors import ConfigError
 
 
 def run(*arguments):
-    """Run the command in this process; only for what it refuses."""
+    """Run the command in this process."""
     return CliRunner().invoke(cli.main, ["bench", *arguments], catch_exceptions=False)
 
 
-def test_bench_measures_and_leaves_nothing(run_dir):
-    """Saves and restores as shares of a limit, also inside a torchrun job's environment."""
+@pytest.fixture
+def measured(run_dir, monkeypatch):
+    """Measure a directory, in this process; returns what removes what is left."""
+    removed = []
+    # Signals belong to pytest, and what others write to the disk to them.
+    monkeypatch.setattr(disk, "clean_up_at_signals", removed.append)
+    monkeypatch.setattr(measure, "settle", lambda: None)
     os.mkdir(run_dir)
-    code = "from distckpt.cli import main; main()"
-    arguments = ["bench", run_dir, "--size", "1MiB", "--repeat", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"},
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    return removed
+
+
+def test_bench_measures_and_leaves_nothing(run_dir, measured, monkeypatch):
+    """Saves and restores as shares of a limit, also inside a torchrun job's environment."""
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    done = run(run_dir, "--size", "1MiB", "--repeat", "1", "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
     assert os.listdir(run_dir) == []
     found = json.loads(done.stdout)
     assert (found["ok"], found["failure"], found["directory"]) == (True, "", run_dir)
@@ -49,6 +51,18 @@ def test_bench_measures_and_leaves_nothing(run_dir):
         assert limit["share"] == pytest.approx(
             limit["seconds"]["median"] / figure["seconds"]["median"]
         )
+
+
+def test_bench_that_is_interrupted_leaves_nothing(run_dir, measured, monkeypatch):
+    """It ends as shells expect of one that is; at a signal the same folder is removed."""
+
+    def interrupt(*_):
+        assert os.listdir(run_dir) == [os.path.basename(measured[0])]
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(phases.PHASES, "save", interrupt)
+    done = run(run_dir, "--size", "1MiB")
+    assert (done.exit_code, done.stdout, os.listdir(run_dir)) == (130, "", [])
 
 
 def test_size_that_would_fill_the_disk_is_refused(tmp_path):
