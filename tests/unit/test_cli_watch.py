@@ -16,6 +16,7 @@ from unit_helpers import make_claimed, make_record, make_saved, save
 
 from distckpt import cli, state, watching
 from distckpt.policy import best, latest
+from distckpt.prune import prune
 from distckpt.remarks import Remarks
 from distckpt.watching import Watcher
 
@@ -177,6 +178,16 @@ def test_repair_by_hand_is_told(run_dir, chief):
     )
     state.append(run_dir, repaired)
     assert told(watcher) == [("repair", "")]
+
+
+def test_pruning_by_hand_is_told(run_dir, chief):
+    for number in (1, 2):
+        save(chief, run_dir, number)
+    chief.close()
+    watcher = Watcher(run_dir, 0)
+    watcher.look()
+    [*prune(run_dir, latest(1))[1]]
+    assert [kind for kind, _ in told(watcher)] == ["claim", "prune", "deletion"]
 
 
 # Waiting
@@ -366,4 +377,4 @@ def test_process_ends_when_nobody_reads_any_more(run_dir, watch):
 def test_all_that_can_happen_fits_its_column():
     kinds = [value for name, value in vars(watching).items() if name.isupper()]
     words = [kind for kind in kinds if isinstance(kind, str)]
-    assert len(words) == 12 and max(map(len, words)) == len(watching.OTHER_RECORDS)
+    assert len(words) == 13 and max(map(len, words)) == len(watching.OTHER_RECORDS)
