@@ -85,9 +85,12 @@ def newest_record(directory):
 
 
 def snapshot(directory):
-    """Describe everything below a directory, so that any change shows."""
+    """Describe everything below a directory but the history, so that any change shows."""
     found = {}
     for folder, folders, files in os.walk(directory):
+        # Written behind the loop, whenever there is time.
+        if paths.EVENTS_DIRECTORY in folders:
+            folders.remove(paths.EVENTS_DIRECTORY)
         for name in (*folders, *files):
             path = os.path.join(folder, name)
             status = os.lstat(path)
