@@ -6,12 +6,14 @@ Mounting it again replays the journal, as after a real power cut.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import signal
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ _MIB = 2**20
 # The image is sparse: what is not written takes no room. mkfs.xfs makes no smaller one.
 _SIZE_BYTES = {EXT4: 48 * _MIB, XFS: 300 * _MIB}
 _MAKE = {EXT4: ["mkfs.ext4", "-q", "-F"], XFS: ["mkfs.xfs", "-q", "-f"]}
+
+
+_PATIENCE_SECONDS = 20.0
 
 
 class NoPowerSwitch(Exception):
@@ -80,9 +85,28 @@ class Disk:
             os.close(descriptor)
 
     def switch_on(self) -> None:
-        """Come back after a cut."""
-        subprocess.run(["umount", self.path], check=True)
-        self.mount()
+        """Come back after a cut.
+
+        A process that has made a mount namespace of its own meanwhile holds the filesystem
+        that was cut, and mounting its image gives just that again, until it has ended.
+        """
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            subprocess.run(["umount", self.path], check=True)
+            self.mount()
+            if self._is_up() or time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
+
+    def _is_up(self) -> bool:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            return error.errno != errno.EIO
+        finally:
+            os.close(descriptor)
+        return True
 
 
 @dataclass(slots=True)
