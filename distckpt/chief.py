@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -323,11 +323,13 @@ class Chief:
         """Read what other processes ask for; that it cannot be read holds up no save."""
         try:
             requests, refused = mailbox.collect(self._directory)
-            mailbox.remove(self._directory, refused)
-            return requests
         except (StorageError, FormatError) as error:
             _logger.warning("what other processes ask for cannot be read: %s", error)
             return []
+        for name, why in refused.items():
+            _logger.warning("%s: no request: %s", name, why)
+        self._remove_requests(refused)
+        return requests
 
     def save_requests(self) -> list[Request]:
         """Return who asks for a save, oldest first.
@@ -340,8 +342,11 @@ class Chief:
 
     def answer(self, requests: Sequence[Request]) -> None:
         """Let those who have asked know that it is done: the newest record says what."""
+        self._remove_requests([request.name for request in requests])
+
+    def _remove_requests(self, names: Collection[str]) -> None:
         try:
-            mailbox.remove(self._directory, [request.name for request in requests])
+            mailbox.remove(self._directory, names)
         except StorageError as error:
             # Taken up again with the next commit, where it changes nothing.
             _logger.warning("requests of other processes stay where they are: %s", error)

@@ -122,7 +122,7 @@ def list_command(directory: str, limit: int | None, as_json: bool) -> None:
                 age(time.time() - entry.time),
                 size(entry.size_bytes),
                 metrics(dict(entry.metrics)),
-                ", ".join(_kept_by(entry, rules)),
+                ", ".join(entry.kept_by(rules)),
             ]
             for state, entry in rows
         ],
@@ -280,12 +280,8 @@ def _entry_to_json(
         "size_bytes": entry.size_bytes,
         "metrics": dict(entry.metrics),
         "pinned": entry.pinned,
-        "kept_by": _kept_by(entry, rules),
+        "kept_by": entry.kept_by(rules),
     }
-
-
-def _kept_by(entry: Entry, rules: Sequence[str]) -> list[str]:
-    return ["a pin"] * entry.pinned + [rules[index] for index in entry.why]
 
 
 def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:

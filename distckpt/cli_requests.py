@@ -199,6 +199,4 @@ def _print_plan(plan: Plan, is_done: bool) -> None:
 
 
 def _reasons(entry: Entry, rules: Sequence[str]) -> list[str]:
-    if entry.pinned:
-        return ["pinned"]
-    return [rules[index] for index in entry.why] or ["the newest"]
+    return entry.kept_by(rules) or ["the newest"]

@@ -19,6 +19,7 @@ from distckpt.dtypes import item_size_bytes
 from distckpt.elements import Distance
 from distckpt.opened import OpenedCheckpoint, Part, RankTensors
 from distckpt.stored_tensor import StoredTensor
+from distckpt.verify import Begin
 
 # What is read at a time of each side: a stretch of one file each, where both are cut alike.
 # Else many files give a part of each piece, and each part costs the blocks at its ends.
@@ -26,8 +27,6 @@ _PIECE_BYTES = 8 * 2**20
 _MIXED_PIECE_BYTES = 32 * 2**20
 
 Shape: TypeAlias = tuple[int, ...]
-# Told how many bytes will be read; returns what is told when some were.
-Begin: TypeAlias = Callable[[int], Callable[[int], object]]
 _Handles: TypeAlias = tuple[StoredTensor, StoredTensor]
 
 

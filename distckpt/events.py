@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -43,7 +43,7 @@ class Event:
 
     Attributes:
         kind: ``"claim"``, ``"capture"`` (names and layouts of what is saved), ``"decide"``
-            (that, and agreeing on it), ``"stage"`` (copied, for an asynchronous save),
+            (agreed with the others), ``"stage"`` (copied, for an asynchronous save),
             ``"write"``, ``"vote"`` (waiting for the others), ``"commit"``, ``"save"`` (the
             call, for as long as it has blocked the loop), ``"delete"``, ``"restore"``,
             ``"fallback"``, ``"fence"`` or ``"error"``. The chief alone tells of commits,
@@ -140,12 +140,15 @@ class Events:
                 self._waiting.popleft()
             self._waiting.append(event)
             if not self._is_running:
-                self._is_running = True
                 # Lives only while there is something to be told.
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="distckpt-events", daemon=True
                 )
-                self._thread.start()
+                # Without a thread to be had it waits for the next event: raised here, it
+                # would keep this rank from its vote, and the others would wait for it.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread, self._is_running = thread, True
 
     @contextmanager
     def timed(self, kind: str, **fields: Any) -> Iterator[dict[str, Any]]:

@@ -106,18 +106,19 @@ def post(directory: str, request: Request) -> str:
     return name
 
 
-def collect(directory: str) -> tuple[list[Request], list[str]]:
+def collect(directory: str) -> tuple[list[Request], dict[str, str]]:
     """Read what is asked for, in the order in which it was.
 
     Returns:
-        The requests; and the names of files that are none, though they are called so.
+        The requests; and the names of files that are none, though they are called so, with
+        the reason.
 
     Raises:
         StorageError: The directory cannot be read.
         UnsafeCheckpointError: It is elsewhere, by way of a link.
     """
     box = _box(directory)
-    requests, refused = [], []
+    requests, refused = [], {}
     names = [name for name in storage.list_directory(box) if paths.is_request_file(name)]
     for name in names[:_MAX_AT_ONCE]:
         path = os.path.join(box, name)
@@ -126,8 +127,7 @@ def collect(directory: str) -> tuple[list[Request], list[str]]:
         except (StorageError, FormatError) as error:
             # Not one that another process has removed meanwhile.
             if not isinstance(error.__cause__, FileNotFoundError):
-                _logger.warning("%s: no request: %s", path, error)
-                refused.append(name)
+                refused[name] = str(error)
     return requests, refused
 
 

@@ -380,7 +380,6 @@ class CheckpointManager:
         if self._job.flight is not None:
             self._job.flight.release_optimizers()
         self._job.arena = None
-        self._job.events.wait(_TELL_SECONDS)
         if self._job.stop is not None:
             self._job.stop.notice.end()
         if self._job.liveness is not None:
@@ -389,6 +388,8 @@ class CheckpointManager:
             # The lock's file may be on a filesystem that hangs.
             with suppress(StorageTimeout):
                 Worker(_UNLOCK_SECONDS).finish(self._job.chief.close)
+        # Last: whoever waits for this rank must not wait for those who are told.
+        self._job.events.wait(_TELL_SECONDS)
 
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:

@@ -7,6 +7,7 @@ file is valid only if encoding what was decoded gives back the very same bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any, NoReturn
@@ -93,6 +94,10 @@ class Entry:
     def metric(self, name: str) -> float | None:
         """Return one metric; None if it is missing, or no finite number."""
         return dict(self.metrics).get(name)
+
+    def kept_by(self, rules: Sequence[str]) -> list[str]:
+        """Say in words what keeps it: a pin, and which of its record's rules."""
+        return ["pinned"] * self.pinned + [rules[index] for index in self.why]
 
     def to_json(self) -> dict[str, Any]:
         """Encode to a JSON object, the published directory's name first."""

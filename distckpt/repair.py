@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from distckpt import paths, record, state, storage
 from distckpt.errors import DirectoryInUseError, FormatError, StorageError
@@ -26,7 +26,7 @@ from distckpt.paths import Attempt
 from distckpt.readers import read_manifest
 from distckpt.record import Entry, Record, digest
 from distckpt.state import Head
-from distckpt.verify import verify_attempt
+from distckpt.verify import Begin, verify_attempt
 
 _Read = TypeVar("_Read")
 
@@ -38,9 +38,6 @@ LIVE, KEPT, BAD, RELEASING, LEFT = "live", "kept", "bad", "releasing", "left alo
 # must find its number taken or passed.
 _LOST_RECORDS = 1_000_000
 _BEFORE_FIRST_SECONDS = 1.0
-
-# Told how many bytes will be read; returns what is told when some were.
-Begin: TypeAlias = Callable[[int], Callable[[int], object]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,12 @@ from distckpt.events import (
 from distckpt.history import read_history
 from distckpt.policy import MIN, Best, parse, parts_of
 from distckpt.record import Entry, Record
+from distckpt.retention import best_of
 from distckpt.terminal import age, date, metrics, size, took
 
 _PHASES = {
     CAPTURE: "collect names and layouts",
-    DECIDE: "agree on the save, the above included",
+    DECIDE: "agree on it with the others",
     STAGE: "copy, for an asynchronous save",
     WRITE: "write the chief's own file",
     VOTE: "wait for the others, and commit",
@@ -187,14 +188,14 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 
 def _rows(run: Run) -> list[dict[str, Any]]:
     rules = () if run.record is None else run.record.rules
+    committed = [entry for where, entry in run.entries if where != "bad"]
     best = {
         (rule.metric, entry.attempt)
         for rule in _best_rules(rules)
-        if (entry := _best_entry(run, rule)) is not None
+        for entry in best_of(committed, rule)[:1]
     }
     rows = []
     for where, entry in run.entries:
-        why = ["pinned"] * entry.pinned + [rules[index] for index in entry.why]
         rows.append(
             {
                 "prefix": entry.attempt.prefix,
@@ -203,7 +204,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
                 "time": entry.time,
                 "size_bytes": entry.size_bytes,
                 "metrics": dict(entry.metrics),
-                "why": why,
+                "why": entry.kept_by(rules),
                 "best_in": sorted(m for m, attempt in best if attempt == entry.attempt),
             }
         )
@@ -218,16 +219,6 @@ def _best_rules(rules: Sequence[str]) -> list[Best]:
         except ConfigError:
             continue  # a function of the user's
     return found
-
-
-def _best_entry(run: Run, rule: Best) -> Entry | None:
-    sign = 1 if rule.mode == MIN else -1
-    having = [
-        (sign * value, -entry.record, entry)
-        for where, entry in run.entries
-        if where != "bad" and (value := entry.metric(rule.metric)) is not None
-    ]
-    return min(having, key=lambda one: one[:2])[2] if having else None
 
 
 # Charts

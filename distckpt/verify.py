@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from distckpt import paths, storage
 from distckpt.errors import FormatError, StorageError
 from distckpt.readers import open_shard, read_manifest
+
+# Told how many bytes will be read; returns what is told when some were.
+Begin: TypeAlias = Callable[[int], Callable[[int], object]]
 
 
 @dataclass(slots=True)

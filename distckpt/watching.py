@@ -58,10 +58,10 @@ class Event:
 
     @property
     def kept_by(self) -> list[str]:
-        """The rules that keep the checkpoint."""
+        """What keeps the checkpoint."""
         if self.record is None or self.entry is None:
             return []
-        return [self.record.rules[index] for index in self.entry.why]
+        return self.entry.kept_by(self.record.rules)
 
 
 class Watcher:

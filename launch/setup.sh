@@ -34,7 +34,8 @@ install() {
         echo "setup: '$base -m venv' failed; on Debian and Ubuntu install python3-venv." >&2
         return 1
     fi
-    if ! "$python" -m pip install --quiet --disable-pip-version-check \
+    # Compiled below by all cores; pip has one do it.
+    if ! "$python" -m pip install --quiet --no-compile --disable-pip-version-check \
         -r launch/requirements.txt -e '.[test,docs]'; then
         echo "setup: installation failed. What is needed, from a package index or a local mirror:" >&2
         echo "  - $(grep -v '^#' launch/requirements.txt) (launch/requirements.txt)" >&2
@@ -42,6 +43,8 @@ install() {
         echo "Without a network, point pip at a folder of wheels: PIP_FIND_LINKS=/path PIP_NO_INDEX=1 $0" >&2
         return 1
     fi
+    # Some packages have files that are not meant to be compiled.
+    "$python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true
     stamp_of_requirements >"$venv/.distckpt-installed"
 }
 

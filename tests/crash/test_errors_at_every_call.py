@@ -37,7 +37,7 @@ from distckpt.values import encode
 # Hundreds of crash points; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(400)
 
-SIZE = 200
+SIZE = 300
 # Seeds, with a number where one is asked for: retention drops, a number is used again.
 _SAVES = ((1, None), (2, None), (3, None), (4, 2))
 

@@ -35,7 +35,7 @@ from distckpt.verify import verify_attempt
 # Hundreds of jobs; a busy machine may take its time.
 pytestmark = pytest.mark.timeout(600)
 
-SIZE = 80
+SIZE = 150
 _WORLD_SIZE = 2
 _MAX_TO_KEEP = 2
 _DEADLINE_SECONDS = 20.0

@@ -138,7 +138,7 @@ def _copy(image: str, target: str) -> None:
     subprocess.run(["cp", "--sparse=always", image, target], check=True)
 
 
-@pytest.mark.parametrize(("world_size", "each"), [(2, 16), (4, 24)])
+@pytest.mark.parametrize(("world_size", "each"), [(2, 12), (4, 20)])
 def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
     scratch: str, report_figures: Callable[[str], None], world_size: int, each: int
 ):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, paths, readers
+from distckpt import Checkpoint, CheckpointManager, paths, readers
 from distckpt.verify import verify_attempt
 
 
@@ -85,6 +86,23 @@ def make_checkpoint(seed=0, **more):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step = torch.zeros((), dtype=torch.int64)
     return Checkpoint(model=model, optimizer=optimizer, step=step, **more)
+
+
+def make_manager(
+    directory, max_to_keep, when=None, *, checkpoint=None, timeout_seconds=20.0, **more
+):
+    """Make a manager that goes by the checkpoint's step; returns both."""
+    checkpoint = checkpoint or make_checkpoint()
+    manager = CheckpointManager(
+        checkpoint,
+        directory,
+        max_to_keep,
+        step_counter=checkpoint.step,
+        checkpoint_interval=when,
+        timeout=timedelta(seconds=timeout_seconds),
+        **more,
+    )
+    return checkpoint, manager
 
 
 def train(checkpoint, steps=1):

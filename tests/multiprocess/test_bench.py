@@ -71,7 +71,6 @@ def stubs(tmp_path):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not EVERYTHING, reason="takes a minute; set DISTCKPT_EVERY_CRASH=1")
 def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stubs):
     """Every figure is there and positive; who could not go on is named, with reasons."""
     directory, found, chart = tmp_path / "disk", tmp_path / "b.json", tmp_path / "b.png"

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from async_helpers import EAGER
 from harness import run_ranks, values_of
-from outcome_helpers import Trap, flip_last_bit, make_checkpoint, outcome, train
+from outcome_helpers import (
+    Trap,
+    flip_last_bit,
+    make_checkpoint,
+    make_manager,
+    outcome,
+    train,
+)
 
 from distckpt import CheckpointManager, latest, paths, storage
+from distckpt import manager as manager_module
 from distckpt.events import Event
 
 _SLOW_SECONDS = 0.3
 
 
 def _make(directory, told, **more):
-    checkpoint = make_checkpoint(**more)
-    manager = CheckpointManager(
-        checkpoint,
-        directory,
-        latest(1),
-        step_counter=checkpoint.step,
-        timeout=timedelta(seconds=30),
-        on_event=[told.append],
+    return make_manager(
+        directory, latest(1), checkpoint=make_checkpoint(**more), on_event=[told.append]
     )
-    return checkpoint, manager
 
 
 def _live(rank, directory, options):
@@ -146,3 +148,33 @@ def _refuse(rank, directory):
 def test_what_cannot_be_told_is_refused_on_all_ranks(tmp_path):
     for refused in values_of(run_ranks(_refuse, 2, str(tmp_path))):
         assert refused.kind == "ConfigError" and "on_event" in refused.text
+
+
+def _leave_while_a_callback_hangs(rank, directory):
+    # Longer than any other way to learn of it.
+    manager_module._TELL_SECONDS = 30.0
+    hangs = threading.Event()
+    checkpoint = make_checkpoint()
+    _, manager = make_manager(
+        directory, 1, checkpoint=checkpoint, on_event=lambda _: rank == 0 and hangs.wait()
+    )
+    manager.save()
+    dist.barrier()
+    if rank == 0:
+        threading.Timer(10.0, hangs.set).start()
+        return outcome(_leave, manager)
+    return outcome(manager.sync)
+
+
+def _leave(manager):
+    with manager:
+        raise ValueError("left")
+
+
+def test_who_waits_for_a_rank_does_not_wait_for_its_callbacks(tmp_path):
+    """A rank that leaves by an error tells its peers first."""
+    left, waited = values_of(
+        run_ranks(_leave_while_a_callback_hangs, 2, str(tmp_path / "run"))
+    )
+    assert left.kind == "ValueError" and left.seconds > 9
+    assert waited.kind == "PeerLost" and waited.seconds < 5

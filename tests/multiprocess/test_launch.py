@@ -19,12 +19,10 @@ from harness import EVERYTHING
 from launch_helpers import INSTALLED, LAUNCH, edited, newest, small_program
 from lost_peer_helpers import Network, NoNetwork, network_of
 
-pytestmark = [
-    pytest.mark.skipif(
-        not EVERYTHING, reason="takes four minutes; set DISTCKPT_EVERY_CRASH=1"
-    ),
-    pytest.mark.timeout(400),
-]
+pytestmark = pytest.mark.timeout(400)
+takes_long = pytest.mark.skipif(
+    not EVERYTHING, reason="takes four minutes with others; set DISTCKPT_EVERY_CRASH=1"
+)
 _FOREVER = 10**6
 _BE_HOST = 'hostname "$1"; mount --bind "$2" /etc/hosts; exec "${@:3}"'
 
@@ -106,6 +104,7 @@ def _hosts_script(folder: Path, hosts: str, steps: int) -> str:
     return str(edited("hosts.sh", folder, place, INSTALLED, small_program(folder, steps)))
 
 
+@takes_long
 def test_job_on_one_host_goes_on_when_it_is_started_again(tmp_path, launchers):
     places = ("processes=2", INSTALLED)
     script = edited("one_host.sh", tmp_path, *places, small_program(tmp_path, _FOREVER))
@@ -132,6 +131,7 @@ def test_two_hosts_finish_a_job(tmp_path, launchers, network):
     assert newest(tmp_path) == 30
 
 
+@takes_long
 def test_two_containers_finish_a_job(tmp_path, launchers, network):
     """With the command of the manifest's container, and what its pods would be told."""
     *_, job_set = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
@@ -168,6 +168,7 @@ def test_two_containers_finish_a_job(tmp_path, launchers, network):
     assert "2 ranks" in launchers.words and newest(tmp_path) == 30
 
 
+@takes_long
 def test_host_that_is_told_leaves_without_loss_and_comes_back(
     tmp_path, launchers, network, report_figures: Callable[[str], None]
 ):

@@ -8,17 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from async_helpers import EAGER
 from harness import run_ranks, values_of
-from outcome_helpers import assert_all_whole, make_checkpoint, train
+from outcome_helpers import assert_all_whole, make_manager, train
 
 from distckpt import (
-    CheckpointManager,
     every,
     mailbox,
     on_request,
@@ -32,16 +30,7 @@ _RARELY = every(steps=1_000_000)
 
 
 def _make(directory, when, max_to_keep=3):
-    checkpoint = make_checkpoint()
-    manager = CheckpointManager(
-        checkpoint,
-        directory,
-        max_to_keep,
-        step_counter=checkpoint.step,
-        checkpoint_interval=when,
-        timeout=timedelta(seconds=_SECONDS),
-    )
-    return checkpoint, manager
+    return make_manager(directory, max_to_keep, when, timeout_seconds=_SECONDS)
 
 
 class _Asking:
@@ -108,7 +97,7 @@ def test_job_saves_when_it_is_asked_and_says_when_it_is_committed(tmp_path, when
     assert answer == path and 1 < at_step <= step
     assert len(reasons) == 1 and "on_request(): asked for by process" in reasons[0]
     assert_all_whole(directory)
-    assert mailbox.collect(directory) == ([], [])
+    assert mailbox.collect(directory) == ([], {})
 
 
 def test_who_asks_when_all_is_saved_is_answered_with_what_there_is(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import timedelta
 
 import pytest
 from harness import run_ranks, values_of
@@ -12,14 +11,13 @@ from outcome_helpers import (
     assert_all_whole,
     attempt_directory,
     flip_last_bit,
-    make_checkpoint,
+    make_manager,
     outcome,
     state_of,
     train,
 )
 
 from distckpt import (
-    CheckpointManager,
     CheckpointOptions,
     best,
     every,
@@ -33,16 +31,9 @@ _SECONDS = 20.0
 
 
 def _make(directory, max_to_keep, when=None, checkpoint=None):
-    checkpoint = checkpoint or make_checkpoint()
-    manager = CheckpointManager(
-        checkpoint,
-        directory,
-        max_to_keep,
-        step_counter=checkpoint.step,
-        checkpoint_interval=when,
-        timeout=timedelta(seconds=_SECONDS),
+    return make_manager(
+        directory, max_to_keep, when, checkpoint=checkpoint, timeout_seconds=_SECONDS
     )
-    return checkpoint, manager
 
 
 def _numbers(manager):
@@ -211,7 +202,7 @@ def test_overhead_is_measured_and_kept(tmp_path):
     for saved, overhead in values_of(run_ranks(_save_as_cost_allows, 2, str(tmp_path))):
         assert "is not known yet" in saved[0]
         assert len(saved) >= 2 and all("every(overhead=0.2): " in text for text in saved)
-        assert overhead < 0.3  # a busy machine makes single saves slower than those before
+        assert overhead < 0.2
 
 
 def _fail_by_the_clock(rank, directory):

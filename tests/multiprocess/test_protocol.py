@@ -724,6 +724,7 @@ def _close_and_leave(rank, directory):
         lock.acquire(timeout=0)
         lock.release()
     dist.barrier()
+    # Events of a manager that was not closed are told on a thread, which ends by itself.
     deadline = time.monotonic() + 5
     while any("distckpt" in t.name for t in threading.enumerate()):
         if time.monotonic() > deadline:

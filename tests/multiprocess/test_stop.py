@@ -19,6 +19,7 @@ from outcome_helpers import (
     assert_all_whole,
     committed,
     make_checkpoint,
+    make_manager,
     outcome,
     state_of,
     train,
@@ -31,16 +32,9 @@ _MAX_STEPS = 3000
 
 
 def _make(directory, when, checkpoint=None, timeout_seconds=20.0):
-    checkpoint = checkpoint or make_checkpoint()
-    manager = CheckpointManager(
-        checkpoint,
-        directory,
-        max_to_keep=3,
-        step_counter=checkpoint.step,
-        checkpoint_interval=when,
-        timeout=timedelta(seconds=timeout_seconds),
+    return make_manager(
+        directory, 3, when, checkpoint=checkpoint, timeout_seconds=timeout_seconds
     )
-    return checkpoint, manager
 
 
 def _loop(checkpoint, manager, tell, at_step, options=None):

@@ -313,3 +313,20 @@ def test_the_chiefs_line_is_not_said_twice(caplog):
         for event in (WHOLE, Event(WRITE, 1.0, 1)):
             Log()(event)
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
+
+
+def test_where_no_thread_is_to_be_had_the_phase_goes_on_and_it_is_told_later(monkeypatch):
+    """An error here would keep a rank from its vote, and the others waiting."""
+    told = []
+    some = Events([told.append])
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        some.tell(WRITE, step=1)
+        assert some.wait(0)
+    some.tell(WRITE, step=2)
+    assert some.wait(20)
+    assert [event.step for event in told] == [1, 2]

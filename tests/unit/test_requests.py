@@ -319,3 +319,26 @@ def test_requests_that_cannot_be_removed_do_not_fail_the_commit(
 def test_readers_see_no_request_as_a_checkpoint(run_dir, chief):
     pin(path(run_dir, 1))
     assert readers.latest_checkpoint(run_dir) == path(run_dir, 1)
+
+
+def test_what_cannot_be_removed_holds_up_no_other_request(run_dir, chief, caplog):
+    """A directory that is called like a request stays where it is; the pin counts."""
+    box = os.path.join(run_dir, paths.REQUESTS_DIRECTORY)
+    os.makedirs(os.path.join(box, paths.request_file(1)))
+    pin(path(run_dir, 1))
+    save(chief, run_dir, 2)
+    assert published_numbers(run_dir) == [1, 2]
+    assert waiting(run_dir) == []
+    assert "no request" in caplog.text
+
+
+def test_to_look_for_saves_that_are_asked_for_warns_of_nothing(run_dir, chief, caplog):
+    """It is done every second; the next commit tells of rubbish, once."""
+    box = os.path.join(run_dir, paths.REQUESTS_DIRECTORY)
+    os.mkdir(box)
+    with open(os.path.join(box, paths.request_file(1)), "w", encoding="utf-8") as file:
+        file.write("rubbish")
+    request_save(run_dir)
+    for _ in range(3):
+        assert [request.kind for request in chief.save_requests()] == ["save"]
+    assert "no request" not in caplog.text
