@@ -28,6 +28,8 @@ from distckpt.worker import yield_to_others
 EXIT_SECONDS = 30.0
 # For the outcome of a save, when its manager broke elsewhere.
 _LAST_SECONDS = 1.0
+# For all ranks to hear that Ctrl-C has ended a save, before this one is seen to leave.
+_TELL_SECONDS = 5.0
 # How often to look whether a save is through.
 _ASK_SECONDS = 1.0
 # How long a change may take that is under way when its tensor is copied.
@@ -61,7 +63,9 @@ def take_off(
     except RuntimeError:  # no thread to be had: better done now than not at all
         fly()
     if staged.error is not None and not isinstance(staged.error, Exception):
-        raise staged.error  # Ctrl-C
+        # Ctrl-C. Who hears first that this rank is gone knows nothing of the outcome.
+        flight.done.wait(_TELL_SECONDS)
+        raise staged.error
 
 
 def _stage(

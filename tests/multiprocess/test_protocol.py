@@ -229,6 +229,8 @@ def _interrupt_the_beginning(rank, directory, enable_async):
             real(path)
 
         storage.make_directory = make_directory
+        if rank == 1:  # the chief must not be gone before it has told this one, too
+            _on_shard_open(lambda: time.sleep(0.3), "write")
         found = [outcome(manager.save, options=options)]
         storage.make_directory = real
         found.append(outcome(manager.sync))
