@@ -45,9 +45,12 @@ _PATHS = {
     for module in ("pathlib", "pathlib._local")
     for name in ("PosixPath", "PurePosixPath", "WindowsPath")
 }
+# How the first releases of Python 3.11 (3.11.2 of Debian 12 is one) spell the member of an
+# enumeration. Nothing here looks it up.
+_MEMBER_OF = Global("builtins", "getattr")
 _ALLOWED = frozenset(
     {_METADATA, _INDEX, _TENSOR, _VALUE, _CHUNK, _PROPERTIES, _MEMORY, _META, _PLACE}
-    | {_SIZE, _LAYOUT, _OLD_PROPERTIES, Global(_OLD, "MEM_FORMAT_ENCODING")}
+    | {_SIZE, _LAYOUT, _OLD_PROPERTIES, Global(_OLD, "MEM_FORMAT_ENCODING"), _MEMBER_OF}
     | _PATHS
     | _DTYPES.keys()
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch_helpers import assert_same, raw
 from unit_helpers import flip_bit
 
@@ -128,6 +128,21 @@ class InMemory:
 
     def stream(self, piece_bytes):
         yield memoryview(self.data)
+
+
+def test_metadata_of_an_early_python_3_11_is_read(tmp_path, monkeypatch):
+    """Their pickles get the members of enumerations by ``getattr``."""
+
+    def reduce(self, protocol):
+        return getattr, (type(self), self.name)
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduce)
+    path = str(tmp_path / "dcp")
+    dcp.save(STATE, checkpoint_id=path, no_dist=True)
+    with open(os.path.join(path, ".metadata"), "rb") as file:
+        assert b"getattr" in file.read()
+    with DcpDirectory(path) as directory:
+        assert content(directory.tensor("model.w")) == raw(STATE["model"]["w"])
 
 
 LAYOUTS = {
