@@ -160,11 +160,13 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             )
             raise ConfigError(msg)
         job = made.result
-        job.events.add(History(job.directory))
-        job.events.add(say_line)
+        # Not the job: a deletion under way would keep the lock of one that is let go.
+        events = job.events
+        events.add(History(job.directory))
+        events.add(say_line)
 
         def tell_of_deletion(attempt: Attempt, seconds: float) -> None:
-            job.events.tell(DELETE, seconds=seconds, checkpoint=attempt.prefix)
+            events.tell(DELETE, seconds=seconds, checkpoint=attempt.prefix)
 
         job.chief = Chief(
             job.directory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -714,15 +713,21 @@ def _close_and_leave(rank, directory):
     with _manager(checkpoint, directory) as again:
         found["again"] = outcome(again.save)
         found["entered"] = again is not None
-    manager = _manager(checkpoint, directory)
+    manager = _manager(checkpoint, directory, max_to_keep=1)
+    real = storage.remove_tree
+
+    def remove_slowly(path):
+        time.sleep(0.5)
+        real(path)
+
+    storage.remove_tree = remove_slowly
     manager.save()
     if rank == 0:
         lock = FileLock(os.path.join(directory, ".lock"))
         with pytest.raises(Timeout):
             lock.acquire(timeout=0)
     del manager
-    gc.collect()
-    if rank == 0:
+    if rank == 0:  # though what it has released is still being deleted
         lock.acquire(timeout=0)
         lock.release()
     dist.barrier()
