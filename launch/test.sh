@@ -9,11 +9,13 @@ if [ $# -gt 0 ]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy
+# On one core, beside the first tests.
+"$python" -m mypy &
+types=$!
 # Those that measure no time, two at once; with one seed both processes list them in one order.
 export PYTHONHASHSEED=0
 "$python" -m pytest -n 2 -m 'not alone' tests/unit
-"$python" -m pytest -m alone tests/unit
-"$python" -m pytest tests/scale tests/gpu
+wait "$types"
+"$python" -m pytest -m alone tests/unit tests/scale tests/gpu
 # Most of these wait for others: two at once take little longer than one.
 exec "$python" -m pytest -n 2 tests/multiprocess tests/crash

@@ -17,6 +17,7 @@ from distckpt import Checkpoint, CheckpointManager, CheckpointOptions, PerRank, 
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from simulate import LAYOUTS, cheapest
 
+pytestmark = pytest.mark.alone
+
 RANKS, TENSORS = 1000, 400
 
 # CPU milliseconds as measured while others used the machine, too; four times as many are
