@@ -17,5 +17,6 @@ export PYTHONHASHSEED=0
 "$python" -m pytest -n 2 -m 'not alone' tests/unit
 wait "$types"
 "$python" -m pytest -m alone tests/unit tests/scale tests/gpu
-# Most of these wait for others: two at once take little longer than one.
-exec "$python" -m pytest -n 2 tests/multiprocess tests/crash
+# Each process begins with a half: those of one wait more than they work, those of the other
+# work more than they wait.
+exec "$python" -m pytest -n 2 --dist worksteal tests/multiprocess tests/crash
