@@ -14,9 +14,10 @@ fi
 types=$!
 # Those that measure no time, two at once; with one seed both processes list them in one order.
 export PYTHONHASHSEED=0
-"$python" -m pytest -n 2 -m 'not alone' tests/unit
+one_process=(tests/unit tests/scale tests/gpu)
+"$python" -m pytest -n 2 -m 'not alone' "${one_process[@]}"
 wait "$types"
-"$python" -m pytest -m alone tests/unit tests/scale tests/gpu
+"$python" -m pytest -m alone "${one_process[@]}"
 # Each process begins with a half: those of one wait more than they work, those of the other
 # work more than they wait.
 exec "$python" -m pytest -n 2 --dist worksteal tests/multiprocess tests/crash

@@ -32,8 +32,6 @@ _MIB = 2**20
 # The image is sparse: what is not written takes no room. mkfs.xfs makes no smaller one.
 _SIZE_BYTES = {EXT4: 48 * _MIB, XFS: 300 * _MIB}
 _MAKE = {EXT4: ["mkfs.ext4", "-q", "-F"], XFS: ["mkfs.xfs", "-q", "-f"]}
-
-
 _PATIENCE_SECONDS = 20.0
 
 
