@@ -16,7 +16,7 @@ from distckpt.errors import ConfigError, DirectoryInUseError
 from distckpt.identity import Identity, this_process
 from distckpt.policy import Rule, parse
 from distckpt.record import Entry, Record
-from distckpt.retention import Retention, sweep
+from distckpt.retention import Retention, spells_number, sweep
 
 _POLL_SECONDS = 0.2
 
@@ -42,10 +42,12 @@ def rule_of(text: str | None, record: Record) -> Rule:
     Raises:
         ConfigError: There are none, or they are not to be read.
     """
-    if text is None and not record.rules:
+    # A number drops what has left the managed ones already, and none of what it preserved.
+    if text is None and (not record.rules or spells_number(record.rules)):
+        had = f"{', '.join(record.rules)}, " if record.rules else ""
         msg = (
-            "the last job here had no rules such as latest(3) | best(2, ...): say what is "
-            "to be kept with --keep."
+            f"the last job here had {had}no rules such as latest(3) | best(2, ...): say "
+            "what is to be kept with --keep."
         )
         raise ConfigError(msg)
     return parse(" | ".join(record.rules) if text is None else text)

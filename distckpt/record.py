@@ -165,7 +165,8 @@ class Record:
         last_preserved: TensorFlow's ``last_preserved_timestamp``; None before the
             first commit.
         last_step: Training step of the last commit, for people.
-        rules: The rules that keep checkpoints, as they are written; none if a number does.
+        rules: The rules that keep checkpoints, as they are written; of a number
+            ``max_to_keep=3``. None if all are kept.
     """
 
     number: int

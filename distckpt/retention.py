@@ -21,6 +21,7 @@ from distckpt.record import MAX_RULES, Entry, Record
 _logger = logging.getLogger(__name__)
 
 _SECONDS_PER_HOUR = 3600.0
+_NUMBER = "max_to_keep="  # in records, before TensorFlow's number
 
 # Which of the entries, oldest first, a rule wants to keep.
 _Keep = Callable[[Sequence[Entry]], set[int]]
@@ -80,8 +81,15 @@ class Retention:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """What is written in records, so that everyone can see why something is kept."""
-        return () if self.is_number else tuple(map(spelled, parts_of(self.max_to_keep)))
+        """What is written in records, so that everyone can see why something is kept.
+
+        None keeps all: there is nothing to say of each.
+        """
+        if self.max_to_keep is None:
+            return ()
+        if self.is_number:
+            return (f"{_NUMBER}{self.max_to_keep}",)
+        return tuple(map(spelled, parts_of(self.max_to_keep)))
 
     @property
     def best(self) -> Best | None:
@@ -100,6 +108,11 @@ class Retention:
     def spelled(self) -> list[Any]:
         """Return what must be the same on all ranks."""
         return [spelled(self.max_to_keep), self.keep_every_n_hours]
+
+
+def spells_number(rules: Sequence[str]) -> bool:
+    """Tell whether rules of a record are TensorFlow's number; see ``Retention.rules``."""
+    return any(rule.startswith(_NUMBER) for rule in rules)
 
 
 class Managed(NamedTuple):
@@ -181,13 +194,20 @@ def _sweep(live: Sequence[Entry], last_preserved: float, retention: Retention) -
             last_preserved = entry.time
         else:
             dropped.append(entry)
-    remaining = without_reasons(live[num_leaving:])
+    # With None there is no rule to point to.
+    why = () if retention.max_to_keep is None else (0,)
+    remaining = _with_reasons(live[num_leaving:], why)
     return Swept(remaining, tuple(preserved), tuple(dropped), last_preserved)
 
 
 def without_reasons(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     """Forget which rules have kept some: they go with the list of one record's rules."""
-    return tuple(replace(entry, why=()) if entry.why else entry for entry in entries)
+    return _with_reasons(entries, ())
+
+
+def _with_reasons(entries: Iterable[Entry], why: tuple[int, ...]) -> tuple[Entry, ...]:
+    # Most of thousands have it already.
+    return tuple(e if e.why == why else replace(e, why=why) for e in entries)
 
 
 # Rules

@@ -148,6 +148,20 @@ def test_list_as_json_says_metrics_and_what_keeps_each(remarked):
     ]
 
 
+def test_list_says_that_a_number_keeps_each(run_dir):
+    """What it has preserved is kept by nothing any more: nobody deletes it."""
+    # So little that whatever leaves is preserved.
+    chief = make_claimed(run_dir, keep=2, hours=1e-9)
+    for number in (1, 2, 3):
+        save(chief, run_dir, number)
+    found = run_json("list", run_dir)["checkpoints"]
+    assert [(item["number"], item["state"], item["kept_by"]) for item in found] == [
+        (3, "live", ["max_to_keep=2"]),
+        (2, "live", ["max_to_keep=2"]),
+        (1, "kept", []),
+    ]
+
+
 def test_show_has_metrics_and_metadata(remarked):
     """Nothing of it does anything to the terminal."""
     text = run("show", f"{remarked}/ckpt-4").stdout

@@ -175,6 +175,7 @@ def test_repair_by_hand_is_told(run_dir, chief):
         action="repair",
         live=newest.record.live,
         last_preserved=1.0,
+        rules=newest.record.rules,
     )
     state.append(run_dir, repaired)
     assert told(watcher) == [("repair", "")]
@@ -300,7 +301,8 @@ def test_json_has_a_line_for_each_event(run_dir):
     begin, commit = map(json.loads, run(run_dir, "--once", "--json").stdout.splitlines())
     assert (begin["event"], begin["run"], begin["epoch"]) == ("begin", "unit", 1)
     assert commit["event"] == "commit" and commit["path"] == saved.prefix
-    assert (commit["step"], commit["kept_by"], commit["metrics"]) == (30, [], {})
+    assert (commit["step"], commit["metrics"]) == (30, {})
+    assert commit["kept_by"] == ["max_to_keep=3"]
 
 
 def test_once_of_a_missing_directory_exits_with_3(run_dir):

@@ -91,6 +91,17 @@ def test_the_rules_of_the_last_job_are_taken_if_none_are_given(five):
     assert result.exit_code == 0 and "latest(4)" in result.stdout
 
 
+def test_a_number_of_the_last_job_is_no_rule_to_prune_by(five):
+    """It would drop what it has preserved."""
+    chief = make_claimed(five, keep=2)
+    save(chief, five, 6)
+    chief.close()
+    result = run(five, "--yes")
+    assert result.exit_code == 2
+    assert "had max_to_keep=2, no rules" in result.stderr and "--keep" in result.stderr
+    assert run(five, "--keep", "latest(1)").exit_code == 0
+
+
 @pytest.mark.parametrize("rules", ["", "3", "latest(0)", "print(1)", "latest(1) |"])
 def test_what_is_no_rule_is_wrong_usage(five, rules):
     result = run(five, "--keep", rules, "--yes")

@@ -138,7 +138,12 @@ class Manager:
         self.deleted += [e.attempt.number for e in swept.dropped]
 
     def recreate(self, now):
-        record = make_record(50, live=self.live, last_preserved=self.last_preserved)
+        record = make_record(
+            50,
+            live=self.live,
+            last_preserved=self.last_preserved,
+            rules=self.retention.rules,
+        )
         self.live, _, self.last_preserved, _ = retention.recover(record, float(now), NUMBER)
 
     @property
@@ -237,8 +242,8 @@ def test_sweep_never_loses_or_drops_the_newest(times, clock, keep, hours):
     together = sorted(
         (*swept.live, *swept.preserved, *swept.dropped), key=lambda entry: entry.record
     )
-    assert together == list(live)
-    assert swept.live[-1] == live[-1]
+    assert retention.without_reasons(together) == tuple(live)
+    assert swept.live[-1].attempt == live[-1].attempt
 
 
 @pytest.mark.parametrize("keep", [0, -1, True, False, 2.5, "3"], ids=repr)
@@ -418,12 +423,28 @@ def test_recover_with_rules_forgets_nothing():
     assert found == (record.live, (), 150.0, 0.0)
 
 
-def test_number_after_rules_forgets_their_reasons():
+def test_number_says_what_it_keeps():
+    """Not of one that is pinned: the number does not see it."""
+    first, *others = with_losses(1.0, 2.0, 3.0)
+    entries = [dataclasses.replace(first, pinned=True), *others]
+    swept = retention.sweep(entries, 0.0, Retention(2))
+    rules = Retention(2).rules
+    assert [entry.kept_by(rules) for entry in swept.live] == [
+        *(["pinned"], ["max_to_keep=2"], ["max_to_keep=2"]),
+    ]
+    assert retention.spells_number(rules)
+    assert not retention.spells_number(Retention(latest(2)).rules)
+
+
+@pytest.mark.parametrize(("keep", "reasons"), [(2, {(0,)}), (None, {()})])
+def test_number_after_rules_forgets_their_reasons(keep, reasons):
     """They would point into the list of another record."""
-    kept = retention.sweep(with_losses(1.0, 2.0, 3.0), 0.0, Retention(latest(3))).live
-    assert all(entry.why for entry in kept)
-    swept = retention.sweep(kept, 0.0, Retention(2))
-    assert not any(entry.why for entry in swept.live)
+    rule = every(steps=1) | latest(3)
+    kept = retention.sweep(with_losses(1.0, 2.0, 3.0), 0.0, Retention(rule)).live
+    assert any(1 in entry.why for entry in kept)
+    swept = retention.sweep(kept, 0.0, Retention(keep))
+    assert {entry.why for entry in swept.live} == reasons
+    assert len(Retention(keep).rules) == len(max(reasons))
 
 
 RULES = st.one_of(
