@@ -35,6 +35,8 @@ UNREADABLE = "unreadable"
 
 # No commit for so many times the usual interval is worth a word.
 _STALE_INTERVALS = 3
+# But where there is one every few milliseconds, a breath is not.
+_LEAST_STALE_SECONDS = 10.0
 _MAX_COMMITS = 33
 
 
@@ -237,7 +239,9 @@ class _Pace:
         """Say, once, that there has been no commit for long; "" if there is no need to."""
         usual = self.usual_seconds
         waited = time.monotonic() - self._heard
-        if usual is None or self._was_said or waited <= _STALE_INTERVALS * max(usual, 0):
+        if usual is None or self._was_said:
+            return ""
+        if waited <= max(_STALE_INTERVALS * usual, _LEAST_STALE_SECONDS):
             return ""
         self._was_said = True
         return f"no commit for {duration(waited)}; usually it takes {duration(usual)}"

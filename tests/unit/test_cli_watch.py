@@ -253,6 +253,17 @@ def test_directory_at_its_usual_pace_is_not_stale(run_dir, clock):
     assert told(watcher) == []
 
 
+@pytest.mark.parametrize(("behind", "is_late"), [(9.5, False), (10.5, True)])
+def test_pause_of_seconds_is_no_news_however_fast_the_commits(
+    run_dir, clock, behind, is_late
+):
+    """Three times some milliseconds pass between any two looks."""
+    make_paced(run_dir, clock, 0.01, behind)
+    watcher = Watcher(run_dir, 0)
+    assert told(watcher) == [("begin", "")]
+    assert [kind for kind, _ in told(watcher)] == ["stale"] * is_late
+
+
 def test_what_was_deleted_meanwhile_does_not_lengthen_the_usual_interval(run_dir, clock):
     """The numbers of the records say how many commits there were."""
     chief = make_claimed(run_dir, keep=best(2, "loss", mode="min"))
