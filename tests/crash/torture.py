@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# As conftest.py does for the tests: real ranks are the business of that folder.
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
+
 import campaign
 import mutants
 from campaign import Campaign, Progress
