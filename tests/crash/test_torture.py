@@ -42,6 +42,17 @@ def test_every_campaign_can_be_loaded_by_its_name():
     )
 
 
+def test_what_tries_the_protocol_alone_does_without_torch():
+    """With torch in the process, each of thousands of forks takes twenty times as long."""
+    modules = ", ".join(sorted(path.stem for path in TORTURE.parent.glob("*.py")))
+    path = str(TORTURE.parents[1] / "multiprocess")
+    run(
+        "-c",
+        f"import sys; sys.path.append({path!r}); import {modules}\n"
+        "assert 'torch' not in sys.modules, sorted(sys.modules)",
+    )
+
+
 def test_a_campaign_goes_on_where_it_was(tmp_path):
     """And says so; what it has found before counts."""
     arguments = (str(TORTURE), "fuzz", "--directory", str(tmp_path), "--size")

@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# As conftest.py does for the tests: real ranks are the business of that folder.
+# As conftest.py and pytest do for the tests.
+sys.path.append(os.path.join(os.path.dirname(__file__), "ranks"))
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
 
 import campaign

@@ -1,6 +1,6 @@
 """Ranks that are slow, or whose filesystem hangs: waited for, or told so.
 
-Those that are killed, stopped, cut off or elsewhere: tests/crash/test_hangs.py.
+Those that are killed, stopped, cut off or elsewhere: tests/crash/ranks/test_hangs.py.
 """
 
 from __future__ import annotations

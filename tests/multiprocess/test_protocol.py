@@ -342,7 +342,7 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     assert results[victim].exit_code == -signal.SIGKILL, label
     for first, later, unchanged in values_of(survivors):
         assert "ManagerBroken" in first.bases, (label, first)
-        # How late exactly: tests/crash/test_hangs.py.
+        # How late exactly: tests/crash/ranks/test_hangs.py.
         assert first.seconds < DEADLINE_SECONDS + 2, (label, first)
         for one in later[:3]:
             assert "ManagerBroken" in one.bases, (label, one)

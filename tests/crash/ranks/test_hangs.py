@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +24,6 @@ import pytest
 import torch.distributed as dist
 from campaign import Campaign
 from figures import Figures, Hung
-
-# Real ranks are the business of the tests in another folder.
-sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
-
 from lost_peer_helpers import (
     DEADLINE_SECONDS,
     LATE_SECONDS,

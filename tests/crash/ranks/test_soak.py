@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from job_scenario import EVERYTHING
+from harness import EVERYTHING
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 # Mostly imports; a busy machine may take its time.

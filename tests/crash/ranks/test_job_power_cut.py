@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import pytest
 from figures import Figures
+from harness import EVERYTHING
 from job_scenario import (
-    EVERYTHING,
     SCENARIOS,
     Crash,
     Notes,

@@ -16,8 +16,8 @@ from statistics import median
 
 import pytest
 from figures import Figures, Wrong, demand
+from harness import EVERYTHING
 from job_scenario import (
-    EVERYTHING,
     SCENARIOS,
     Crash,
     Notes,

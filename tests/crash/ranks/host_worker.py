@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.append(os.path.join(os.path.dirname(__file__), ".."))
 
 import torch
 import torch.distributed as dist

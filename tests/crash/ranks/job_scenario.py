@@ -11,7 +11,6 @@ import itertools
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +23,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from figures import Lost, NotReopened, Torn, Wrong, demand
+from harness import RankResult, run_ranks
 from notes import Notes
+from outcome_helpers import make_checkpoint, state_of, train
 from power import Disk
 from scenario import _epoch_of, claim_and_check_clean, unlisted
 from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, intercepted
@@ -40,13 +41,6 @@ from distckpt import (
 )
 from distckpt.comm import GroupChannel
 from distckpt.verify import verify_attempt
-
-# Real ranks are the business of the tests in another folder.
-sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
-
-from harness import EVERYTHING as EVERYTHING
-from harness import RankResult, run_ranks
-from outcome_helpers import make_checkpoint, state_of, train
 
 _TIMEOUT_SECONDS = 20.0
 _JOB_SECONDS = 60.0

@@ -15,7 +15,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +24,6 @@ from typing import Any
 from power import LOG_FLUSHED, Disk
 
 from distckpt import paths, readers
-
-# Real ranks are the business of the tests beside these.
-sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
 
 _NEW_NAMESPACE = 0x00020000  # CLONE_NEWNS, linux/sched.h
 _RECURSIVE_PRIVATE = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE, linux/mount.h
