@@ -194,9 +194,7 @@ def _sweep(live: Sequence[Entry], last_preserved: float, retention: Retention) -
             last_preserved = entry.time
         else:
             dropped.append(entry)
-    # With None there is no rule to point to.
-    why = () if retention.max_to_keep is None else (0,)
-    remaining = _with_reasons(live[num_leaving:], why)
+    remaining = _with_reasons(live[num_leaving:], (0,) if retention.rules else ())
     return Swept(remaining, tuple(preserved), tuple(dropped), last_preserved)
 
 

@@ -128,7 +128,7 @@ from distckpt.verify import verify_attempt
 
 directory, lease = sys.argv[1], json.loads(sys.argv[2])
 read, dropped, failed = 0, 0, []
-for path in checkpoints_iterator(directory, timeout=2, lease_seconds=lease):
+for path in checkpoints_iterator(directory, timeout=30, lease_seconds=lease):
     time.sleep(0.1)
     try:
         located = readers.locate(path)
@@ -140,7 +140,8 @@ for path in checkpoints_iterator(directory, timeout=2, lease_seconds=lease):
     dropped += all(not path.endswith(e.attempt.prefix) for e in record.committed)
     read += 1
     failed += problems[:1]
-    if dropped >= 5 or failed:
+    # What the reader with a lease holds is there for the other one, too, until it ends.
+    if failed or (lease is not None and dropped >= 5):
         break
 print(json.dumps([read, dropped, failed]))
 """
