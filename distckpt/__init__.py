@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distckpt._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from distckpt.checkpoint import Checkpoint
     from distckpt.errors import (
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         ManagerBroken,
         ManifestError,
         MismatchError,
+        NewerFormatError,
         OutcomeUnknown,
         PeerLost,
         PeerTimeout,
@@ -84,6 +87,7 @@ __all__ = [
     "ManagerBroken",
     "ManifestError",
     "MismatchError",
+    "NewerFormatError",
     "OpenedCheckpoint",
     "OutcomeUnknown",
     "PeerLost",

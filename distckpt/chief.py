@@ -142,6 +142,7 @@ class Chief:
             DirectoryInUseError: Another live job holds the directory.
             StorageError: It cannot be written, or has no hard links.
             CorruptStateError: Its records cannot be read.
+            NewerFormatError: A newer version of distckpt has claimed it.
         """
         storage.make_directories(self._directory)
         self._acquire_lock()
@@ -264,6 +265,7 @@ class Chief:
             restart=self.identity.restart,
             action=record.CLAIM,
             written=float(time.time()),
+            stamp=newest.stamp.successor(),
         )
 
     # Save

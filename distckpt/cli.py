@@ -194,7 +194,9 @@ def verify(path: str, as_json: bool) -> None:
         with Progress("verifying") as progress:
             advance = progress.begin(sum(target.size_bytes for target in targets))
             for target in targets:
-                report = verify_attempt(target.directory, target.manifest_digest, advance)
+                report = or_exit(
+                    verify_attempt, target.directory, target.manifest_digest, advance
+                )
                 reports.append((target.name, report))
     if as_json:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]

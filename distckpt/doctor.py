@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from distckpt import leases, mailbox, paths, state, storage
-from distckpt.errors import FormatError, StorageError
+from distckpt.errors import FormatError, NewerFormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
 from distckpt.record import Record
@@ -53,15 +53,17 @@ def examine(directory: str, *, tries: bool = True) -> Iterator[Finding]:
 
     Raises:
         StorageError: The directory cannot be looked at.
+        NewerFormatError: A newer version of distckpt wrote its records.
     """
+    # First, so that nothing is tried in a directory that is not for this version.
+    record, records = _records(directory)
     yield _filesystem(directory)
     yield from _room(directory)
     yield _trust(directory)
     if tries:
         yield from _Trial(directory).run()
     yield _holder(directory)
-    record, finding = _records(directory)
-    yield finding
+    yield records
     if record is not None:
         yield _copy(directory, record)
     yield from _leftovers(directory, record)
@@ -242,7 +244,7 @@ def _holder(directory: str) -> Finding:
     try:
         head = state.read_head(directory)
     except (FormatError, StorageError):
-        head = None  # told beside it
+        head = None  # the finding on the records says so
     if head is None:
         return Finding("held by", OK, "a job that has not claimed it yet")
     newest = head.record
@@ -274,7 +276,7 @@ def _records(directory: str) -> tuple[Record | None, Finding]:
 def _copy(directory: str, newest: Record) -> Finding:
     try:
         is_equal = state.read_copy(directory) == newest
-    except (FormatError, StorageError):
+    except (FormatError, NewerFormatError, StorageError):
         is_equal = False
     if is_equal:
         return Finding("state file", OK, "is the newest record's copy")
@@ -351,7 +353,7 @@ def _fate_of(
         return "released; about to be deleted"
     if chain_of(os.path.join(directory, name)) == newest.chain:
         return "published but never committed; the next claim deletes it"
-    return "of another run directory, or damaged; nobody deletes it"
+    return "of another run directory, of a newer distckpt, or damaged; nothing deletes it"
 
 
 def _ago(seconds: float) -> str:

@@ -11,6 +11,7 @@
     - ShardFileError
     - ChecksumError                    well-formed, but not the bytes that were written
     - UnsafeCheckpointError            a file that could do harm: a link, a device, ...
+  + NewerFormatError                   a newer version of distckpt wrote the file
   + CheckpointNotFound
   + TensorNotFound (also KeyError)     a checkpoint has no tensor of that name
   + MismatchError                      checkpoint and live objects do not fit together
@@ -103,6 +104,14 @@ class ChecksumError(FormatError):
 
 class UnsafeCheckpointError(FormatError):
     """A file is a link, a device or the like: nothing of it is read."""
+
+
+class NewerFormatError(DistckptError):
+    """A file is of a newer format, or needs a feature that this version does not know.
+
+    It is not damaged, so this is no ``FormatError``: a restore does not fall back to an
+    older checkpoint, and ``repair``, ``prune`` and a claim leave the directory as it is.
+    """
 
 
 class CheckpointNotFound(DistckptError):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from distckpt import mailbox, paths, state, storage
-from distckpt.errors import FormatError, StorageError
+from distckpt.errors import FormatError, NewerFormatError, StorageError
 from distckpt.leases import Leases
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.paths import Attempt
@@ -186,5 +186,5 @@ def chain_of(path: str) -> str | None:
     try:
         data = storage.read_file(os.path.join(path, paths.MANIFEST_FILE), MAX_SIZE_BYTES)
         return Manifest.decode(data).chain
-    except (StorageError, FormatError):
+    except (StorageError, FormatError, NewerFormatError):
         return None

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from distckpt import layout, paths, strict_json, values
+from distckpt import layout, paths, stamp, strict_json, values
 from distckpt.errors import ConfigError, FormatError, ManifestError
 from distckpt.layout import Assignment, Table
 from distckpt.record import DIGEST_LENGTH, digest, is_hex
 from distckpt.remarks import NOTHING, Remarks
+from distckpt.stamp import Stamp
 
-FORMAT = 1
 MAX_SIZE_BYTES = 256 * 2**20
 
 _MAX_WORLD_SIZE = 10_000_000
@@ -58,6 +58,7 @@ class Manifest:
         layouts: Tables; ranks with equal tables share one.
         values: The job-wide plain values by path, encoded by ``values.encode``.
         remarks: What the user has said of it.
+        stamp: The manifest's format and features.
     """
 
     attempt: paths.Attempt
@@ -68,6 +69,7 @@ class Manifest:
     layouts: tuple[Table, ...]
     values: dict[str, Any] = field(default_factory=dict)
     remarks: Remarks = NOTHING
+    stamp: Stamp = stamp.CURRENT
 
     def __post_init__(self) -> None:
         num_shards = len(self.shards)
@@ -104,7 +106,7 @@ class Manifest:
     def encode(self) -> bytes:
         """Encode to the bytes of ``manifest.json``."""
         head = {
-            "format": FORMAT,
+            **self.stamp.fields,
             "path": self.attempt.published,
             "chain": self.chain,
             "step": self.step,
@@ -130,6 +132,7 @@ class Manifest:
 
         Raises:
             ManifestError: Says what is wrong with them.
+            NewerFormatError: A newer version of distckpt wrote it.
         """
         _check(len(data) <= MAX_SIZE_BYTES, "size in bytes", len(data))
         # Tables are large and hardly ever change: those that were decoded lately are not
@@ -145,21 +148,18 @@ class Manifest:
             msg = f"not a manifest: {error}"
             raise ManifestError(msg) from None
         _check(isinstance(tree, dict), "content", tree)
-        if type(tree.get("format")) is not int or tree["format"] != FORMAT:
-            msg = (
-                f"manifest of format {tree.get('format')!r:.20}; this version of "
-                f"distckpt reads format {FORMAT}. It was written by another version."
-            )
-            raise ManifestError(msg)
-        manifest = _from_tree(tree, texts)
+        read = stamp.read_stamp(tree, stamp.MANIFEST)
+        if read is None:
+            _refuse("format", tree.get("format"))
+        checksum = tree.pop("checksum", None)
+        manifest = _from_tree(tree, texts, read)
         # The record holds the digest of the whole; this one is for copies without records.
         body, _, _ = data.rpartition(_CHECKSUM)
-        _check(tree["checksum"] == digest(body), "checksum", tree["checksum"])
+        _check(checksum == digest(body), "checksum", checksum)
         return manifest
 
 
 _FIELDS = (
-    "format",
     "path",
     "chain",
     "step",
@@ -170,12 +170,11 @@ _FIELDS = (
     "shards",
     "layouts",
     "values",
-    "checksum",
 )
 
 
-def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
-    _check(tuple(tree) == _FIELDS, "fields", list(tree))
+def _from_tree(tree: dict[str, Any], texts: bytes, read: Stamp) -> Manifest:
+    _check(stamp.checked_fields(tree, _FIELDS, read), "fields", list(tree))
     path, chain, step = tree["path"], tree["chain"], tree["step"]
     attempt = paths.parse_published(path) if isinstance(path, str) else None
     if attempt is None:
@@ -200,6 +199,7 @@ def _from_tree(tree: dict[str, Any], texts: bytes) -> Manifest:
         layouts=_decode_tables(texts),
         values=_ungroup(tree["values"]),
         remarks=remarks,
+        stamp=read,
     )
 
 
@@ -272,5 +272,9 @@ def _ungroup(groups: Any) -> dict[str, Any]:
 
 def _check(condition: bool, what: str, found: Any) -> None:
     if not condition:
-        msg = f"manifest: bad {what}: {found!r:.200}"
-        raise ManifestError(msg)
+        _refuse(what, found)
+
+
+def _refuse(what: str, found: Any) -> NoReturn:
+    msg = f"manifest: bad {what}: {found!r:.200}"
+    raise ManifestError(msg)

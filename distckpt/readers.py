@@ -21,6 +21,7 @@ from distckpt.errors import (
     ConfigError,
     FormatError,
     ManifestError,
+    NewerFormatError,
     ShardFileError,
     StorageError,
 )
@@ -321,6 +322,7 @@ def read_manifest(directory: str, expected_digest: str | None = None) -> Manifes
     Raises:
         ChecksumError: It is not the manifest that was committed.
         ManifestError: It is not a valid manifest.
+        NewerFormatError: A newer version of distckpt wrote it.
         UnsafeCheckpointError: It, or the directory, is a link.
         StorageError: It cannot be read.
     """
@@ -337,9 +339,9 @@ def read_manifest(directory: str, expected_digest: str | None = None) -> Manifes
         raise ChecksumError(msg)
     try:
         return Manifest.decode(data)
-    except ManifestError as error:
+    except (ManifestError, NewerFormatError) as error:
         msg = f"{path}: {error}"
-        raise ManifestError(msg) from error
+        raise type(error)(msg) from error
 
 
 def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
@@ -351,11 +353,12 @@ def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
     Raises:
         ChecksumError, ShardFileError, UnsafeCheckpointError: It is not the file that
             was committed.
+        NewerFormatError: A newer version of distckpt wrote it.
         StorageError: It cannot be opened.
     """
     path = os.path.join(directory, manifest.shard_file(rank))
     shard = manifest.shards[rank]
-    reader = ShardReader(path)
+    reader = ShardReader(path, shard.header)
     try:
         if reader.size_bytes != shard.size_bytes:
             msg = (
@@ -363,9 +366,6 @@ def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
                 "off, or another file."
             )
             raise ShardFileError(msg)
-        if reader.header_digest != shard.header:
-            msg = f"{path}: header digest {reader.header_digest}, expected {shard.header}."
-            raise ChecksumError(msg)
         expected = (manifest.attempt.published, rank, manifest.world_size)
         header = reader.header
         found = (header.attempt, header.rank, header.world_size)

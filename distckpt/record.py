@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any, NoReturn
 
-from distckpt import paths, strict_json
+from distckpt import paths, stamp, strict_json
 from distckpt.collector import collector_paused
 from distckpt.errors import CorruptStateError
+from distckpt.stamp import Stamp
 
-FORMAT = 1
 CLAIM = "claim"
 COMMIT = "commit"
 REPAIR = "repair"
@@ -63,6 +63,8 @@ class Entry:
         metrics: What was said of it, sorted by name; None for what is no finite number.
         why: Which of the record's rules keep it, by index.
         pinned: Whether a person keeps it, whatever the rules say.
+        unknown: Fields of a newer version's notes, each with its JSON. They stay with the
+            entry when a record copies it.
     """
 
     attempt: paths.Attempt
@@ -74,6 +76,7 @@ class Entry:
     metrics: tuple[tuple[str, float | None], ...] = ()
     why: tuple[int, ...] = ()
     pinned: bool = False
+    unknown: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         # A name that cannot be read back would make the whole chain unreadable.
@@ -117,13 +120,25 @@ class Entry:
             tree["why"] = list(self.why)
         if self.pinned:
             tree["pinned"] = True
+        for name, text in self.unknown:
+            tree[name] = strict_json.loads(text.encode())
         return tree
 
     @staticmethod
-    def from_json(fields: Any) -> Entry:
-        """Decode; raises ``CorruptStateError`` for anything that is not an entry."""
-        known = isinstance(fields, dict) and fields.keys() <= _ENTRY_FIELDS
-        _check(known and tuple(fields)[:5] == _FIRST_FIELDS, "entry", fields)
+    def from_json(fields: Any, *, allow_unknown: bool = False) -> Entry:
+        """Decode an entry.
+
+        Args:
+            fields: The JSON object.
+            allow_unknown: Whether it may have fields that this version does not know.
+
+        Raises:
+            CorruptStateError: It is not an entry.
+        """
+        _check(isinstance(fields, dict), "entry", fields)
+        unknown = [name for name in fields if name not in _ENTRY_FIELDS]
+        _check(allow_unknown or not unknown, "entry", fields)
+        _check(tuple(fields)[:5] == _FIRST_FIELDS, "entry", fields)
         path, record, time, step, manifest = map(fields.__getitem__, _FIRST_FIELDS)
         attempt = paths.parse_published(path) if isinstance(path, str) else None
         if attempt is None:
@@ -140,6 +155,7 @@ class Entry:
             metrics=tuple(metrics.items()),
             why=tuple(why),
             pinned=fields.get("pinned", False),
+            unknown=tuple((name, strict_json.dumps(fields[name])) for name in unknown),
         )
 
 
@@ -167,6 +183,8 @@ class Record:
         last_step: Training step of the last commit, for people.
         rules: The rules that keep checkpoints, as they are written; of a number
             ``max_to_keep=3``. None if all are kept.
+        stamp: The record's format, and the features of what it lists. Features stay: a
+            record has those of the record before.
     """
 
     number: int
@@ -185,6 +203,7 @@ class Record:
     last_preserved: float | None = None
     last_step: int | None = None
     rules: tuple[str, ...] = ()
+    stamp: Stamp = stamp.CURRENT
 
     def __post_init__(self) -> None:
         _check(_is_count(self.number) and self.number > 0, "number", self.number)
@@ -248,12 +267,13 @@ class Record:
 
     def encode(self) -> bytes:
         """Encode to the bytes of the record's file."""
-        lines = [f'{{\n"format": {FORMAT}']
-        for field in fields(self):
-            value = getattr(self, field.name)
-            lines.append(f'"{field.name}": {_encode_field(value)}')
-        body = ",\n".join(lines)
-        return f'{body},\n"checksum": "{digest(body.encode())}"\n}}\n'.encode()
+        values = {name: getattr(self, name) for name in _FIELDS}
+        lines = [
+            f'"{name}": {_encode_field(value)}'
+            for name, value in (self.stamp.fields | values).items()
+        ]
+        body = "{\n" + ",\n".join(lines)
+        return f'{body}{_CHECKSUM}"{digest(body.encode())}"\n}}\n'.encode()
 
     @staticmethod
     @collector_paused()
@@ -262,6 +282,7 @@ class Record:
 
         Raises:
             CorruptStateError: Anything but the exact bytes of a valid record.
+            NewerFormatError: A newer version of distckpt wrote it.
         """
         _check(len(data) <= MAX_SIZE_BYTES, "record's size in bytes", len(data))
         try:
@@ -270,22 +291,30 @@ class Record:
             msg = f"not a record: {error}"
             raise CorruptStateError(msg) from None
         _check(isinstance(tree, dict), "record", tree)
-        if tree.get("format") != FORMAT:
-            msg = (
-                f"record of format {tree.get('format')!r:.20}; this version of distckpt "
-                f"reads format {FORMAT}. It was written by another version."
-            )
-            raise CorruptStateError(msg)
-        names = [field.name for field in fields(Record)]
-        _check(list(tree) == ["format", *names, "checksum"], "fields", list(tree))
-        values = {name: _decode_field(name, tree[name]) for name in names}
-        record = Record(**values)
-        if record.encode() != data:
+        first = [*tree][:1]
+        found = stamp.read_stamp(tree, stamp.RECORD)
+        if found is None:
+            _refuse("format", {name: tree[name] for name in first})
+        checksum = tree.pop("checksum", None)
+        _check(stamp.checked_fields(tree, _FIELDS, found), "fields", list(tree))
+        allow_unknown = found.allows_unknown_fields
+        values = {name: _decode_field(name, tree[name], allow_unknown) for name in _FIELDS}
+        record = Record(**values, stamp=found)
+        # The spelling of fields that this version does not know cannot be checked.
+        is_whole = (
+            data.endswith(f'"{checksum}"\n}}\n'.encode())
+            and checksum == digest(data.rpartition(_CHECKSUM.encode())[0])
+            if allow_unknown
+            else record.encode() == data
+        )
+        if not is_whole:
             msg = "record's checksum does not match its content"
             raise CorruptStateError(msg)
         return record
 
 
+_CHECKSUM = ',\n"checksum": '
+_FIELDS = tuple(field.name for field in fields(Record) if field.name != "stamp")
 _ENTRY_LISTS = ("live", "kept", "bad", "releasing")
 
 
@@ -298,14 +327,14 @@ def _encode_field(value: Any) -> str:
     return f"[\n {lines}\n]"
 
 
-def _decode_field(name: str, value: Any) -> Any:
+def _decode_field(name: str, value: Any, allow_unknown: bool) -> Any:
     if name == "rules":
         _check(isinstance(value, list), name, value)
         return tuple(value)
     if name not in _ENTRY_LISTS:
         return value
     _check(isinstance(value, list), name, value)
-    return tuple(Entry.from_json(fields) for fields in value)
+    return tuple(Entry.from_json(each, allow_unknown=allow_unknown) for each in value)
 
 
 def is_metric(metric: tuple[Any, Any]) -> bool:

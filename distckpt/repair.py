@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt import paths, record, state, storage
+from distckpt import paths, record, stamp, state, storage
 from distckpt.errors import DirectoryInUseError, FormatError, StorageError
 from distckpt.identity import Identity
 from distckpt.lock import DirectoryLock
@@ -104,6 +104,7 @@ def plan_repair(
 
     Raises:
         UnsafeCheckpointError: The records are elsewhere, by way of a link.
+        NewerFormatError: A newer version of distckpt wrote a record, or a checkpoint.
         StorageError: The directory cannot be read.
     """
     # Else the new record would be written wherever a link leads.
@@ -383,4 +384,5 @@ class _Builder:
             last_preserved=last_preserved,
             last_step=steps[-1] if steps else None,
             rules=() if basis is None else basis.rules,
+            stamp=stamp.CURRENT if basis is None else basis.stamp.successor(),
         )

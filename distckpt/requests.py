@@ -38,7 +38,7 @@ def pin(path: Path, *, timeout: float | None = 0) -> bool:
 
     Raises:
         CheckpointNotFound: It is not committed, or was dropped before.
-        StorageError, CorruptStateError: It could not be asked for.
+        StorageError, CorruptStateError, NewerFormatError: It could not be asked for.
     """
     return _ask(path, PIN, timeout=timeout, is_done=lambda entry: entry.pinned)
 
@@ -67,7 +67,7 @@ def add_metrics(
     Raises:
         ConfigError: They are no metrics.
         CheckpointNotFound: It is not committed, or was dropped before.
-        StorageError, CorruptStateError: It could not be asked for.
+        StorageError, CorruptStateError, NewerFormatError: It could not be asked for.
     """
     listed = Remarks.of(metrics, None).listed
     if not listed:
@@ -97,13 +97,14 @@ def request_save(directory: Path, *, timeout: float | None = 0) -> str | None:
 
     Raises:
         CheckpointNotFound: There is no such run directory.
-        StorageError, CorruptStateError: It could not be asked for.
+        StorageError, CorruptStateError, NewerFormatError: It could not be asked for.
     """
     root = checked_path(directory)
     if not storage.is_directory(root):
         msg = f"{root} is not a directory."
         raise CheckpointNotFound(msg)
-    if not state.has_records(root):
+    # Read whole: nothing is left in a directory whose records this version cannot read.
+    if read_record(root) is None:
         msg = f"{root}: no job has claimed it yet, so there is nobody to be asked."
         raise CheckpointNotFound(msg)
     name = mailbox.post(root, Request(SAVE, this_process()))

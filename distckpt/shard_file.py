@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import xxhash
 
 from distckpt import calls, dtypes, shard_header, storage
-from distckpt.errors import ChecksumError, ShardFileError
+from distckpt.errors import ChecksumError, NewerFormatError, ShardFileError
 from distckpt.layout import Piece
 from distckpt.record import digest
 from distckpt.shard_header import (
@@ -334,18 +334,28 @@ class ShardReader:
         header: What the file says of itself.
         header_digest: Digest of the header, to be compared with the manifest's.
         num_block_reads: Blocks read so far, for tests and reports.
+
+    Args:
+        path: The file.
+        expected_digest: The header's digest in the manifest; None skips that check.
+
+    Raises:
+        ChecksumError: The header is not the one that was committed.
+        ShardFileError: The header is not valid.
+        NewerFormatError: A newer version of distckpt wrote it.
+        StorageError: The file cannot be opened or read.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, expected_digest: str | None = None) -> None:
         self.path = path
         self.num_block_reads = 0
         self._file = storage.OpenFile(path)
         try:
-            self.header = self._parse()
-        except ShardFileError as error:
+            self.header = self._parse(expected_digest)
+        except (ShardFileError, NewerFormatError) as error:
             self._file.close()
             msg = f"{path}: {error}"
-            raise ShardFileError(msg) from error
+            raise type(error)(msg) from error
         except BaseException:
             self._file.close()
             raise
@@ -355,7 +365,7 @@ class ShardReader:
         """Size of the whole file."""
         return self._file.size_bytes
 
-    def _parse(self) -> Header:
+    def _parse(self, expected_digest: str | None) -> Header:
         prefix = self._file.read(0, LENGTH.size)
         if len(prefix) < LENGTH.size:
             msg = f"{len(prefix)} bytes are too few for a header"
@@ -366,6 +376,13 @@ class ShardReader:
             raise ShardFileError(msg)
         text = self._file.read(LENGTH.size, length)
         self.header_digest = digest(prefix + text)
+        # Before a damaged header is taken for one of a newer format.
+        if expected_digest not in (None, self.header_digest):
+            msg = (
+                f"{self.path}: header digest {self.header_digest}, expected "
+                f"{expected_digest}."
+            )
+            raise ChecksumError(msg)
         self._data_start = LENGTH.size + length
         return shard_header.parse(text, self.size_bytes - self._data_start)
 

@@ -15,12 +15,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
-from distckpt import dtypes, layout, strict_json, values
+from distckpt import dtypes, layout, stamp, strict_json, values
 from distckpt.boxes import Box, checked_size
 from distckpt.errors import FormatError, ManifestError, ShardFileError
 from distckpt.layout import Piece, Row
+from distckpt.stamp import Stamp
 
-FORMAT = 1
 CHECKSUM_BYTES = 8
 LENGTH = struct.Struct("<Q")
 # The safetensors package's own limit.
@@ -103,6 +103,7 @@ class Draft:
         rank: Who writes.
         world_size: Of how many.
         per_rank_values: This rank's own plain values, encoded.
+        written_by: The header's format and features.
 
     Attributes:
         size_bytes: Where the data starts.
@@ -119,11 +120,12 @@ class Draft:
         rank: int,
         world_size: int,
         per_rank_values: dict[str, Any],
+        written_by: Stamp = stamp.CURRENT,
     ) -> None:
         self._outline = outline
         self._ours = strict_json.dumps(
             {
-                "format": FORMAT,
+                **written_by.fields,
                 "attempt": attempt,
                 "rank": rank,
                 "world_size": world_size,
@@ -259,6 +261,7 @@ class Header:
         entries: What the file holds.
         per_rank_values: That rank's own plain values, encoded.
         checksums: Of all blocks, one behind the other.
+        stamp: The header's format and features.
     """
 
     attempt: str
@@ -268,6 +271,7 @@ class Header:
     entries: Entries
     per_rank_values: dict[str, Any]
     checksums: bytes
+    stamp: Stamp
 
 
 def parse(text: bytes, data_bytes: int) -> Header:
@@ -279,6 +283,7 @@ def parse(text: bytes, data_bytes: int) -> Header:
 
     Raises:
         ShardFileError: Says what is wrong with it.
+        NewerFormatError: A newer version of distckpt wrote it.
     """
     if not text.startswith(b"{"):
         _refuse("header does not start with '{'")
@@ -338,10 +343,11 @@ def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
     if _OUR_KEY not in metadata:
         _refuse("a safetensors file, but not one that distckpt wrote")
     ours = strict_json.loads(metadata[_OUR_KEY].encode())
-    fields = ("format", "attempt", "rank", "world_size", "block_bytes", "values")
-    if not isinstance(ours, dict) or _typed(ours, "format", int) != FORMAT:
-        _refuse("shard file of another format version")
-    if tuple(ours) != fields:
+    fields = ("attempt", "rank", "world_size", "block_bytes", "values")
+    found = stamp.read_stamp(ours, stamp.SHARD_FILE) if isinstance(ours, dict) else None
+    if found is None:
+        _refuse(f"metadata without a format: {ours!r:.200}")
+    if not stamp.checked_fields(ours, fields, found):
         _refuse(f"metadata with fields {list(ours)}")
     block_bytes: int = _typed(ours, "block_bytes", int)
     if block_bytes < 1:
@@ -350,7 +356,9 @@ def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
     for value in per_rank_values.values():
         values.decode(value)
     described: str = _typed(metadata, _ENTRIES_KEY, str)
-    entries = _parse_entries(text, described, block_bytes, data_bytes)
+    entries = _parse_entries(
+        text, described, block_bytes, data_bytes, found.allows_unknown_fields
+    )
     return Header(
         attempt=_typed(ours, "attempt", str),
         rank=_typed(ours, "rank", int),
@@ -359,12 +367,15 @@ def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
         entries=entries,
         per_rank_values=per_rank_values,
         checksums=_decode_checksums(metadata.get(_CHECKSUMS_KEY), entries.num_blocks),
+        stamp=found,
     )
 
 
 # Not many: a reader of other layouts has a file of each rank open, and they all differ.
 @lru_cache(maxsize=8)
-def _parse_entries(text: str, described: str, block_bytes: int, data_bytes: int) -> Entries:
+def _parse_entries(
+    text: str, described: str, block_bytes: int, data_bytes: int, allow_unknown: bool
+) -> Entries:
     spans = parse_spans(strict_json.loads(text.encode()), data_bytes)
     descriptions = strict_json.loads(described.encode())
     if not isinstance(descriptions, dict) or not descriptions.keys() <= spans.keys():
@@ -372,7 +383,7 @@ def _parse_entries(text: str, described: str, block_bytes: int, data_bytes: int)
     by_key: dict[str, Stored] = {}
     block = 0
     for key, span in spans.items():
-        stored = _stored(key, span, descriptions.get(key, {}), block)
+        stored = _stored(key, span, descriptions.get(key, {}), block, allow_unknown)
         by_key[key] = stored
         block += -(-stored.size_bytes // block_bytes)
     return Entries(by_key, block)
@@ -448,9 +459,13 @@ def _are_counts(items: Any) -> bool:
     )
 
 
-def _stored(key: str, span: Span, description: Any, first_block: int) -> Stored:
+def _stored(
+    key: str, span: Span, description: Any, first_block: int, allow_unknown: bool
+) -> Stored:
     known = {"name", "shape", "offset", "dtype", "per_rank"}
-    if not isinstance(description, dict) or not description.keys() <= known:
+    if not isinstance(description, dict) or not (
+        allow_unknown or description.keys() <= known
+    ):
         _refuse(f"entry {key!r}: described as {description!r:.200}")
     name = description.get("name", key)
     dtype = description.get("dtype", dtypes.dtype_of_code(span.code))

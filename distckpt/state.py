@@ -18,6 +18,7 @@ from distckpt.errors import (
     CorruptStateError,
     FencedError,
     FormatError,
+    NewerFormatError,
     OutcomeUnknown,
     StorageError,
 )
@@ -41,6 +42,7 @@ def read_head(directory: str) -> Head | None:
     Raises:
         CorruptStateError: There are records but the newest is not valid, or there are
             checkpoints but no records. Never taken for a fresh start.
+        NewerFormatError: A newer version of distckpt wrote the newest record.
         UnsafeCheckpointError: The records are elsewhere, by way of a link.
         StorageError: The directory cannot be read.
     """
@@ -106,6 +108,7 @@ def refuse_lost_records(directory: str, head: Head) -> None:
 
     Raises:
         CorruptStateError: The copy is of this chain, and newer than any record.
+        NewerFormatError: A newer version of distckpt wrote the copy.
     """
     try:
         copied = read_copy(directory)
@@ -131,9 +134,15 @@ def read_copy(directory: str) -> Record:
     Raises:
         StorageError: It is not there, or cannot be read.
         FormatError: It is no record, or no regular file.
+        NewerFormatError: A newer version of distckpt wrote it.
     """
     path = os.path.join(directory, paths.STATE_FILE)
-    return Record.decode(storage.read_file(path, MAX_SIZE_BYTES))
+    data = storage.read_file(path, MAX_SIZE_BYTES)
+    try:
+        return Record.decode(data)
+    except NewerFormatError as error:
+        msg = f"{path}: {error}"
+        raise NewerFormatError(msg) from error
 
 
 def append(directory: str, record: Record) -> Head:
@@ -224,6 +233,7 @@ def read_numbered(directory: str, number: int) -> Head:
 
     Raises:
         CorruptStateError: It is not valid, or that of another number.
+        NewerFormatError: A newer version of distckpt wrote it.
         StorageError: It cannot be read.
     """
     path = record_path(directory, number)
@@ -241,6 +251,9 @@ def read_numbered(directory: str, number: int) -> Head:
             "next claim would then delete what it committed."
         )
         raise CorruptStateError(msg) from error
+    except NewerFormatError as error:
+        msg = f"{path}: {error}"
+        raise NewerFormatError(msg) from error
     return Head(record, digest(data))
 
 

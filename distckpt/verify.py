@@ -58,6 +58,9 @@ def verify_attempt(
 
     Returns:
         A report; faults of the checkpoint never raise.
+
+    Raises:
+        NewerFormatError: A newer version of distckpt wrote it.
     """
     report = Report(directory)
     try:

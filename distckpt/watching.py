@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median
 
 from distckpt import record, state, storage
-from distckpt.errors import CorruptStateError, StorageError
+from distckpt.errors import CorruptStateError, NewerFormatError, StorageError
 from distckpt.record import Entry, Record
 from distckpt.state import Head
 from distckpt.terminal import duration
@@ -148,7 +148,7 @@ class Watcher:
             if number < after.number:
                 try:
                     after = state.read_numbered(self._directory, number).record
-                except (StorageError, CorruptStateError):
+                except (StorageError, CorruptStateError, NewerFormatError):
                     num_missed += 1  # pruned already; only the newest must be whole
                     continue
             if num_missed:

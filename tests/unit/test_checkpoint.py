@@ -22,8 +22,8 @@ from distckpt import (
     ConfigError,
     DistckptError,
     FormatError,
-    ManifestError,
     MismatchError,
+    NewerFormatError,
     PerRank,
     RestoreFailed,
     SaveFailed,
@@ -196,9 +196,9 @@ def test_restore_of_a_newer_format_says_that_it_is_newer(run_dir, tmp_path):
     shutil.copytree(directory, copied)
     manifest = copied / "manifest.json"
     text = manifest.read_text()
-    assert text.count('"format": 1') == 1
-    manifest.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ManifestError, match="format 2"):
+    assert text.count('"format": "2-provisional.1"') == 1
+    manifest.write_text(text.replace('"format": "2-provisional.1"', '"format": 3'))
+    with pytest.raises(NewerFormatError, match="format 3"):
         Checkpoint(x=torch.zeros(1)).restore(copied)
 
 

@@ -1,12 +1,14 @@
-"""The exact bytes of every file format, version 1.
+"""The exact bytes of every kind of file, in every format since 0.1.
 
-The files in ``golden/`` were made once from the objects below, by running this module as
-a script; nothing in them is random. A change that moves one byte of them is a change of
-the format: it needs a new version, not new files.
+The files in ``golden/`` were made from the objects below; nothing in them is random. Those
+of format 1 are never made again. Those of format 2 are made by running this module as a
+script, as long as that format is provisional. After that a change that moves one byte of
+them needs a new feature, not new files.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,13 @@ from distckpt.record import COMMIT, Entry, Record
 from distckpt.remarks import Remarks
 from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
+from distckpt.stamp import CURRENT_FORMAT, FIRST, Stamp
 
 GOLDEN = Path(__file__).parent / "golden"
+STAMPS = {
+    "format-1": FIRST,
+    "format-2": Stamp(CURRENT_FORMAT, "0.2.0", (), ("a-note", "another-note")),
+}
 
 ATTEMPT = Attempt("ckpt", 1000, 3, "77b0c2d1")
 
@@ -120,7 +127,7 @@ SHARDED_PIECES = [
 ]
 
 
-def write_shard(path):
+def write_shard(path, stamp):
     """Write the golden shard file: a part, a dtype of our own, an empty tensor."""
 
     def entry(row, box, data, per_rank=False):
@@ -138,44 +145,59 @@ def write_shard(path):
         rank=1,
         world_size=3,
         per_rank_values={"loader/position": values.encode((12, float("nan")))},
+        written_by=stamp,
     )
 
 
-def read(name):
-    return (GOLDEN / name).read_bytes()
+@pytest.fixture(params=STAMPS)
+def form(request):
+    """Return the name of a format."""
+    return request.param
 
 
-def test_record_encodes_to_the_golden_bytes():
+@pytest.fixture
+def read(form):
+    """Return a function that reads a golden file of the format."""
+    return lambda name: (GOLDEN / form / name).read_bytes()
+
+
+@pytest.fixture
+def stamped(form):
+    """Return a function that puts the format's stamp on a record or manifest."""
+    return lambda each: replace(each, stamp=STAMPS[form])
+
+
+def test_record_encodes_to_the_golden_bytes(read, stamped):
     """Older versions read what this one writes."""
-    assert RECORD.encode() == read("record.json")
+    assert stamped(RECORD).encode() == read("record.json")
 
 
-def test_golden_record_decodes_to_the_record():
+def test_golden_record_decodes_to_the_record(read, stamped):
     """This version reads what older ones wrote."""
-    assert Record.decode(read("record.json")) == RECORD
+    assert Record.decode(read("record.json")) == stamped(RECORD)
 
 
-def test_manifest_encodes_to_the_golden_bytes():
+def test_manifest_encodes_to_the_golden_bytes(read, stamped):
     """Older versions read what this one writes."""
-    assert MANIFEST.encode() == read("manifest.json")
+    assert stamped(MANIFEST).encode() == read("manifest.json")
 
 
-def test_golden_manifest_decodes_to_the_manifest():
+def test_golden_manifest_decodes_to_the_manifest(read, stamped):
     """This version reads what older ones wrote."""
-    assert Manifest.decode(read("manifest.json")) == MANIFEST
+    assert Manifest.decode(read("manifest.json")) == stamped(MANIFEST)
 
 
-def test_sharded_manifest_encodes_to_the_golden_bytes():
+def test_sharded_manifest_encodes_to_the_golden_bytes(read, stamped):
     """Meshes and placements have one spelling."""
-    assert SHARDED_MANIFEST.encode() == read("manifest-sharded.json")
+    assert stamped(SHARDED_MANIFEST).encode() == read("manifest-sharded.json")
 
 
-def test_golden_sharded_manifest_decodes_to_the_manifest():
+def test_golden_sharded_manifest_decodes_to_the_manifest(read, stamped):
     """This version reads what older ones wrote."""
-    assert Manifest.decode(read("manifest-sharded.json")) == SHARDED_MANIFEST
+    assert Manifest.decode(read("manifest-sharded.json")) == stamped(SHARDED_MANIFEST)
 
 
-def test_pieces_of_the_golden_sharded_manifest_are_where_they_were():
+def test_pieces_of_the_golden_sharded_manifest_are_where_they_were(read):
     """The arithmetic is part of the format, too."""
     assignment = Manifest.decode(read("manifest-sharded.json")).assignment
     found = [
@@ -186,15 +208,15 @@ def test_pieces_of_the_golden_sharded_manifest_are_where_they_were():
     assert found == SHARDED_PIECES
 
 
-def test_shard_file_is_written_with_the_golden_bytes(tmp_path):
+def test_shard_file_is_written_with_the_golden_bytes(tmp_path, form, read):
     """Older versions read what this one writes."""
-    write_shard(tmp_path / "shard.safetensors")
+    write_shard(tmp_path / "shard.safetensors", STAMPS[form])
     assert (tmp_path / "shard.safetensors").read_bytes() == read("shard.safetensors")
 
 
 @pytest.fixture
-def reader():
-    with ShardReader(str(GOLDEN / "shard.safetensors")) as reader:
+def reader(form):
+    with ShardReader(str(GOLDEN / form / "shard.safetensors")) as reader:
         yield reader
 
 
@@ -203,12 +225,13 @@ def test_golden_shard_file_verifies(reader):
     assert reader.verify() == 32 + 2 + 5
 
 
-def test_golden_shard_file_describes_itself(reader):
-    """Attempt, rank and values are where this version looks for them."""
+def test_golden_shard_file_describes_itself(reader, form):
+    """Attempt, rank, values and stamp are where this version looks for them."""
     seed = values.decode(reader.header.per_rank_values["loader/position"])
     header = reader.header
     assert (header.attempt, header.rank, header.world_size) == (ATTEMPT.published, 1, 3)
     assert repr(seed) == "(12, nan)"
+    assert header.stamp == STAMPS[form]
 
 
 @pytest.mark.parametrize(
@@ -238,9 +261,13 @@ def test_golden_shard_file_holds_this_entry(reader, key, dtype, shape, box, per_
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
-    (GOLDEN / "record.json").write_bytes(RECORD.encode())
-    (GOLDEN / "manifest.json").write_bytes(MANIFEST.encode())
-    (GOLDEN / "manifest-sharded.json").write_bytes(SHARDED_MANIFEST.encode())
-    (GOLDEN / "shard.safetensors").unlink(missing_ok=True)
-    write_shard(GOLDEN / "shard.safetensors")
+    folder, written_by = GOLDEN / "format-2", STAMPS["format-2"]
+    folder.mkdir(exist_ok=True)
+    for file, content in {
+        "record.json": RECORD,
+        "manifest.json": MANIFEST,
+        "manifest-sharded.json": SHARDED_MANIFEST,
+    }.items():
+        (folder / file).write_bytes(replace(content, stamp=written_by).encode())
+    (folder / "shard.safetensors").unlink(missing_ok=True)
+    write_shard(folder / "shard.safetensors", written_by)

@@ -27,6 +27,7 @@ NAMES = [
     "ManagerBroken",
     "ManifestError",
     "MismatchError",
+    "NewerFormatError",
     "OpenedCheckpoint",
     "OutcomeUnknown",
     "PeerLost",
