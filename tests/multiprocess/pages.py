@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: str) -> list[Block]:
-    """Return the fenced blocks of a page, in their order."""
+    """Return the fenced blocks of a page of docs/, in their order."""
     tokens = MarkdownIt().parse((DOCS / page).read_text())
     return [
         Block(token.info.strip(), token.content, f"docs/{page}:{token.map[0] + 1}")

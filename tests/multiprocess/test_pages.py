@@ -47,3 +47,40 @@ def test_every_block_on_moving_over_runs_and_prints_what_stands_there(tmp_path):
     run("python make_ckpt.py", tmp_path)
     for block in blocks:
         type_in(block, tmp_path)
+
+
+def test_example_of_the_readme_runs_and_prints_what_stands_there(tmp_path):
+    """Pasted and typed as it stands."""
+    typed = [block for block in blocks_of("../README.md") if block.language]
+    assert [block.language for block in typed] == ["python", "console"]
+    for block in typed:
+        type_in(block, tmp_path)
+
+
+def test_example_of_the_readme_goes_on_with_the_same_batches_after_a_kill(tmp_path):
+    """Weights and the order of the data are bit-identical, as the page says."""
+    program = blocks_of("../README.md")[1].text
+    told = program + (
+        "with open('result', 'w') as file:\n"
+        "    print(model.weight.tolist(), optimizer.state_dict(), file=file)\n"
+    )
+    # In the midst of an epoch of 40 batches, and off the interval of 20 saves.
+    killed = told.replace(
+        "            manager.save() ",
+        "            import os\n"
+        "            if step == 93 and not os.path.exists('was_killed'):\n"
+        "                open('was_killed', 'w').close()\n"
+        "                os.kill(os.getpid(), 9)\n"
+        "            manager.save() ",
+    )
+    assert killed != told
+    for name, text in {"whole": told, "killed": killed}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.py").write_text(text)
+    assert run("python train.py", tmp_path / "whole") == "restored None at step 0\n"
+    assert "Killed" in run("python train.py", tmp_path / "killed")
+    said = run("python train.py", tmp_path / "killed")
+    assert said == "restored runs/first/ckpt-5 at step 81\n"
+    results = [(tmp_path / name / "result").read_text() for name in ("whole", "killed")]
+    assert results[0] == results[1]
