@@ -9,7 +9,8 @@ checkpoint must be in is written down here. No expected value is read from a che
 
 The directories of a format are made once, at the commit that ``made.json`` names, and
 never again: they stand for the files that jobs of that version have left on disks. So the
-script refuses a target that is there already. It uses the public API and the command.
+script refuses a target that is there already. (While a format is provisional, each change
+of it removes them first, and makes them anew.) It uses the public API and the command.
 States that these cannot reach are made by killing processes and by changing bytes of files.
 """
 
@@ -62,6 +63,14 @@ LIVE, KEPT, BAD, RELEASING = "live", "kept", "bad", "releasing"
 # No host's name in what is checked in.
 HOST = "golden"
 WAIT_SECONDS = 60.0
+FROZEN = (
+    "Made once, at this commit, and never to be made again: these are the files that jobs "
+    "of this version have left."
+)
+PROVISIONAL = (
+    "Made anew for each change of the format while it is provisional: remove the folder "
+    "first. Frozen when the format's number is a plain integer."
+)
 HIGHEST = 9 * 10**18  # a number of as many digits as a name may have
 
 
@@ -694,8 +703,8 @@ def _formats(folder):
     for path in (*folder.rglob("manifest.json"), *folder.rglob(".state/*.json")):
         for line in path.read_bytes().splitlines():
             if line.startswith(b'"format":'):
-                found.add(int(line.partition(b":")[2].strip(b" ,")))
-    return sorted(found)
+                found.add(json.loads(line.partition(b":")[2].strip(b" ,")))
+    return sorted(found, key=str)
 
 
 def main():
@@ -721,11 +730,13 @@ def main():
         for case, expected in made.items():
             shutil.copytree(f"runs/{case}", target / case)
             _write_json(target / f"{case}{EXPECTED}", expected)
+        formats = _formats(target)
         about = {
-            "note": "Made once, at this commit, and never to be made again: these are the "
-            "files that jobs of this version have left.",
+            "note": PROVISIONAL
+            if any("provisional" in str(f) for f in formats)
+            else FROZEN,
             "commit": commit,
-            "format": _formats(target),
+            "format": formats,
             "distckpt": distckpt_version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
