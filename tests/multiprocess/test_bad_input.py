@@ -30,7 +30,10 @@ from outcome_helpers import (
 )
 
 import distckpt.chief
+import distckpt.job
 from distckpt import Checkpoint, CheckpointManager, ConfigError, PerRank, readers
+from distckpt.shard_header import Draft
+from distckpt.stamp import Stamp
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
@@ -673,3 +676,31 @@ def test_managers_that_cannot_be_made_leak_nothing(tmp_path):
     """Each bad constructor gives its connections back."""
     leaked = values_of(run_ranks(_fail_to_make_managers, 2, str(tmp_path / "run")))
     assert max(leaked) <= 2
+
+
+# Newer versions
+
+
+def _restore_what_needs_a_feature(rank, directory):
+    """Save twice, the second time on rank 1 with a header of a later version; restore."""
+    step = torch.zeros(())
+    with _manager(Checkpoint(step=step, own=PerRank(rank)), directory) as manager:
+        manager.save()
+        if rank == 1:
+            newer = Stamp(version="7.3.1", needs=("telepathy",))
+            distckpt.job.Draft = partial(Draft, written_by=newer)
+        step += 1
+        manager.save()
+    with _manager(Checkpoint(step=step, own=PerRank(0)), directory) as manager:
+        return outcome(manager.restore_or_initialize)
+
+
+def test_shard_of_a_newer_version_is_named_on_all_ranks_and_not_fallen_back_from(tmp_path):
+    """Only the rank that reads it can tell; all raise the same, and nothing is bad."""
+    directory = str(tmp_path / "run")
+    results = values_of(run_ranks(_restore_what_needs_a_feature, 2, directory))
+    assert {result.kind for result in results} == {"NewerFormatError"}
+    assert results[0].text == results[1].text
+    assert "'telepathy'" in results[0].text
+    assert "distckpt 7.3.1" in results[0].text
+    assert len(committed(directory)) == 2
