@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import campaign
 import pytest
-from campaign import Campaign
+from campaign import Campaign, in_two_parts
 from figures import Figures, Hung, Wrong, demand
 from power import EXT4, MODES, XFS, Cutter, Disk, mounted_disk
 from scenario import HUNG, KILLED, Journal, Listing, in_child, read_text, recover
@@ -182,14 +182,17 @@ def _cut(stage: Stage, cutter: Killer, body: Callable[[], None]) -> bool:
 CAMPAIGN = PowerCuts()
 
 
-def test_power_cuts_lose_nothing(scratch: str, report_figures: Callable[[str], None]):
+@in_two_parts(SIZE, range(40))
+def test_power_cuts_lose_nothing(
+    scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
+):
     """What was acknowledged is there after one cut or two, whole; and a job goes on."""
-    figures = campaign.run(CAMPAIGN, scratch, SIZE)
+    figures = campaign.run(CAMPAIGN, scratch, indexes)
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.tried == SIZE
-    assert min(figures.others[kind] for kind in _KINDS) > SIZE / 3
-    assert figures.others["cut again"] > SIZE / 4
+    assert figures.tried == len(indexes)
+    assert min(figures.others[kind] for kind in _KINDS) > len(indexes) / 3
+    assert figures.others["cut again"] > len(indexes) / 4
 
 
 # The tests themselves: what is not synced must be found out.
@@ -200,7 +203,7 @@ def test_power_cut_without_file_fsync_is_found(
 ):
     """A file that is not synced is found out: the cuts are real."""
     monkeypatch.setattr(storage.os, "fsync", lambda descriptor: None)
-    figures = campaign.run(PowerCuts(again=False), scratch, 40)
+    figures = campaign.run(PowerCuts(again=False), scratch, range(40))
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable
 
@@ -213,6 +216,6 @@ def test_power_cut_without_directory_sync_is_found(
     monkeypatch.setattr(storage, "sync_directory", lambda path: None)
     # On ext4 the next fsync of any file takes names along; this one comes at once.
     monkeypatch.setattr(state, "write_copy", lambda directory, head: None)
-    figures = campaign.run(PowerCuts((kind,), again=False), scratch, 60)
+    figures = campaign.run(PowerCuts((kind,), again=False), scratch, range(60))
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -66,6 +67,15 @@ class RankResult:
     def ok(self) -> bool:
         """Tell whether the function returned."""
         return self.error is None and self.exit_code == 0 and not self.killed
+
+
+@cache
+def warm_up() -> None:
+    """Start the fork server, and wait until it has imported what the ranks need."""
+    process = _context.Process(target=os.getpid)
+    with _lock:
+        process.start()
+    _exit_code(process, None)
 
 
 def run_ranks(
