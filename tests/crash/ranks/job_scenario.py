@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
@@ -333,7 +333,9 @@ class PowerCut:
         Disk("", os.path.dirname(directory)).cut(self.mode)
         pids = {pid for (pid,) in notes.read("pid")}
         for pid in pids - {os.getpid()}:
-            os.kill(pid, signal.SIGKILL)
+            # A rank that has met the dead disk may have ended by itself.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         kill(directory, notes)
 
 

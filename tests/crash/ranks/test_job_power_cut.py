@@ -127,11 +127,12 @@ class Stage:
 @contextmanager
 def _mounted(image: str, path: str) -> Iterator[None]:
     os.makedirs(path, exist_ok=True)
-    Disk(image, path).mount()
+    disk = Disk(image, path)
+    disk.mount()
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
+        disk.unmount()
 
 
 def _copy(image: str, target: str) -> None:
