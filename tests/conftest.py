@@ -6,6 +6,7 @@ a class; a test that leaves it says so by a marker. tests/README.md has the tabl
 
 from __future__ import annotations
 
+import json
 import multiprocessing.forkserver
 import os
 import resource
@@ -50,6 +51,7 @@ _IS_LIMITED = not {"DISTCKPT_EVERY_CRASH", "DISTCKPT_EVERY_RESHARD", "DISTCKPT_M
     *os.environ
 }
 _COSTS_FILE = os.environ.get("DISTCKPT_TEST_COSTS")
+_COLLECTED_FILE = os.environ.get("DISTCKPT_TESTS_COLLECTED")
 _LEFT_OUT_FILE = os.environ.get("DISTCKPT_TESTS_LEFT_OUT")
 _SECONDS_PER_TICK = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -78,6 +80,22 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
             file.writelines(f"{class_of(item)} {item.nodeid}\n" for item in items)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Write down what a run has collected, for the tests that are about the tests."""
+    if _COLLECTED_FILE:
+        collected = [
+            {
+                "test": item.nodeid,
+                "class": class_of(item),
+                "covers": [
+                    row for mark in item.iter_markers("covers") for row in mark.args
+                ],
+            }
+            for item in session.items
+        ]
+        Path(_COLLECTED_FILE).write_text(json.dumps(collected), encoding="utf-8")
+
+
 # Processor time
 
 
@@ -91,7 +109,7 @@ def _processor_seconds() -> float:
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
     total = sum(usage.ru_utime + usage.ru_stime for usage in used)
-    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
     if server is not None:
         with open(f"/proc/{server}/stat", encoding="utf-8") as file:
             # Its name, which may hold anything, ends with the last parenthesis.
@@ -133,9 +151,10 @@ def pytest_runtest_makereport(
     if report.passed and _IS_LIMITED and limit is not None and seconds > _MARGIN * limit:
         report.outcome = "failed"
         report.longrepr = (
-            f"{item.nodeid} took {seconds:.1f} s of processor time. A test of class {name!r} "
-            f"may take {limit:g} s and fails at {_MARGIN * limit:g} s. Make it cheaper, or move "
-            "what it repeats to class 'full' by @pytest.mark.full (see tests/README.md)."
+            f"{item.nodeid} took {seconds:.1f} s of processor time. A test of class "
+            f"{name!r} may take {limit:g} s and fails at {_MARGIN * limit:g} s. Make it "
+            "cheaper, or move what it repeats to class 'full' by @pytest.mark.full (see "
+            "tests/README.md)."
         )
     return report
 

@@ -159,7 +159,7 @@ def run(
 
 
 def in_two_parts(size: int, sample: Collection[int]) -> pytest.MarkDecorator:
-    """Give a test the argument ``indexes``: a sample by default, and the rest in class full.
+    """Give a test the argument ``indexes``: a sample, and in class full the rest.
 
     Args:
         size: How many points both have together.
@@ -192,7 +192,7 @@ class Part:
 
 
 def part_of_every(each: int) -> pytest.MarkDecorator:
-    """Give a test the argument ``part``: a sample by default, and the rest in class full.
+    """Give a test the argument ``part``: a sample, and in class full the rest.
 
     Args:
         each: How many points there are for each one of the sample.

@@ -89,7 +89,7 @@ def _change_at_once(rank, directory, kind, width, num_saves):
     return num_copying
 
 
-@pytest.mark.parametrize("kind", ["plain", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.full), "fsdp2"])
 def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, kind, report_figures):
     """Everything is changed at the earliest legal moment, most of it while it is copied."""
     num_saves = 6
@@ -413,7 +413,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("world_size", ENDINGS)
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_process_that_ends_waits_for_its_save_within_bounds(tmp_path, world_size):
     """By its end, an exit, Ctrl-C or an error: committed or invisible, and no crash."""
     endings = ENDINGS[world_size]

@@ -70,6 +70,7 @@ def stubs(tmp_path):
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stubs):
     """Every figure is there and positive; who could not go on is named, with reasons."""
@@ -121,6 +122,7 @@ def check_workload(workload) -> None:
         assert phases["memory.restore"]["results"].keys() >= {name}
 
 
+@pytest.mark.full
 def test_interrupted_run_removes_what_it_wrote(tmp_path, stubs):
     """Ctrl-C, or a scheduler's SIGTERM, leaves no gigabytes behind."""
     directory = tmp_path / "disk"

@@ -20,9 +20,16 @@ from launch_helpers import INSTALLED, LAUNCH, edited, newest, small_program
 from lost_peer_helpers import Network, NoNetwork, network_of
 
 pytestmark = pytest.mark.timeout(400)
-takes_long = pytest.mark.skipif(
+_only_with_everything = pytest.mark.skipif(
     not EVERYTHING, reason="takes four minutes with others; set DISTCKPT_EVERY_CRASH=1"
 )
+
+
+def takes_long(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that only launch/torture.sh runs."""
+    return pytest.mark.long(_only_with_everything(test))
+
+
 _FOREVER = 10**6
 _BE_HOST = 'hostname "$1"; mount --bind "$2" /etc/hosts; exec "${@:3}"'
 
@@ -121,6 +128,7 @@ def test_job_on_one_host_goes_on_when_it_is_started_again(tmp_path, launchers):
     assert newest(tmp_path) == step + 20
 
 
+@pytest.mark.full
 def test_two_hosts_finish_a_job(tmp_path, launchers, network):
     script = _hosts_script(tmp_path, "2:2", 30)
     for index in range(2):

@@ -405,7 +405,11 @@ def _end_of(process):
 
 
 # The others take as long as these, mostly imports.
-ENDS = [("stop", 0), ("kill", 2), ("interrupt", 1)]
+ENDS = [
+    pytest.param("stop", 0, marks=pytest.mark.full),
+    ("kill", 2),
+    pytest.param("interrupt", 1, marks=pytest.mark.full),
+]
 if EVERYTHING:
     ENDS += [("stop", 1), ("kill", 0)]
 

@@ -167,6 +167,7 @@ def test_preempted_job_is_queued_again_and_cancelled_one_is_not(
     assert slurm.log.count("told") == 2 and slurm.requeued == preempted
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not EVERYTHING, reason="takes a minute; set DISTCKPT_EVERY_CRASH=1")
 @pytest.mark.timeout(300)
 def test_job_goes_on_where_it_was_when_its_time_was_up(

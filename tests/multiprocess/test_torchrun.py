@@ -16,6 +16,8 @@ from harness import EVERYTHING
 from distckpt.readers import read_record
 
 ROOT = Path(__file__).parents[2]
+# Each takes over twenty seconds of processor time, mostly to import torch.
+pytestmark = pytest.mark.full
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--steps", "30", "--interval", "6", "--width", "32", "--layers", "1"]
 

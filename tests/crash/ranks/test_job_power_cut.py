@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from campaign import Part, part_of_every
 from figures import Figures
 from harness import EVERYTHING
 from job_scenario import (
@@ -139,16 +140,24 @@ def _copy(image: str, target: str) -> None:
     subprocess.run(["cp", "--sparse=always", image, target], check=True)
 
 
-@pytest.mark.parametrize(("world_size", "each"), [(2, 12), (4, 20)])
+@part_of_every(4)
+@pytest.mark.parametrize(
+    ("world_size", "each"), [(2, 12), pytest.param(4, 20, marks=pytest.mark.full)]
+)
 def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
-    scratch: str, report_figures: Callable[[str], None], world_size: int, each: int
+    scratch: str,
+    report_figures: Callable[[str], None],
+    world_size: int,
+    each: int,
+    part: Part,
 ):
     """At every call of either rank; a fresh job finds all of it, byte for byte."""
     stage = Stage(scratch, world_size)
-    figures = stage.play_all(stage.cuts(each=each))
+    cuts = stage.cuts(each=each)
+    figures = stage.play_all(part.of(cuts))
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.tried > 10 and figures.acknowledged > figures.tried
+    assert len(cuts) > 10 and figures.acknowledged > figures.tried
 
 
 def do_not_sync_files() -> None:
@@ -156,6 +165,7 @@ def do_not_sync_files() -> None:
     storage.os.fsync = lambda descriptor: None
 
 
+@pytest.mark.full
 def test_power_cut_in_a_job_without_file_fsync_is_found(
     scratch: str, report_figures: Callable[[str], None]
 ):

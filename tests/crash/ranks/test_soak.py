@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 # Mostly imports; a busy machine may take its time.
+@pytest.mark.long
 @pytest.mark.skipif(
     not EVERYTHING,
     reason="takes a minute; set DISTCKPT_EVERY_CRASH=1, or run launch/soak.sh",

@@ -134,6 +134,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Hosts, Network]]:
         pytest.skip(f"network namespaces cannot be made here: {error}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not EVERYTHING, reason="takes a minute and a half; set DISTCKPT_EVERY_CRASH=1"
 )
