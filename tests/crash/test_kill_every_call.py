@@ -186,6 +186,7 @@ def _kill_and_recover(stage: Stage, figures: Figures, point: Point) -> None:
     figures.check(where, lambda: stage.recover(stage.check(), _RECOVERY_SEED))
 
 
+@pytest.mark.covers("claim: C4")
 @part_of_every(_NUM_SECOND_KILLS)
 def test_kill_again_in_recovery_loses_nothing(
     scratch: str, report_figures: Callable[[str], None], few_records: None, part: Part

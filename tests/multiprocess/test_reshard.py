@@ -227,7 +227,7 @@ CHANGES = [
         pytest.param(
             *change,
             id=f"{a}{n}-{b}{m}-{how}",
-            # One kind of change in each way to read, and the only one of its kind.
+            # By default the same layout, fewer and more ranks, rows to columns; both ways.
             marks=() if number % 2 == 0 else pytest.mark.full,
         )
         for number, change in enumerate(CHANGES)

@@ -178,6 +178,7 @@ def computed(period, cost, mtbf, restart):
     return work / per_work
 
 
+@pytest.mark.full
 def test_goodput_of_the_optimal_interval_is_as_computed_and_the_best(report_figures):
     """Young's interval, over ten weeks, against half and twice as often."""
     cost, mtbf, restart = 20.0, 3 * 3600.0, 60.0

@@ -18,6 +18,9 @@ from job_scenario import ASYNC_SCENARIOS, Scenario
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.covers(
+    "asynchronous saves: S1 to S3 (caller's)", "asynchronous saves: S5 to S8 (behind)"
+)
 @part_of_every(4)
 @pytest.mark.parametrize("scenario", ASYNC_SCENARIOS, ids=lambda scenario: scenario.name)
 def test_rank_killed_behind_the_loop_is_named_and_nothing_is_lost(

@@ -149,7 +149,7 @@ def _check_told(lives: Sequence[Seen], fault: Fault) -> set[Steps]:
     for one, *others in zip(*(seen.told for seen in lives), strict=True):
         name, step, told = one
         for other in (one, *others):
-            demand(Hung, other[2].seconds < _PROMPT_SECONDS, other)
+            demand(Hung, other[2].net_seconds < _PROMPT_SECONDS, other)
         for other in others:
             same = (told.kind, told.failures) == (other[2].kind, other[2].failures)
             # A restore that fails half-way leaves what it has read so far, and says so.
