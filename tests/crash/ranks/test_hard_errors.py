@@ -104,8 +104,19 @@ class Case:
         return [self.victims] if self.together else [(rank,) for rank in self.victims]
 
 
-def _each(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+def _each(cases: list[Case], only_in_full: str) -> Any:
+    """Play all cases, and those named only in class full."""
+    names = only_in_full.split()
+    assert {*names} <= {case.name for case in cases}
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case, id=case.name, marks=pytest.mark.full if case.name in names else ()
+            )
+            for case in cases
+        ],
+    )
 
 
 @pytest.fixture
@@ -477,7 +488,18 @@ ASYNC_SAVES = [
 ]
 
 
-@_each(SAVES + ASYNC_SAVES)
+# Each step, and each kind of fault, is in one of the others.
+_SAVES_ONLY_IN_FULL = """
+    may-not-mkdir read-only-mkdir shard-open shard-reserve permission-chief
+    descriptors-chief read-only read-only-chief full-for-one full-for-chief
+    inodes-for-pending one-of-four manifest-open manifest-fsync record-lstat
+    inodes-for-shards inodes-for-record trash-unlink
+    shard-open-eager read-only-eager short-write-lazy shard-fsync-lazy file-size-lazy
+    manifest-write-lazy state-fsync-lazy
+"""
+
+
+@_each(SAVES + ASYNC_SAVES, _SAVES_ONLY_IN_FULL)
 def test_hard_error_in_a_save_fails_it_alike_and_harms_nothing(place, case):
     """One error and table on all ranks, older checkpoints as they were, no leak."""
     directory = place(case)
@@ -635,7 +657,7 @@ RESTORES = [
 
 
 @pytest.mark.covers("restore: unreadable")
-@_each(RESTORES)
+@_each(RESTORES, "manifest open may-not-read hidden truncated-here data-once")
 def test_hard_error_in_a_restore_is_survived_or_told_alike(place, case):
     """All ranks fall back to the same checkpoint, or raise the same; then all is well."""
     directory = place(case)
@@ -771,8 +793,14 @@ CLAIMS = [
 ]
 
 
+_CLAIMS_ONLY_IN_FULL = """
+    permission descriptors inodes link-fsync read-only-here permission-here
+    descriptors-here
+"""
+
+
 @pytest.mark.covers("claim: C1", "claim: C2", "claim: C3")
-@_each(CLAIMS)
+@_each(CLAIMS, _CLAIMS_ONLY_IN_FULL)
 def test_hard_error_in_a_claim_is_told_alike_and_the_next_one_works(place, case):
     """Nothing is claimed, touched or left; the same manager claims once it can."""
     directory = place(case)
