@@ -95,13 +95,17 @@ def save_once(tmp_path_factory):
 
 
 def _pairs():
+    """List what restores from which: the sample, and then all that is not in it."""
+    pairs = []
     for configuration in CONFIGURATIONS:
         near = [one for one in SAMPLE if configuration in SAMPLE and one in CONFIGURATIONS]
         far = [one for one in CONFIGURATIONS if one not in near]
         name = "-".join(map(str, configuration))
         if near:
-            yield pytest.param(*configuration, near, id=f"{name}-sample")
-        yield pytest.param(*configuration, far, id=f"{name}-rest", marks=pytest.mark.full)
+            pairs.append(pytest.param(*configuration, near, id=f"{name}-sample"))
+        more = {"id": f"{name}-rest", "marks": pytest.mark.full}
+        pairs.append(pytest.param(*configuration, far, **more))
+    return pairs
 
 
 @pytest.mark.timeout(600)

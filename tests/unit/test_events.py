@@ -136,6 +136,7 @@ _events = st.builds(
 )
 
 
+@pytest.mark.full
 @settings(max_examples=100, deadline=None)
 @given(event=_events)
 def test_event_as_json_and_back_is_the_same(event):
