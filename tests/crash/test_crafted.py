@@ -38,7 +38,7 @@ from distckpt.errors import DistckptError
 from distckpt.manifest import Manifest
 from distckpt.verify import verify_attempt
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 _SECRET = b"secret: nobody who reads a checkpoint has any business with this\n"
 _LIMIT_KIB = 64 * 1024

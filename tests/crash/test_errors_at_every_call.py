@@ -35,7 +35,7 @@ from distckpt.errors import DistckptError, OutcomeUnknown, StorageError
 from distckpt.values import encode
 
 # Hundreds of crash points; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 SIZE = 300
 # Seeds, with a number where one is asked for: retention drops, a number is used again.

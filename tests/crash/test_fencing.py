@@ -18,7 +18,7 @@ from distckpt import state
 from distckpt.errors import DistckptError
 
 # Hundreds of crash points; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def _run_schedules(

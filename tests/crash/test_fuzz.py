@@ -33,7 +33,7 @@ from distckpt.manifest import Manifest
 from distckpt.record import Record, digest
 from distckpt.storage import OpenFile
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 SIZE = 100_000
 

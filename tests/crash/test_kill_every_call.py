@@ -33,7 +33,7 @@ from storage_calls import AFTER, BEFORE, LOOKING, MIDDLE, Call, Counter, Killer,
 from distckpt import state
 
 # Hundreds of crash points; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 _RECOVERY_SEED = 50
 _NUM_SECOND_KILLS = 6 if EVERYTHING else 3

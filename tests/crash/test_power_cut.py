@@ -29,7 +29,7 @@ from test_kill_every_call import Stage, _calls, _points
 from distckpt import state, storage
 
 # Hundreds of crash points; a busy machine may take its time.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("power_switches")]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("power_switches")]
 
 SIZE = 300
 _SEED = 60

@@ -32,7 +32,7 @@ from distckpt import paths, readers
 from distckpt.errors import CorruptStateError, FormatError, StorageError
 from distckpt.verify import Report, verify_attempt
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 SIZE = 2_000
 

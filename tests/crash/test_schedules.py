@@ -25,7 +25,7 @@ from scenario import SMALL_TABLE, all_saved_as
 from distckpt import state
 
 # Thousands of schedules; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 SIZE = 2_000
 _MAX_SWITCHES = 7

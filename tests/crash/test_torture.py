@@ -23,7 +23,7 @@ def run(*arguments: str) -> str:
         env=environment,
         cwd=TORTURE.parent,
         check=False,
-        timeout=100,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -44,7 +44,7 @@ from distckpt.record import COMMIT, Record
 from distckpt.verify import verify_attempt
 
 # Thousands of schedules; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2700)
 
 # How many calls of the first one are shared out at once: workers have a time limit.
 _AT_ONCE = 26

@@ -17,11 +17,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from harness import run_ranks, values_of
+from harness import held_up_seconds, run_ranks, values_of
 from outcome_helpers import (
     assert_all_whole,
     committed,
-    held_up_seconds,
     make_checkpoint,
     outcome,
 )

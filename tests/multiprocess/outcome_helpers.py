@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+from harness import held_up_seconds
 from torch import nn
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
@@ -35,17 +35,6 @@ class Outcome(NamedTuple):
     def net_seconds(self) -> float:
         """How long it took, without what a busy machine added to it."""
         return self.seconds - self.held_up_seconds
-
-
-def held_up_seconds() -> float:
-    """Return how long all threads of this process have waited for a processor so far."""
-    total = 0
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError):  # it has ended
-            path = f"/proc/self/task/{thread}/schedstat"
-            with open(path, encoding="utf-8") as file:
-                total += int(file.read().split()[1])
-    return total / 1e9
 
 
 def outcome(call, *args, **kwargs):

@@ -424,7 +424,7 @@ def test_process_that_ends_waits_for_its_save_within_bounds(tmp_path, world_size
     """By its end, an exit, Ctrl-C or an error: committed or invisible, and no crash."""
     endings = ENDINGS[world_size]
     command = [sys.executable, exits.__file__, str(tmp_path), str(world_size), *endings]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found = json.loads(done.stdout)
     for ending, (expected, is_committed) in endings.items():
         label = ending, found[ending]

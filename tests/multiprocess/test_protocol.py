@@ -402,7 +402,7 @@ def _exit_main(rank, rendezvous, directory, how, victim):
 
 
 def _end_of(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err, time.monotonic()
 
 

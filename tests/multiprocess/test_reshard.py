@@ -108,7 +108,7 @@ def _pairs():
     return pairs
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("kind", "size", "sources"), _pairs())
 def test_every_layout_restores_what_every_other_has_saved(
     save_once, kind, size, sources, report_figures

@@ -15,7 +15,7 @@ from campaign import Part, part_of_every
 from job_scenario import ASYNC_SCENARIOS, Scenario
 
 # Many jobs; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2700)
 
 
 @pytest.mark.covers(

@@ -33,7 +33,7 @@ from distckpt import CheckpointManager, CheckpointOptions, PerRank, readers
 from distckpt.verify import verify_attempt
 
 # Hundreds of jobs; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 SIZE = 150
 _WORLD_SIZE = 2

@@ -39,7 +39,7 @@ from lost_peer_helpers import (
 from outcome_helpers import make_checkpoint, outcome
 
 # Many jobs; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 SIZE = 20
 KILL, STOP, ABSENT, DROP, RESET, STORE = "kill", "stop", "absent", "drop", "reset", "store"

@@ -39,7 +39,7 @@ from power import LOG_FLUSHED, LOG_LOST, Disk, mounted_disk
 from distckpt import storage
 
 # Many jobs; a busy machine may take its time.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("power_switch")]
+pytestmark = [pytest.mark.timeout(2700), pytest.mark.usefixtures("power_switch")]
 
 # What is on a disk at the beginning: nothing, or two checkpoints.
 _EMPTY, _SAVED = "empty", "saved"
