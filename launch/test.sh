@@ -48,11 +48,15 @@ without_torch=(tests/crash --ignore tests/crash/ranks)
 # work more than they wait.
 two_at_once=(-n 2 --dist worksteal)
 
+files_with() {
+    grep --recursive --files-with-matches --include='test_*.py' "$1" "${one_process[@]}"
+}
+
 if [ "${1:-}" = all ]; then
-    mapfile -t files < <(grep --recursive --files-with-matches mark.full "${one_process[@]}")
-    if [ ${#files[@]} -gt 0 ]; then
-        "$python" -m pytest -m full "${files[@]}"
-    fi
+    # With all examples of hypothesis, of which the default classes draw a fifth.
+    DISTCKPT_ALL_EXAMPLES=1 "$python" -m pytest -n 2 -m "full and not alone" "${one_process[@]}"
+    mapfile -t files < <(files_with mark.alone)
+    "$python" -m pytest -m "full and alone" "${files[@]}"
     "$python" -m pytest -m full "${two_at_once[@]}" "${without_torch[@]}"
     "$python" -m pytest -m full "${two_at_once[@]}" "${with_ranks[@]}"
     exit
@@ -68,7 +72,7 @@ types=$!
 # Those that measure no time, two at once; then the others, from the files that have some.
 "$python" -m pytest -n 2 -m "not alone and $by_default" "${one_process[@]}"
 wait "$types"
-mapfile -t files < <(grep --recursive --files-with-matches mark.alone "${one_process[@]}")
+mapfile -t files < <(files_with mark.alone)
 "$python" -m pytest -m "alone and $by_default" "${files[@]}"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${without_torch[@]}"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${with_ranks[@]}"

@@ -336,7 +336,7 @@ def link_alone_taken_for_a_commit() -> None:
     _put(state, "_newest_listed", newest)
 
 
-@_mutant(_ERRORS)
+@_mutant("tests/unit/test_state.py")
 def lost_reply_taken_for_a_failure() -> None:
     """Believe an error of the link."""
 

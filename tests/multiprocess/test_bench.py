@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from harness import EVERYTHING
 
+# Each starts processes that import torch, which takes most of its time.
+pytestmark = pytest.mark.full
+
 WORKLOADS = ["gpt2-sharded", *(["ddp-replicated"] if EVERYTHING else [])]
 # What a peer could be like: one that is not there, and one that fails on one rank alone,
 # while the other waits for it.
@@ -70,7 +73,6 @@ def stubs(tmp_path):
     return folder
 
 
-@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stubs):
     """Every figure is there and positive; who could not go on is named, with reasons."""
@@ -122,7 +124,6 @@ def check_workload(workload) -> None:
         assert phases["memory.restore"]["results"].keys() >= {name}
 
 
-@pytest.mark.full
 def test_interrupted_run_removes_what_it_wrote(tmp_path, stubs):
     """Ctrl-C, or a scheduler's SIGTERM, leaves no gigabytes behind."""
     directory = tmp_path / "disk"

@@ -202,6 +202,7 @@ def _save_as_cost_allows(rank, directory):
     return saved, overhead
 
 
+@pytest.mark.full
 def test_overhead_is_measured_and_kept(tmp_path):
     """The first save is to know the cost; then no more often than it allows."""
     for saved, overhead in values_of(run_ranks(_save_as_cost_allows, 2, str(tmp_path))):

@@ -361,7 +361,15 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     assert_all_whole(directory)
 
 
-@pytest.mark.parametrize("phase", ["before", "capture", "write", "restore"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("before", marks=pytest.mark.full),
+        pytest.param("capture", marks=pytest.mark.full),
+        "write",
+        pytest.param("restore", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("world_size", [2, 3, 4] if EVERYTHING else [3])
 def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, phase):
     """Killed or stopped, the chief or another: errors in time, silence after, no loss."""
@@ -407,15 +415,12 @@ def _end_of(process):
 
 
 # The others take as long as these, mostly imports.
-ENDS = [
-    pytest.param("stop", 0, marks=pytest.mark.full),
-    ("kill", 2),
-    pytest.param("interrupt", 1, marks=pytest.mark.full),
-]
+ENDS = [("stop", 0), ("kill", 2), ("interrupt", 1)]
 if EVERYTHING:
     ENDS += [("stop", 1), ("kill", 0)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("how", "victim"), ENDS)
 def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
     """Neither destructors nor threads hold up the interpreter's normal end."""

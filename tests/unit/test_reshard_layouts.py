@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from itertools import product
 
 import numpy as np
-import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import bytes_of
@@ -20,7 +20,7 @@ from distckpt.read_plan import ReadPlan
 from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 
 
 @st.composite
@@ -79,7 +79,6 @@ def held_by_each(array, placed):
         yield box, part_of(array, placed, coordinate)
 
 
-@pytest.mark.full
 @settings(max_examples=MAX_EXAMPLES, deadline=None)
 @given(change=changes())
 def test_what_lies_one_way_is_read_to_lie_another_way(change):
