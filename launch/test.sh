@@ -54,7 +54,8 @@ files_with() {
 
 if [ "${1:-}" = all ]; then
     # With all examples of hypothesis, of which the default classes draw a fifth.
-    DISTCKPT_ALL_EXAMPLES=1 "$python" -m pytest -n 2 -m "full and not alone" "${one_process[@]}"
+    export DISTCKPT_ALL_EXAMPLES=1
+    "$python" -m pytest -n 2 -m "full and not alone" "${one_process[@]}"
     mapfile -t files < <(files_with mark.alone)
     "$python" -m pytest -m "full and alone" "${files[@]}"
     "$python" -m pytest -m full "${two_at_once[@]}" "${without_torch[@]}"
