@@ -1,12 +1,19 @@
-"""What tests of several folders share."""
+"""What tests of several folders share, and the speed classes that they belong to.
+
+Each test belongs to one class, which says how much processor time it may take. A folder has
+a class; a test that leaves it says so by a marker. tests/README.md has the table.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing.forkserver
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +31,139 @@ if os.environ.get("DISTCKPT_MUTANT"):
     apply_from_environment()
 
 _FIGURES = "figures"
+_TESTS = Path(__file__).parent
+
+# Processor time that one test of a class may take, in seconds. It fails at twice that.
+LIMIT_SECONDS = {"unit": 1.0, "ranks": 5.0, "durability": 10.0, "full": 60.0}
+_MARGIN = 2.0
+# What `launch/torture.sh` plays: it takes as long as it takes.
+_LONG = "long"
+_CLASSES = (*LIMIT_SECONDS, _LONG)
+_CLASS_OF_FOLDER = {
+    "unit": "unit",
+    "scale": "durability",
+    "multiprocess": "ranks",
+    "gpu": "ranks",
+    "crash": "durability",
+}
+# Who plays more than a part of the campaigns, or a mutant, knows that it takes longer.
+_LONGER = ("DISTCKPT_EVERY_CRASH", "DISTCKPT_EVERY_RESHARD", "DISTCKPT_MUTANT")
+_IS_LIMITED = not any(os.environ.get(name) for name in _LONGER)
+_COSTS_FILE = os.environ.get("DISTCKPT_TEST_COSTS")
+_COLLECTED_FILE = os.environ.get("DISTCKPT_TESTS_COLLECTED")
+_LEFT_OUT_FILE = os.environ.get("DISTCKPT_TESTS_LEFT_OUT")
+_SECONDS_PER_TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def class_of(item: pytest.Item) -> str:
+    """Return the speed class of a test: that of its marker, else that of its folder.
+
+    Where hypothesis draws all its examples, and not a fifth, its tests are of class full.
+    """
+    marked = [name for name in _CLASSES if item.get_closest_marker(name)]
+    if len(marked) > 1:
+        msg = f"{item.nodeid} is marked with more than one speed class: {marked}"
+        raise pytest.UsageError(msg)
+    if marked:
+        return marked[0]
+    is_of_hypothesis = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    if is_of_hypothesis and os.environ.get("DISTCKPT_ALL_EXAMPLES"):
+        return "full"
+    return _CLASS_OF_FOLDER[item.path.relative_to(_TESTS).parts[0]]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its speed class."""
+    for item in items:
+        item.add_marker(class_of(item))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Write down what a run leaves out, for the last line of launch/test.sh."""
+    if _LEFT_OUT_FILE:
+        # Two processes that collect the same write it twice; the reader sorts that out.
+        with open(_LEFT_OUT_FILE, "a", encoding="utf-8") as file:
+            file.writelines(f"{class_of(item)} {item.nodeid}\n" for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Write down what a run has collected, for the tests that are about the tests."""
+    if _COLLECTED_FILE:
+        collected = [
+            {
+                "test": item.nodeid,
+                "class": class_of(item),
+                "covers": [
+                    row for mark in item.iter_markers("covers") for row in mark.args
+                ],
+            }
+            for item in session.items
+        ]
+        Path(_COLLECTED_FILE).write_text(json.dumps(collected), encoding="utf-8")
+
+
+# Processor time
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of all that it has waited for.
+
+    Ranks are forked and waited for by a server of the harness. What still runs counts when
+    it has ended.
+    """
+    used = [
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    total = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    if server is not None:
+        with open(f"/proc/{server}/stat", encoding="utf-8") as file:
+            # Its name, which may hold anything, ends with the last parenthesis.
+            fields = file.read().rpartition(")")[2].split()
+        total += sum(int(ticks) for ticks in fields[11:15]) * _SECONDS_PER_TICK
+    return total
+
+
+_began = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Remember how much processor time was used before a test."""
+    if "harness" in sys.modules and item.path.parent.name in (
+        "multiprocess",
+        "ranks",
+        "gpu",
+    ):
+        # Else the first test of ranks pays for importing torch.
+        sys.modules["harness"].warm_up()
+    item.stash[_began] = _processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that took more than twice the processor time of its class."""
+    report = yield
+    if call.when != "teardown":
+        return report
+    seconds, name = _processor_seconds() - item.stash[_began], class_of(item)
+    if _COSTS_FILE:
+        with open(_COSTS_FILE, "a", encoding="utf-8") as file:
+            file.write(f"{seconds:.3f} {name} {item.nodeid}\n")
+    limit = LIMIT_SECONDS.get(name)
+    if report.passed and _IS_LIMITED and limit is not None and seconds > _MARGIN * limit:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} took {seconds:.1f} s of processor time. A test of class "
+            f"{name!r} may take {limit:g} s and fails at {_MARGIN * limit:g} s. Make it "
+            "cheaper, or move what it repeats to class 'full' by @pytest.mark.full (see "
+            "tests/README.md)."
+        )
+    return report
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
+import pytest
 from figures import Figures
 from scenario import in_workers
 
@@ -79,18 +80,20 @@ class Campaign(ABC, Generic[Point]):
         """
 
 
-def points_of(campaign: Campaign[Point], seed: int, first: int, stop: int) -> list[Point]:
+def points_of(
+    campaign: Campaign[Point], seed: int, indexes: Collection[int]
+) -> list[Point]:
     """Return some points: those of a finite campaign in an order that the seed shuffles."""
     total = campaign.num_points()
     order: Sequence[int] | None = None
     if total is not None:
         order = random.Random(seed).sample(range(total), total)
-        stop = min(stop, total)
+        indexes = [index for index in indexes if index < total]
     return [
         campaign.point(
             random.Random(f"{seed} {index}"), index if order is None else order[index]
         )
-        for index in range(first, stop)
+        for index in indexes
     ]
 
 
@@ -145,12 +148,60 @@ def _play_in_workers(
     return [Figures(**tree) for tree in trees]
 
 
-def run(campaign: Campaign[Any], scratch: str, size: int, seed: int = SEED) -> Figures:
-    """Open a campaign and play its first points: what the tests do."""
+def run(
+    campaign: Campaign[Any], scratch: str, indexes: Collection[int], seed: int = SEED
+) -> Figures:
+    """Open a campaign and play some of its points: what the tests do."""
     folder = os.path.join(scratch, campaign.name)
     os.mkdir(folder)
     with campaign.opened(folder):
-        return play(campaign, folder, points_of(campaign, seed, 0, size))
+        return play(campaign, folder, points_of(campaign, seed, indexes))
+
+
+def in_two_parts(size: int, sample: Collection[int]) -> pytest.MarkDecorator:
+    """Give a test the argument ``indexes``: a sample, and in class full the rest.
+
+    Args:
+        size: How many points both have together.
+        sample: The indexes of those that the default class plays.
+    """
+    rest = [index for index in range(size) if index not in sample]
+    parts = [
+        pytest.param(sample, id="sample"),
+        pytest.param(rest, id="rest", marks=pytest.mark.full),
+    ]
+    return pytest.mark.parametrize("indexes", parts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of all that a test could strike: every so many of them, or all the others.
+
+    Attributes:
+        each: How many there are for each one of the sample.
+        is_sample: Whether this is the sample.
+    """
+
+    each: int
+    is_sample: bool
+
+    def of(self, points: Sequence[Point]) -> list[Point]:
+        """Return what belongs to this part."""
+        is_sample = self.is_sample
+        return [p for i, p in enumerate(points) if (i % self.each == 0) == is_sample]
+
+
+def part_of_every(each: int) -> pytest.MarkDecorator:
+    """Give a test the argument ``part``: a sample, and in class full the rest.
+
+    Args:
+        each: How many points there are for each one of the sample.
+    """
+    parts = [
+        pytest.param(Part(each, True), id="sample"),
+        pytest.param(Part(each, False), id="rest", marks=pytest.mark.full),
+    ]
+    return pytest.mark.parametrize("part", parts)
 
 
 @dataclass
@@ -198,7 +249,7 @@ def go_on(
         while progress.index < end and time.monotonic() < deadline:
             began = time.monotonic()
             stop = min(progress.index + batch, end)
-            points = points_of(campaign, progress.seed, progress.index, stop)
+            points = points_of(campaign, progress.seed, range(progress.index, stop))
             progress.figures.add(play(campaign, scratch, points))
             took = time.monotonic() - began
             progress.index, progress.seconds = stop, progress.seconds + took

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 # Real ranks are the business of the tests in another folder.
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "multiprocess"))
 
-from power import LOG_LOST, NoPowerSwitch, mounted_disk
+from power import EXT4, LOG_LOST, XFS, NoPowerSwitch, mounted_disk
 
 _MEMORY = "/dev/shm"
 
@@ -34,8 +34,20 @@ def scratch(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def power_switch(tmp_path: Path) -> None:
     """Skip where no disk can be mounted whose power can be cut."""
+    _cut_power(tmp_path, EXT4)
+
+
+@pytest.fixture
+def power_switches(tmp_path: Path) -> None:
+    """Skip where that is not possible with each kind of filesystem."""
+    for kind in (EXT4, XFS):
+        _cut_power(tmp_path, kind)
+
+
+def _cut_power(folder: Path, kind: str) -> None:
+    image, path = str(folder / f"{kind}-image"), str(folder / f"{kind}-mounted")
     try:
-        with mounted_disk(str(tmp_path / "image"), str(tmp_path / "mounted")) as disk:
+        with mounted_disk(image, path, kind) as disk:
             disk.cut(LOG_LOST)
     except (NoPowerSwitch, OSError) as error:
         pytest.skip(str(error))

@@ -36,7 +36,7 @@ OLD, NEW, THIRD = "old", "new", "third"
 # Of each actor: just before which of its calls it hands over, and to whom.
 Stops = Mapping[str, Mapping[int, str]]
 
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 200.0
 _DESTROYING = ("remove_file", "remove_tree", "rename")
 
 

@@ -47,10 +47,12 @@ class Mutant(NamedTuple):
     Attributes:
         apply: Makes it.
         killed_by: The test that must fail.
+        only_in_full: Whether the sample of it that launch/test.sh plays does not fail.
     """
 
     apply: Callable[[], None]
     killed_by: str
+    only_in_full: bool = False
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -63,9 +65,12 @@ _CRAFTED = "tests/crash/test_crafted.py"
 _PINS = "tests/crash/test_pins.py"
 
 
-def _mutant(killed_by: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def _mutant(
+    killed_by: str, *, only_in_full: bool = False
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     def add(apply: Callable[[], None]) -> Callable[[], None]:
-        MUTANTS[apply.__name__.replace("_", "-")] = Mutant(apply, killed_by)
+        name = apply.__name__.replace("_", "-")
+        MUTANTS[name] = Mutant(apply, killed_by, only_in_full)
         return apply
 
     return add
@@ -331,7 +336,7 @@ def link_alone_taken_for_a_commit() -> None:
     _put(state, "_newest_listed", newest)
 
 
-@_mutant(_ERRORS)
+@_mutant("tests/unit/test_state.py")
 def lost_reply_taken_for_a_failure() -> None:
     """Believe an error of the link."""
 
@@ -469,28 +474,42 @@ def main() -> None:
     play(parser.parse_args().names or list(MUTANTS))
 
 
+def is_found(name: str, *, in_full: bool) -> bool:
+    """Tell whether the test that must find a mutant fails.
+
+    Args:
+        name: Of the mutant.
+        in_full: Whether class full is played; else the part that launch/test.sh plays.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header"]
+    command += ["-m", "full" if in_full else "not full and not long"]
+    done = subprocess.run(
+        [*command, MUTANTS[name].killed_by],
+        cwd=HERE.parents[1],
+        env={**os.environ, VARIABLE: name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return False
+    # 1: a test has failed; anything else is no verdict.
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout + done.stderr
+    return True
+
+
 def play(names: Sequence[str]) -> NoReturn:
     """Play some, and end this process with whether all were killed."""
     survived = []
     for name in names:
-        test = MUTANTS[name].killed_by
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", test]
-        done = subprocess.run(
-            command,
-            cwd=HERE.parents[1],
-            env={**os.environ, VARIABLE: name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        # 1: a test has failed; anything else is no verdict.
-        is_killed = done.returncode == 1 and " failed" in done.stdout
+        is_killed = is_found(name, in_full=MUTANTS[name].only_in_full)
         if not is_killed:
             survived.append(name)
         seconds = time.monotonic() - began
-        verdict = "killed" if is_killed else f"SURVIVED ({done.returncode})"
-        print(f"{verdict:14} {name:36} {seconds:5.0f} s  {test}", flush=True)
+        verdict = "killed" if is_killed else "SURVIVED"
+        test = MUTANTS[name].killed_by
+        print(f"{verdict:8} {name:36} {seconds:5.0f} s  {test}", flush=True)
     print(f"{len(names)} mutants, {len(survived)} survived")
     sys.exit(1 if survived else 0)
 

@@ -13,7 +13,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,9 @@ _MIB = 2**20
 # The image is sparse: what is not written takes no room. mkfs.xfs makes no smaller one.
 _SIZE_BYTES = {EXT4: 48 * _MIB, XFS: 300 * _MIB}
 _MAKE = {EXT4: ["mkfs.ext4", "-q", "-F"], XFS: ["mkfs.xfs", "-q", "-f"]}
-_PATIENCE_SECONDS = 20.0
+# Two disks with one identity may be mounted: the one that was cut, where somebody holds it,
+# and its copy.
+_OPTIONS = {EXT4: "loop", XFS: "loop,nouuid"}
 
 
 class NoPowerSwitch(Exception):
@@ -42,7 +43,7 @@ class NoPowerSwitch(Exception):
 @contextmanager
 def mounted_disk(image: str, path: str, kind: str = EXT4) -> Iterator[Disk]:
     """Make a filesystem in a file and mount it."""
-    disk = Disk(image, path)
+    disk = Disk(image, path, kind)
     command = _MAKE[kind]
     if shutil.which(command[0]) is None:
         msg = f"{command[0]} is not installed"
@@ -59,7 +60,7 @@ def mounted_disk(image: str, path: str, kind: str = EXT4) -> Iterator[Disk]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
+        disk.unmount()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,16 @@ class Disk:
 
     image: str
     path: str
+    kind: str = EXT4
 
     def mount(self) -> None:
         """Mount it; replays the journal."""
-        command = ["mount", "-o", "loop", self.image, self.path]
+        command = ["mount", "-o", _OPTIONS[self.kind], self.image, self.path]
         subprocess.run(command, check=True, capture_output=True, text=True)
+
+    def unmount(self) -> None:
+        """Unmount it, even if some process looks into it."""
+        subprocess.run(["umount", "--lazy", self.path], check=True)
 
     def cut(self, mode: int) -> None:
         """Cut the power."""
@@ -85,25 +91,37 @@ class Disk:
     def switch_on(self) -> None:
         """Come back after a cut.
 
-        A process that has made a mount namespace of its own meanwhile holds the filesystem
-        that was cut, and mounting its image gives just that again, until it has ended.
+        The kernel keeps the filesystem that was cut for as long as somebody holds it: a
+        process that looks into it, or one with a mount namespace of its own, such as a
+        container or a FUSE daemon that was started meanwhile. Mounting the image then gives
+        just that filesystem again. A copy of the image is another disk to the kernel, and
+        holds what was on the disk at the cut.
         """
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            subprocess.run(["umount", self.path], check=True)
-            self.mount()
-            if self._is_up() or time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
+        self.unmount()
+        self.mount()
+        if self._is_up():
+            return
+        self.unmount()
+        copy = f"{self.image}.copy"
+        subprocess.run(["cp", "--sparse=always", self.image, copy], check=True)
+        os.replace(copy, self.image)
+        self.mount()
+        if not self._is_up():
+            raise OSError(
+                errno.EIO, "a disk does not come back after a power cut", self.path
+            )
 
     def _is_up(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            return error.errno != errno.EIO
-        finally:
-            os.close(descriptor)
+            if error.errno != errno.EIO:
+                raise
+            return False
         return True
 
 

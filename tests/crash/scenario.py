@@ -464,9 +464,9 @@ def _names_in(path: str) -> list[str]:
 FAILED = 3
 HUNG = -signal.SIGALRM
 KILLED = -signal.SIGKILL
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 300
 _NUM_WORKERS = 2
-_WORKER_SECONDS = 300
+_WORKER_SECONDS = 1500
 
 
 def in_workers(

@@ -12,14 +12,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
 import campaign
 import pytest
-from campaign import Campaign
+from campaign import Campaign, in_two_parts
 from elastic_job import NUM_RANKS, ElasticJob, Told, Worker, is_running
 from figures import Figures, Hung, Lost, Torn, Wrong
 
@@ -28,12 +28,13 @@ from distckpt.readers import read_record
 from distckpt.verify import verify_attempt
 
 # Each restart takes seconds; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 SIZE = 10
 AGENT = "agent"
-_BACK_SECONDS = 90.0
-_ZOMBIE_SECONDS = 60.0
+# Against what hangs. On a busy machine a restart that took a second took over a minute.
+_BACK_SECONDS = 400.0
+_ZOMBIE_SECONDS = 400.0
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,14 @@ def _number(prefix: str) -> int:
 CAMPAIGN = Kills()
 
 
+# A kill of a rank and one of the agent. In the rest there is another of the agent.
+@in_two_parts(SIZE, range(3, 5))
 def test_kills_at_random_moments_lose_nothing(
-    scratch: str, report_figures: Callable[[str], None]
+    scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):
     """It comes back each time, and goes on from the newest that was acknowledged."""
     kills = Kills()
-    figures = campaign.run(kills, scratch, SIZE)
+    figures = campaign.run(kills, scratch, indexes)
     report_figures(
         f"{figures}; {median(kills.seconds):.1f} s (median) from a kill to a training step"
     )

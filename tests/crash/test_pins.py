@@ -27,7 +27,7 @@ from distckpt.errors import CheckpointNotFound
 from distckpt.leases import Lease
 from distckpt.verify import verify_attempt
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 _SEED = 1
 

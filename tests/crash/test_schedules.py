@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import campaign
 import pytest
-from campaign import Campaign
+from campaign import Campaign, in_two_parts
 from figures import Figures
 from incarnations import NEW, OLD, THIRD, Contest
 from mutants import applied
@@ -25,7 +25,7 @@ from scenario import SMALL_TABLE, all_saved_as
 from distckpt import state
 
 # Thousands of schedules; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 SIZE = 2_000
 _MAX_SWITCHES = 7
@@ -93,21 +93,23 @@ class Schedules(Campaign[Schedule]):
 CAMPAIGN = Schedules()
 
 
+@in_two_parts(SIZE, range(300))
 def test_incarnations_at_random_calls_stay_in_line(
-    scratch: str, report_figures: Callable[[str], None]
+    scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):
     """Two or three that wake and sleep by turns make one history between them."""
-    figures = campaign.run(CAMPAIGN, scratch, SIZE)
+    figures = campaign.run(CAMPAIGN, scratch, indexes)
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.others["fenced"] > SIZE / 2
+    assert figures.others["fenced"] > len(indexes) / 2
 
 
+@pytest.mark.full
 def test_incarnations_with_a_sweep_of_any_epoch_are_found(
     scratch: str, report_figures: Callable[[str], None]
 ):
     """The campaign itself: the mistake that a first draft of the protocol had."""
     with applied("sweep-of-any-epoch"):
-        figures = campaign.run(CAMPAIGN, scratch, 200)
+        figures = campaign.run(CAMPAIGN, scratch, range(200))
     report_figures(str(figures))
     assert figures.findings

@@ -10,13 +10,14 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # As conftest.py and pytest do for the tests.
 sys.path.append(os.path.join(os.path.dirname(__file__), "ranks"))
@@ -68,10 +69,21 @@ def write_progress(path: Path, progress: Progress) -> None:
     os.replace(temporary, path)
 
 
+def play_long_tests() -> NoReturn:
+    """Run the tests of class long, and end this process with whether they passed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "long", "tests"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "DISTCKPT_EVERY_CRASH": "1"},
+        check=False,
+    )
+    sys.exit(done.returncode)
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("campaign", choices=[*sorted(MODULES), "mutants"])
+    parser.add_argument("campaign", choices=[*sorted(MODULES), "long", "mutants"])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=campaign.SEED)
     parser.add_argument("--size", type=int, help="how many points at most, all together")
@@ -81,6 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.campaign == "mutants":
         mutants.play(list(mutants.MUTANTS))
+    if arguments.campaign == "long":
+        play_long_tests()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     chosen = load(arguments.campaign)
     path = progress_file(arguments.directory, chosen.name, arguments.seed)

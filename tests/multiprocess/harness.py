@@ -7,6 +7,7 @@ one fails, the harness lets the survivors go on and shows what they do.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -68,6 +71,27 @@ class RankResult:
         return self.error is None and self.exit_code == 0 and not self.killed
 
 
+def held_up_seconds(pid: int | str = "self") -> float:
+    """Return how long all threads of a process have waited for a processor so far."""
+    nanoseconds = 0
+    with suppress(FileNotFoundError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                path = f"/proc/{pid}/task/{thread}/schedstat"
+                with open(path, encoding="utf-8") as file:
+                    nanoseconds += int(file.read().split()[1])
+    return nanoseconds / 1e9
+
+
+@cache
+def warm_up() -> None:
+    """Start the fork server, and wait until it has imported what the ranks need."""
+    process = _context.Process(target=os.getpid)
+    with _lock:
+        process.start()
+    _exit_code(process, None)
+
+
 def run_ranks(
     function: Callable[..., Any],
     world_size: int,
@@ -82,7 +106,8 @@ def run_ranks(
         function: Of a module's top level.
         world_size: Number of ranks.
         *args: Passed on.
-        timeout: Seconds until what still runs is killed.
+        timeout: Seconds until what still runs is killed; so much later as the ranks were
+            held up by a busy machine.
         process_group: Initialize the default group (gloo) first.
         environment: Set in every rank.
     """
@@ -103,7 +128,7 @@ def run_ranks(
             connections.append(ours)
         results = [RankResult() for _ in range(world_size)]
         try:
-            _collect(processes, connections, results, time.monotonic() + timeout)
+            _collect(processes, connections, results, timeout)
         finally:
             for connection in connections:
                 connection.close()  # tells a rank that it may exit
@@ -140,12 +165,17 @@ def _collect(
     processes: Sequence[Any],
     connections: Sequence[Connection],
     results: list[RankResult],
-    deadline: float,
+    timeout: float,
 ) -> None:
     waiting = {connection: rank for rank, connection in enumerate(connections)}
+    deadline = time.monotonic() + timeout
     while waiting:
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
+            held_up = sum(held_up_seconds(processes[rank].pid) for rank in waiting.values())
+            if held_up > 0.1 * timeout:
+                deadline, timeout = time.monotonic() + held_up, math.inf  # only once
+                continue
             for rank in waiting.values():
                 results[rank].killed = True
                 os.kill(processes[rank].pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+from harness import held_up_seconds
 from torch import nn
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
@@ -18,7 +19,8 @@ from distckpt.verify import verify_attempt
 class Outcome(NamedTuple):
     """How one call ended on one rank.
 
-    ``kind`` is ``"ok"`` or the exception's class, ``text`` its message or the result.
+    ``kind`` is ``"ok"`` or the exception's class, ``text`` its message or the result,
+    ``held_up_seconds`` how long the rank's threads waited for a processor meanwhile.
     """
 
     kind: str
@@ -27,11 +29,17 @@ class Outcome(NamedTuple):
     failures: dict[int, str] | None
     seconds: float
     bases: tuple[str, ...] = ()
+    held_up_seconds: float = 0.0
+
+    @property
+    def net_seconds(self) -> float:
+        """How long it took, without what a busy machine added to it."""
+        return self.seconds - self.held_up_seconds
 
 
 def outcome(call, *args, **kwargs):
     """Call and tell how it ended; every exception is an answer too."""
-    started = time.monotonic()
+    held_up, started = held_up_seconds(), time.monotonic()
     try:
         result = call(*args, **kwargs)
     except BaseException as error:
@@ -42,8 +50,10 @@ def outcome(call, *args, **kwargs):
             getattr(error, "failures", None),
             time.monotonic() - started,
             tuple(kind.__name__ for kind in type(error).__mro__),
+            max(0.0, held_up_seconds() - held_up),
         )
-    return Outcome("ok", result, "", None, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Outcome("ok", result, "", None, seconds, (), held_up_seconds() - held_up)
 
 
 class LoggedTexts(logging.Handler):

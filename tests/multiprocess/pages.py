@@ -82,7 +82,7 @@ def run(command: str, folder: Path) -> str:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     killed = done.returncode == -signal.SIGKILL
     assert done.returncode == 0 or killed, f"{command}: {done.stdout}{done.stderr}"

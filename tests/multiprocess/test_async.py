@@ -89,7 +89,8 @@ def _change_at_once(rank, directory, kind, width, num_saves):
     return num_copying
 
 
-@pytest.mark.parametrize("kind", ["plain", "fsdp2"])
+@pytest.mark.covers("asynchronous saves: S4 (caller's)", "asynchronous saves: S4 (behind)")
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.full), "fsdp2"])
 def test_what_is_saved_is_what_was_there_at_the_call(tmp_path, kind, report_figures):
     """Everything is changed at the earliest legal moment, most of it while it is copied."""
     num_saves = 6
@@ -184,6 +185,7 @@ def _change_too_early(rank, directory, kind):
     return seen, manager.checkpoint.save_counter
 
 
+@pytest.mark.covers("asynchronous saves: S4 (behind)")
 @pytest.mark.parametrize("kind", ["plain", "fsdp2"])
 def test_lazily_saved_tensor_changed_too_early_is_named_and_never_saved(tmp_path, kind):
     """However it is changed, and though the change outlasts the copy; later it may be."""
@@ -281,6 +283,7 @@ def _skip_wait_and_ask(rank, directory):
     return found
 
 
+@pytest.mark.covers("asynchronous saves: L0 (caller's)")
 def test_calls_while_a_save_is_under_way(tmp_path):
     """They see nothing of it, cost nothing, are skipped or wait; its result shows alike."""
     directory = str(tmp_path / "run")
@@ -375,6 +378,9 @@ def _call_until_it_shows(manager, step):
     return "never"
 
 
+@pytest.mark.covers(
+    "asynchronous saves: S5 to S8 (behind)", "asynchronous saves: L3 (caller's)"
+)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_failure_behind_the_loop_shows_on_all_ranks_at_the_same_call(tmp_path, victim):
     """In save, sync, restore, a call that saves nothing, close; and then all is well."""
@@ -386,7 +392,7 @@ def test_failure_behind_the_loop_shows_on_all_ranks_at_the_same_call(tmp_path, v
         hang = seen.pop("hang")
         # The chief cannot even clear away what it began.
         assert hang.kind == ("SaveFailed" if victim else "StorageTimeout"), hang
-        assert "did not come back" in hang.text and hang.seconds < 6
+        assert "did not come back" in hang.text and hang.net_seconds < 6
         for name, found in seen.items():
             assert found.kind == "SaveFailed", (name, found)
             assert found.failures.keys() == {victim}, (name, found)
@@ -413,12 +419,12 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("world_size", ENDINGS)
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_process_that_ends_waits_for_its_save_within_bounds(tmp_path, world_size):
     """By its end, an exit, Ctrl-C or an error: committed or invisible, and no crash."""
     endings = ENDINGS[world_size]
     command = [sys.executable, exits.__file__, str(tmp_path), str(world_size), *endings]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found = json.loads(done.stdout)
     for ending, (expected, is_committed) in endings.items():
         label = ending, found[ending]
@@ -530,6 +536,7 @@ class Told(Exception):
     """Carries what an error says beside its text."""
 
 
+@pytest.mark.covers("asynchronous saves: S5 to S8 (behind)")
 @pytest.mark.parametrize(
     ("victim", "how", "where"),
     [

@@ -90,6 +90,7 @@ def _run(*arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flat", [False, True])
 def test_sharded_job_goes_from_dcp_to_ours_and_back_on_other_numbers_of_ranks(
     tmp_path, flat

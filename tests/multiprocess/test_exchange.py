@@ -154,7 +154,10 @@ def _save_and_restore_both_ways(rank, directory):
     return path, told
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)],
+)
 def test_once_and_each_give_the_same_and_once_reads_its_own_file_only(tmp_path, world_size):
     """Bit for bit, for all that can be tracked; and a rank reads its part of the bytes."""
     directory = str(tmp_path / "run")
@@ -190,7 +193,15 @@ def _save(rank, directory):
         return manager.save(), _common(state)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 3), (1, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (2, 3),
+        (3, 2),
+        pytest.param(4, 3, marks=pytest.mark.full),
+        pytest.param(1, 4, marks=pytest.mark.full),
+    ],
+)
 def test_saved_by_another_number_of_ranks_is_read_once(tmp_path, before, after):
     """What few have saved is read by many, in even parts, and the other way round."""
     directory = str(tmp_path / "run")
@@ -263,7 +274,7 @@ def _restore_mixed(rank, directory):
     return told
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_sharded_tensors_are_read_by_each_and_replicated_ones_once(tmp_path, world_size):
     """A model sharded by FSDP2, beside tensors that every rank has whole."""
     results = values_of(run_ranks(_restore_mixed, world_size, str(tmp_path / "run")))
@@ -333,7 +344,7 @@ def _restore_corrupt(rank, directory, victim):
         return manager.save()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 1, pytest.param(2, marks=pytest.mark.full)])
 def test_one_corrupt_block_makes_all_fall_back_together(tmp_path, victim):
     """One rank finds it, and what it has sent counts for nothing."""
     directory = str(tmp_path / "run")
@@ -431,18 +442,23 @@ def _lose_in_exchange(rank, directory, how, victim):
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (3, 0), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "victim"), [(2, 1), (3, 0), pytest.param(4, 2, marks=pytest.mark.full)]
+)
 def test_a_rank_lost_in_the_exchange_is_named_in_time(tmp_path, how, world_size, victim):
     """Killed: within a second; stopped: within a second of the deadline."""
     directory = str(tmp_path / "run")
     results = run_ranks(_lose_in_exchange, world_size, directory, how, victim)
     survivors = [result for rank, result in enumerate(results) if rank != victim]
+    # What one rank says in time comes late where another waits for a processor.
+    held_up = sum(found.held_up_seconds for found, _, _ in values_of(survivors))
     for found, seconds, later in values_of(survivors):
         assert found.kind == ("PeerLost" if how == "kill" else "PeerTimeout"), found
         assert re.search(rf"\brank {victim}\b", found.text), found.text
         assert "phase READ" in found.text
-        assert seconds < 1.0 + (DEADLINE_SECONDS if how == "stop" else 0)
-        assert later.kind == found.kind and later.seconds < 0.2
+        late = seconds - (DEADLINE_SECONDS if how == "stop" else 0)
+        assert late - held_up < 1.0, (late, held_up)
+        assert later.kind == found.kind and later.net_seconds < 0.2
 
 
 def _read_slowly(rank, directory, seconds):
@@ -474,7 +490,7 @@ def test_a_read_that_hangs_is_reported_by_all(tmp_path):
     """The rank gives up in time, sends on, and votes."""
     for found, _ in values_of(run_ranks(_read_slowly, 3, str(tmp_path / "run"), 30)):
         assert found.kind == "StorageTimeout", found
-        assert found.seconds < DEADLINE_SECONDS + 1
+        assert found.net_seconds < DEADLINE_SECONDS + 1
 
 
 def _interrupt(rank, directory):
@@ -502,7 +518,7 @@ def test_a_rank_that_is_interrupted_is_named_by_the_others(tmp_path):
         "PeerLost",
     ]
     assert "KeyboardInterrupt" in results[0].text
-    assert all(found.seconds < 5 for found in results)
+    assert all(found.net_seconds < 5 for found in results)
 
 
 class Adrift:

@@ -786,6 +786,7 @@ def _poll(run, done):
             return reads, len(seen), last
 
 
+@pytest.mark.full
 def test_reader_beside_hundreds_of_saves_never_sees_a_partial_state(tmp_path):
     """From the first commit on, another process always finds a whole state, never older."""
     values = values_of(run_ranks(_save_or_poll, 2, str(tmp_path), process_group=False))

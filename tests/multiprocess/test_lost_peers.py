@@ -1,6 +1,6 @@
-"""Ranks that are slow, or whose filesystem hangs: waited for, or told so.
+"""Ranks that are lost, slow, or whose filesystem hangs: named, waited for, or told so.
 
-Those that are killed, stopped, cut off or elsewhere: tests/crash/ranks/test_hangs.py.
+In all phases and ways: tests/crash/ranks/test_hangs.py.
 """
 
 from __future__ import annotations
@@ -9,12 +9,60 @@ import os
 import threading
 import time
 
+import pytest
 import torch
 from harness import run_ranks, values_of
-from lost_peer_helpers import DEADLINE_SECONDS, manager_of
+from lost_peer_helpers import (
+    DEADLINE_SECONDS,
+    NoNetwork,
+    lose,
+    lose_network,
+    manager_of,
+    network_of,
+)
 from outcome_helpers import make_checkpoint, outcome
 
 from distckpt import Checkpoint, PerRank
+
+# Lost
+
+
+def _covers(*rows):
+    return [pytest.mark.covers(f"waiting: {row}") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("how", "phase", "victim"),
+    [
+        pytest.param("kill", "WRITE", 1, marks=_covers("it dies")),
+        pytest.param("kill", "READ", 0, marks=_covers("it is the chief, and dies")),
+        pytest.param("stop", "PLAN", 2, marks=_covers("it is stopped, or cut off")),
+        pytest.param(
+            *("stop", "DECIDE", 0), marks=_covers("it is the chief, stopped or cut off")
+        ),
+        pytest.param(
+            *("absent", "PROBE", 1), marks=_covers("it is alive, but does not come")
+        ),
+    ],
+)
+def test_lost_rank_is_named_in_time_by_all_others(tmp_path, how, phase, victim):
+    lose(str(tmp_path / "run"), 3, how, phase, victim)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(1, marks=_covers("it is stopped, or cut off")),
+        pytest.param(0, marks=_covers("it is the chief, stopped or cut off")),
+    ],
+)
+def test_rank_that_is_cut_off_is_named_in_time_by_all_others(tmp_path, lost):
+    try:
+        with network_of(2) as network:
+            lose_network(str(tmp_path / "run"), network, "drop", lost)
+    except NoNetwork as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+
 
 # Slow is not lost
 
@@ -69,6 +117,7 @@ def _hang_in_a_read(rank, directory):
     return first, refused, outcome(manager.restore_or_initialize), outcome(manager.save)
 
 
+@pytest.mark.covers("waiting: its filesystem hangs")
 def test_a_read_that_hangs_ends_the_restore_on_all_ranks(tmp_path):
     """No older checkpoint is tried behind the same call; later all is well again."""
     directory = str(tmp_path / "run")
@@ -76,7 +125,7 @@ def test_a_read_that_hangs_ends_the_restore_on_all_ranks(tmp_path):
     for first, refused, second, saved in results:
         assert first.kind == "StorageTimeout" and first.text == results[0][0].text
         assert "rank 1: read " in first.text and "rank-0000" in first.text
-        assert first.seconds < DEADLINE_SECONDS + 1
+        assert first.net_seconds < DEADLINE_SECONDS + 1
         assert refused.kind == "RestoreFailed" and "mixture" in refused.text
         assert second.text == f"{directory}/ckpt-1", second
         assert saved.kind == "ok", saved

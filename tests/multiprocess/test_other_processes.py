@@ -174,7 +174,7 @@ def test_what_is_read_is_whole_beside_a_job_that_deletes_at_once(tmp_path, optio
     ]
 
     def wait():
-        told.extend(json.loads(reader.communicate(timeout=60)[0]) for reader in readers_)
+        told.extend(json.loads(reader.communicate(timeout=300)[0]) for reader in readers_)
         with open(directory + "-stop", "w", encoding="utf-8"):
             pass
 
@@ -182,7 +182,7 @@ def test_what_is_read_is_whole_beside_a_job_that_deletes_at_once(tmp_path, optio
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     values_of(run_ranks(_save_and_delete, 2, directory, options))
-    waiting.join(60)
+    waiting.join(300)
     (read, dropped, failed), (_, _, failed_without) = told
     assert failed == [] and dropped == 5 <= read
     assert failed_without

@@ -26,7 +26,10 @@ torch.save(state, "last.ckpt")
 """
 
 
-@pytest.mark.timeout(400)  # where the commands are really typed, torch is imported for each
+@pytest.mark.full
+@pytest.mark.timeout(
+    1200
+)  # where the commands are really typed, torch is imported for each
 def test_every_block_of_the_tutorial_runs_and_prints_what_stands_there(tmp_path):
     """In order, in one folder; several ranks where the page says torchrun."""
     blocks = blocks_of("tutorial.md")
@@ -35,7 +38,8 @@ def test_every_block_of_the_tutorial_runs_and_prints_what_stands_there(tmp_path)
         type_in(block, tmp_path)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_every_block_on_moving_over_runs_and_prints_what_stands_there(tmp_path):
     """All but the change to a loop of Fabric's, which launch/clients.sh runs."""
     blocks = blocks_of("migrating.md")

@@ -119,7 +119,7 @@ def test_user_code_that_raises_on_one_rank_is_the_same_error_on_all(
             assert f"rank {culprit}: {text}" in found[what].text
             original = text.replace("ValueError: ", "ValueError('") + "')"
             assert found[what].cause == (original if rank == culprit else "")
-            assert found[what].seconds < 5
+            assert found[what].net_seconds < 5
     for found in results:
         assert found["nothing"] == (None, 0)
         assert found["unsupported"].kind == "UnsupportedError"
@@ -170,6 +170,7 @@ def _leave_by_an_error(rank, directory):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.covers("waiting: it leaves by an error, Ctrl-C included")
 def test_who_leaves_by_an_error_is_not_waited_for(tmp_path, world_size):
     """The others learn at once who has left, and why."""
     directory = str(tmp_path / "run")
@@ -196,6 +197,7 @@ def _interrupt(rank, directory, kind):
 
 
 @pytest.mark.parametrize("kind", ["int", "exit"])
+@pytest.mark.covers("waiting: it leaves by an error, Ctrl-C included")
 def test_interrupt_in_user_code_stays_one_and_fails_the_save_elsewhere(tmp_path, kind):
     """Ctrl-C and exit are not swallowed, and the other ranks do not wait for them."""
     directory = str(tmp_path / "run")
@@ -206,9 +208,9 @@ def test_interrupt_in_user_code_stays_one_and_fails_the_save_elsewhere(tmp_path,
     assert first0.failures == {1: f"{name}: now"}
     assert (first1.kind, first1.text) == (name, "now")
     # The interrupted rank is on its way out; the other is told.
-    assert second1.kind == "ManagerBroken" and second1.seconds < 0.1
+    assert second1.kind == "ManagerBroken" and second1.net_seconds < 0.1
     assert second0.kind == "PeerLost" and name in second0.text
-    assert second0.seconds < 1
+    assert second0.net_seconds < 1
     assert committed(directory) == ["ckpt-1"]
     assert_all_whole(directory)
 
@@ -261,7 +263,7 @@ def test_interrupt_while_the_chief_begins_ends_the_save_before_it_writes(
             assert first.failures[0].startswith("KeyboardInterrupt")
         # The chief is on its way out.
         assert second.kind == "PeerLost" and "KeyboardInterrupt" in second.text
-        assert second.seconds < 1
+        assert second.net_seconds < 1
     assert committed(directory) == ["ckpt-1"]
     assert_all_whole(directory)
     for restored, saved, left in values_of(run_ranks(_save_again, 3, directory)):
@@ -343,12 +345,12 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     for first, later, unchanged in values_of(survivors):
         assert "ManagerBroken" in first.bases, (label, first)
         # How late exactly: tests/crash/ranks/test_hangs.py.
-        assert first.seconds < DEADLINE_SECONDS + 2, (label, first)
+        assert first.net_seconds < DEADLINE_SECONDS + 2, (label, first)
         for one in later[:3]:
             assert "ManagerBroken" in one.bases, (label, one)
-            assert one.seconds < 0.2, (label, one)
+            assert one.net_seconds < 0.2, (label, one)
         assert later[3].kind == "ok", (label, later[3])
-        assert later[3].seconds < 0.2, (label, later[3])
+        assert later[3].net_seconds < 0.2, (label, later[3])
         assert unchanged, label
     assert committed(directory) == ["ckpt-1"], label
     assert_all_whole(directory)
@@ -359,7 +361,15 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     assert_all_whole(directory)
 
 
-@pytest.mark.parametrize("phase", ["before", "capture", "write", "restore"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("before", marks=pytest.mark.full),
+        pytest.param("capture", marks=pytest.mark.full),
+        "write",
+        pytest.param("restore", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("world_size", [2, 3, 4] if EVERYTHING else [3])
 def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, phase):
     """Killed or stopped, the chief or another: errors in time, silence after, no loss."""
@@ -400,7 +410,7 @@ def _exit_main(rank, rendezvous, directory, how, victim):
 
 
 def _end_of(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err, time.monotonic()
 
 
@@ -410,6 +420,7 @@ if EVERYTHING:
     ENDS += [("stop", 1), ("kill", 0)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("how", "victim"), ENDS)
 def test_process_with_a_broken_manager_exits_at_once(tmp_path, how, victim):
     """Neither destructors nor threads hold up the interpreter's normal end."""
@@ -475,8 +486,8 @@ def test_ranks_in_different_calls_are_a_desync_on_all(tmp_path, calls):
         assert first.kind == "Desync", first
         assert first.text == results[0][0].text
         assert "the same calls" in first.text
-        assert first.seconds < 1
-        assert "ManagerBroken" in later.bases and later.seconds < 0.2
+        assert first.net_seconds < 1
+        assert "ManagerBroken" in later.bases and later.net_seconds < 0.2
         assert unchanged
     if len(calls) == 4:
         assert "{2: 'DECIDE'}" in results[0][0].text
@@ -751,7 +762,7 @@ def test_closed_left_and_deleted_managers_let_go(tmp_path, world_size):
         for one in found["after close"]:
             assert one.kind == "ManagerBroken" and "closed" in one.text
         assert found["lists"] == (f"{directory}/ckpt-1", [f"{directory}/ckpt-1"])
-        assert found["left"].text == f"left by {rank}" and found["left"].seconds < 1
+        assert found["left"].text == f"left by {rank}" and found["left"].net_seconds < 1
         assert found["again"].text == f"{directory}/ckpt-2"
         assert found["threads"] == []
 
@@ -798,8 +809,8 @@ def test_with_block_left_by_an_error_on_one_rank_ends_the_others_in_time(tmp_pat
     directory = str(tmp_path / "run")
     other, culprit = values_of(run_ranks(_leave_on_one_rank, 2, directory))
     assert (culprit.kind, culprit.text) == ("ZeroDivisionError", "only here")
-    assert culprit.seconds < 1
-    assert "ManagerBroken" in other.bases and other.seconds < DEADLINE_SECONDS + 1.5
+    assert culprit.net_seconds < 1
+    assert "ManagerBroken" in other.bases and other.net_seconds < DEADLINE_SECONDS + 1.5
     assert committed(directory) == ["ckpt-1"]
 
 
@@ -858,5 +869,5 @@ def test_chief_that_was_away_is_told_that_it_is_fenced(tmp_path):
     saved, again, closed = chief.value
     assert saved.kind == again.kind == "FencedError", (saved, again)
     assert "claimed by job 'newer'" in saved.text
-    assert closed.kind == "ok" and closed.seconds < 5, closed
+    assert closed.kind == "ok" and closed.net_seconds < 5, closed
     assert committed(directory) == ["ckpt-1"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from functools import cache
 from itertools import product
 
 import pytest
@@ -34,6 +35,8 @@ SOME = [
     *(("tp", 2), ("columns", 3), ("hsdp", 4), ("fsdp-tp", 4)),
 ]
 CONFIGURATIONS = ALL if EVERYTHING else SOME
+# By default these restore one another. The other pairs are of class full.
+SAMPLE = [("ddp", 2), ("fsdp", 3), ("fsdp-tp", 4)]
 NAMES = [f"{kind}-{size}" for kind, size in CONFIGURATIONS]
 
 
@@ -55,7 +58,7 @@ def _restore_from_each(rank, root, kind, size, sources):
     """Restore what each other job has saved; return how many tensors were compared."""
     expected = Job(kind, filled=True, with_state=True)
     compared = []
-    for index, source in enumerate(sources):
+    for index, source in sources:
         # Into objects that have made a step, and into fresh ones, which must be told by
         # the checkpoint what state they had.
         with_state = index % 2 == 0
@@ -79,29 +82,44 @@ def _run(function, root, kind, size, *more):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Save one checkpoint of each layout and size."""
+def save_once(tmp_path_factory):
+    """Save one checkpoint of a layout and size, if that was not done before."""
     root = str(tmp_path_factory.mktemp("reshard"))
-    for kind, size in CONFIGURATIONS:
+
+    @cache
+    def save(kind, size):
         _run(_save, root, kind, size)
-    return root
+        return root
+
+    return save
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    CONFIGURATIONS,
-    ids=[f"{kind}-{size}" for kind, size in CONFIGURATIONS],
-)
+def _pairs():
+    """List what restores from which: the sample, and then all that is not in it."""
+    pairs = []
+    for configuration in CONFIGURATIONS:
+        near = [one for one in SAMPLE if configuration in SAMPLE and one in CONFIGURATIONS]
+        far = [one for one in CONFIGURATIONS if one not in near]
+        name = "-".join(map(str, configuration))
+        if near:
+            pairs.append(pytest.param(*configuration, near, id=f"{name}-sample"))
+        more = {"id": f"{name}-rest", "marks": pytest.mark.full}
+        pairs.append(pytest.param(*configuration, far, **more))
+    return pairs
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kind", "size", "sources"), _pairs())
 def test_every_layout_restores_what_every_other_has_saved(
-    saved, kind, size, report_figures
+    save_once, kind, size, sources, report_figures
 ):
     """Model and three optimizers, even, uneven, empty and 0-dim, bit for bit."""
-    compared = _run(_restore_from_each, saved, kind, size, CONFIGURATIONS)
+    for source in sources:
+        root = save_once(*source)
+    numbered = [pair for pair in enumerate(CONFIGURATIONS) if pair[1] in sources]
+    compared = _run(_restore_from_each, root, kind, size, numbered)
     total = sum(map(sum, compared))
-    report_figures(
-        f"{len(CONFIGURATIONS)} sources, {total} tensors compared on {size} ranks"
-    )
+    report_figures(f"{len(sources)} sources, {total} tensors compared on {size} ranks")
 
 
 # What is read for it
@@ -209,8 +227,16 @@ CHANGES = [
 
 @pytest.mark.parametrize(
     ("source", "target", "how", "factor", "files"),
-    CHANGES,
-    ids=[f"{a}{n}-{b}{m}-{how}" for (a, n), (b, m), how, *_ in CHANGES],
+    [
+        pytest.param(
+            *change,
+            id=f"{a}{n}-{b}{m}-{how}",
+            # By default the same layout, fewer and more ranks, rows to columns; both ways.
+            marks=() if number % 2 == 0 else pytest.mark.full,
+        )
+        for number, change in enumerate(CHANGES)
+        for (a, n), (b, m), how, *_ in [change]
+    ],
 )
 def test_a_restore_reads_little_more_than_it_needs(
     tmp_path, report_figures, source, target, how, factor, files
@@ -266,6 +292,7 @@ def _train(rank, directory, last_step):
     return losses
 
 
+@pytest.mark.full
 def test_a_job_that_changes_its_size_has_the_losses_of_one_that_does_not(
     tmp_path, report_figures
 ):

@@ -471,7 +471,7 @@ def _train_through_restarts(rank, directory):
     return paths
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_fsdp_restored_into_fresh_objects_trains_on_bit_for_bit(tmp_path, world_size):
     """Every optimizer, without a warm-up step; tied weights whose part is empty."""
     paths, *_ = values_of(
@@ -606,6 +606,7 @@ def _move(rank, directory, strategy, reference):
         return manager.save()
 
 
+@pytest.mark.full
 def test_job_moves_between_strategies_and_numbers_of_ranks_bit_for_bit(tmp_path):
     """FSDP2 on 4, 2 and 3 ranks, DDP, HSDP, one process: each from the one before."""
     directory, reference = str(tmp_path / "run"), None

@@ -16,6 +16,8 @@ from harness import EVERYTHING
 from distckpt.readers import read_record
 
 ROOT = Path(__file__).parents[2]
+# Each takes over twenty seconds of processor time, mostly to import torch.
+pytestmark = pytest.mark.full
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--steps", "30", "--interval", "6", "--width", "32", "--layers", "1"]
 
@@ -41,7 +43,7 @@ def _train(world_size: int, directory: Path, text: Path, *arguments: str) -> str
         _command(world_size, directory, text, *arguments),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=500,
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,7 +56,7 @@ if EVERYTHING:
     JOBS += [("ddp", 2), ("fsdp", 4)]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("strategy", "world_size"), JOBS)
 def test_a_job_that_loses_workers_ends_bit_identical(tmp_path, strategy, world_size):
     """Killed once in training and once in a save, it restarts, and nothing differs.
@@ -80,7 +82,7 @@ def test_a_job_that_loses_workers_ends_bit_identical(tmp_path, strategy, world_s
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert "bit-identical" in compared.stdout
@@ -90,7 +92,7 @@ def test_a_job_that_loses_workers_ends_bit_identical(tmp_path, strategy, world_s
     assert leftovers == [], "the save that died was swept by the next claim"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(1200)
 def test_a_job_whose_launcher_is_told_to_stop_saves_once_more(
     tmp_path, report_figures: Callable[[str], None]
 ):

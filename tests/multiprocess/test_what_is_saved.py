@@ -87,7 +87,10 @@ def _excess(sizes):
     return max(sizes) / (sum(sizes) / len(sizes)) - 1
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)],
+)
 def test_replicated_bytes_of_a_gpt_are_balanced_within_3_percent(tmp_path, world_size):
     """Every rank writes its share of parameters and optimizer state, and all of it fits."""
     directory = str(tmp_path / "run")

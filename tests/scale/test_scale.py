@@ -24,9 +24,17 @@ MEASURED_MS = {
     ),
 }
 _SLACK = 4
+# Each takes some seconds to simulate. By default whole tensors and cut ones.
+_SAMPLE = ("replicated", "FSDP2")
 
 
-@pytest.fixture(scope="module", params=list(LAYOUTS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in _SAMPLE else pytest.mark.full)
+        for name in LAYOUTS
+    ],
+)
 def name(request):
     """One way in which tensors lie on ranks."""
     return request.param

@@ -7,11 +7,13 @@ import tempfile
 import time
 
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run, and no database: a red test is red for everybody.
 settings.register_profile(
     "distckpt",
+    max_examples=examples(100),
     database=None,
     derandomize=True,
     deadline=None,

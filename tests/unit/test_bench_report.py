@@ -125,6 +125,7 @@ def test_json_is_whole_and_tells_whether_ours_failed(workload, tmp_path):
     assert results.ours_failed
 
 
+@pytest.mark.full
 def test_plot_is_drawn(workload, tmp_path):
     """A lost time below zero, or a contender without bars, spoils nothing."""
     pytest.importorskip("matplotlib")

@@ -6,12 +6,13 @@ from math import prod
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.boxes import Box, contiguous_runs, overlap, split_range, whole
 
-MAX_EXAMPLES = 80
+MAX_EXAMPLES = examples(80)
 
 _shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -128,7 +129,7 @@ def _ranges(draw):
     return shape, start, draw(st.integers(start, prod(shape)))
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(case=_ranges())
 def test_split_range_gives_the_range_in_row_major_order(case):
     """Laid end to end the boxes are exactly the range."""

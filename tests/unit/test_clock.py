@@ -178,6 +178,7 @@ def computed(period, cost, mtbf, restart):
     return work / per_work
 
 
+@pytest.mark.full
 def test_goodput_of_the_optimal_interval_is_as_computed_and_the_best(report_figures):
     """Young's interval, over ten weeks, against half and twice as often."""
     cost, mtbf, restart = 20.0, 3 * 3600.0, 60.0
@@ -201,6 +202,7 @@ def test_goodput_of_the_optimal_interval_is_as_computed_and_the_best(report_figu
     assert found[1.0] == max(found.values())
 
 
+@pytest.mark.full
 def test_overhead_comes_out_as_asked_for(report_figures):
     """One percent of the time, whatever a save costs."""
     for cost in (0.5, 5.0, 50.0):

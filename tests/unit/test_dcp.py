@@ -287,6 +287,7 @@ def test_impossible_metadata_is_refused_with_the_reason(saved, damage, reason):
         DcpDirectory(saved)
 
 
+@pytest.mark.full
 def test_metadata_damaged_anywhere_is_read_or_refused_and_nothing_else(saved):
     """No other error, whatever byte it is."""
     path = os.path.join(saved, ".metadata")

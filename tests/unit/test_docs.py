@@ -51,6 +51,7 @@ def text_of(page: Path) -> str:
     return " ".join(html.unescape(seen).split())
 
 
+@pytest.mark.full
 def test_the_site_is_made_without_a_warning_and_has_every_name_and_command(tmp_path):
     """A page in no table of contents, a link or an anchor that leads nowhere would warn.
 

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +137,7 @@ _events = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(event=_events)
 def test_event_as_json_and_back_is_the_same(event):
     assert Event.from_json(event.to_json().encode()) == event

@@ -46,6 +46,7 @@ def test_step_of_any_optimizer_waits_for_the_copies(flight):
     assert released == [[1.0] * 3]
 
 
+@pytest.mark.full
 def test_compiled_step_waits_as_well_and_is_compiled_once_more(flight):
     """Torch looks at its hooks; what they call is not compiled with it."""
     weight, optimizer = _optimizer()

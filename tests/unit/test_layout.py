@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from distckpt.layout import (
 )
 from distckpt.sharding import Sharding, mesh_of
 
-MAX_EXAMPLES = 60
+MAX_EXAMPLES = examples(60)
 
 _dtypes = st.sampled_from(["float32", "uint8", "float64", "bfloat16", "complex128"])
 # Up to 4 MB: large enough to be cut, small enough to count element by element.
@@ -560,7 +561,7 @@ def _held(tables, table_of_rank, rank, name):
     return None
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(job=_sharded_jobs())
 def test_every_element_of_sharded_tensors_is_written_once_by_a_rank_that_holds_it(job):
     """Whatever the meshes: no hole, no overlap, nothing that a rank does not have."""

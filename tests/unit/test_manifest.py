@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import CHAIN, DIGEST, TABLE, make_attempt
@@ -18,7 +19,7 @@ from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.sharding import Sharding, mesh_of
 
-MAX_EXAMPLES = 80
+MAX_EXAMPLES = examples(80)
 
 
 def make_manifest(**fields):
@@ -132,14 +133,14 @@ def _decodes_or_refuses(data):
         return None
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(data=st.binary(max_size=100))
 def test_arbitrary_bytes_are_a_format_error(data):
     """Nothing but our own error comes out."""
     _decodes_or_refuses(data)
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(data=st.data())
 def test_manifest_with_a_piece_replaced_is_valid_or_a_format_error(data):
     """Cut, doubled, overwritten: one kind of error."""
@@ -182,7 +183,7 @@ def _replace(tree, path, value):
     return copy
 
 
-@settings(max_examples=3 * MAX_EXAMPLES)
+@settings(max_examples=examples(3) * MAX_EXAMPLES)
 @given(path=st.sampled_from(list(_paths_in(TREE))), value=_json)
 def test_manifest_with_any_value_anywhere_is_valid_or_a_format_error(path, value):
     """Whatever JSON stands in a field, one kind of error comes out."""

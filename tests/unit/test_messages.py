@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt import errors, messages
 from distckpt.messages import Phase, Status, Vote
 
-MAX_EXAMPLES = 100
+MAX_EXAMPLES = examples(100)
 
 _common = {
     "phase": st.sampled_from(Phase),

@@ -558,6 +558,7 @@ def test_module_that_raises_in_state_dict_fails_the_save_alone(run_dir):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.full
 def test_looking_for_wrappers_imports_nothing():
     """The wrappers are looked up among what is imported, not imported to look."""
     import subprocess

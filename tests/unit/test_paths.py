@@ -5,13 +5,14 @@ from __future__ import annotations
 import string
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt import paths
 from distckpt.paths import Attempt
 
-MAX_EXAMPLES = 100
+MAX_EXAMPLES = examples(100)
 
 # Strings that look like names: properties of random text alone would show little.
 _alphabet = st.sampled_from("ckpt0123456789abcdef.-_e" + "\n /\\\u0661")

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import DIGEST, make_entry, make_record
@@ -15,7 +16,7 @@ from distckpt.errors import CorruptStateError, NewerFormatError
 from distckpt.paths import Attempt
 from distckpt.record import Entry, Record, digest
 
-MAX_EXAMPLES = 50
+MAX_EXAMPLES = examples(50)
 
 _hex8 = st.text("0123456789abcdef", min_size=8, max_size=8)
 _hex16 = st.text("0123456789abcdef", min_size=16, max_size=16)
@@ -111,14 +112,14 @@ def _decodes_or_refuses(data):
     return True
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(data=st.binary(max_size=200))
 def test_arbitrary_bytes_are_a_corrupt_state(data):
     """No other exception, and never a record."""
     assert not _decodes_or_refuses(data)
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(data=st.data())
 def test_record_with_a_piece_replaced_is_a_corrupt_state(data):
     """Cut, doubled, overwritten: never taken for a record."""
@@ -140,7 +141,7 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(name=st.sampled_from(sorted(json.loads(SAMPLE.encode()))), value=_json)
 def test_record_with_a_field_of_any_other_value_is_a_corrupt_state(name, value):
     """Whatever JSON stands in a field, one kind of error comes out."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from itertools import product
 
 import numpy as np
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import bytes_of
@@ -19,7 +20,7 @@ from distckpt.read_plan import ReadPlan
 from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 
 
 @st.composite

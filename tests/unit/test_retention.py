@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import make_entry, make_record
@@ -15,7 +16,7 @@ from distckpt.errors import ConfigError, CorruptStateError
 from distckpt.policy import best, every, latest, on_signal
 from distckpt.retention import Retention
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 NUMBER = Retention(3)
 
 

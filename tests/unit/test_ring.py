@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shard_file import entry_of, write
@@ -43,7 +44,7 @@ def read_all(path, targets, ring):
         return reader.header.block_bytes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     sizes=st.lists(
         st.sampled_from([1, 7, 1000, 131_071, 131_072, 131_073, 400_000, 1_000_000]),

@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 import pytest
 import safetensors
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_helpers import ARRAYS, flip_bit
@@ -28,7 +29,7 @@ from distckpt.errors import (
 from distckpt.layout import SPLIT, WHOLE, Piece, Row
 from distckpt.shard_file import Entry, ShardReader
 
-MAX_EXAMPLES = 100
+MAX_EXAMPLES = examples(100)
 ATTEMPT = "ckpt-1.e1-0a0b0c0d"
 # The sample's entry that is a part of its tensor.
 PART = "b[4:6,0:3]"
@@ -457,7 +458,7 @@ def test_arbitrary_file_gives_only_our_errors(tmp_path, data):
     assert not ours_opens(tmp_path / "f", data)
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(data=st.data())
 def test_file_with_a_piece_replaced_gives_only_our_errors(tmp_path, sample, data):
     """Whatever a disk or a person does to a file; and no stricter than needed."""
@@ -565,7 +566,7 @@ def test_header_that_the_official_package_rejects_is_rejected_here(tmp_path, mut
         assert not ours_opens(tmp_path / "f", data)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", [n for n in _HEADERS if n != "zero-then-overflow"])
 def test_header_with_this_fault_is_refused(tmp_path, mutate, name):
     """Each fault is found before a byte of data is believed."""
@@ -680,7 +681,7 @@ _places = [(key,) for key in ("a", PART, "c", "d", "e")] + [
 ]
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(
     changes=st.lists(st.tuples(st.sampled_from(_places), _values), min_size=1, max_size=3)
 )

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from distckpt.boxes import Box, overlap, whole
 from distckpt.errors import ManifestError
 from distckpt.sharding import Mesh, Sharding, mesh_from_json, mesh_of
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 
 _mesh_shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 _tensor_shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)

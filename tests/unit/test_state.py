@@ -130,7 +130,7 @@ def test_read_head_of_a_record_under_another_number_is_a_corrupt_state(chain):
 
 
 @pytest.mark.parametrize("kind", ["directory", "link", "dangling", "fifo"])
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(1200)
 def test_read_head_with_no_file_in_a_records_place_is_a_format_error(chain, kind):
     """Whatever stands there, it is not "no checkpoint"."""
     extend(chain)

@@ -7,12 +7,13 @@ import math
 from contextlib import suppress
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt import strict_json
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 
 _trees = st.recursive(
     st.none()

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
@@ -18,7 +19,7 @@ from distckpt import strict_json, values
 from distckpt.errors import FormatError, UnsupportedError
 from distckpt.values import TensorRef
 
-MAX_EXAMPLES = 150
+MAX_EXAMPLES = examples(150)
 
 _numpy_scalars = st.one_of(
     *(
@@ -91,7 +92,7 @@ def through_json(encoded):
     return strict_json.loads(strict_json.dumps(encoded).encode())
 
 
-@settings(max_examples=2 * MAX_EXAMPLES)
+@settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(value=_trees)
 def test_value_through_json_comes_back_the_same(value):
     """Types, order, signs of zero: nothing is lost on the way through a file."""

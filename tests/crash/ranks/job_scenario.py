@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from figures import Lost, NotReopened, Torn, Wrong, demand
-from harness import RankResult, run_ranks
+from harness import RankResult, held_up_seconds, run_ranks
 from notes import Notes
 from outcome_helpers import make_checkpoint, state_of, train
 from power import Disk
@@ -42,8 +42,8 @@ from distckpt import (
 from distckpt.comm import GroupChannel
 from distckpt.verify import verify_attempt
 
-_TIMEOUT_SECONDS = 20.0
-_JOB_SECONDS = 60.0
+_TIMEOUT_SECONDS = 60.0
+_JOB_SECONDS = 180.0
 
 
 # What a job does
@@ -245,7 +245,10 @@ def one_place_each(points: Sequence[Point]) -> list[Point]:
 
 
 class Told(NamedTuple):
-    """How one call of a manager ended on a rank; ``kind`` is "ok" or the error's class."""
+    """How one call of a manager ended on a rank; ``kind`` is "ok" or the error's class.
+
+    ``held_up`` says for how long its threads waited for a processor meanwhile.
+    """
 
     kind: str
     text: str
@@ -254,11 +257,12 @@ class Told(NamedTuple):
     committed: bool | None
     began: float
     ended: float
+    held_up: float
 
 
 def told(call: Callable[..., Any], *arguments: Any) -> Told:
     """Make a call and tell how it ended."""
-    began = time.monotonic()
+    held_up, began = held_up_seconds(), time.monotonic()
     try:
         result = call(*arguments)
     except Exception as error:
@@ -270,8 +274,11 @@ def told(call: Callable[..., Any], *arguments: Any) -> Told:
             getattr(error, "committed", None),
             began,
             time.monotonic(),
+            held_up_seconds() - held_up,
         )
-    return Told("ok", str(result), False, (), None, began, time.monotonic())
+    ended = time.monotonic()
+    held_up = held_up_seconds() - held_up
+    return Told("ok", str(result), False, (), None, began, ended, held_up)
 
 
 # The rank functions
@@ -333,7 +340,9 @@ class PowerCut:
         Disk("", os.path.dirname(directory)).cut(self.mode)
         pids = {pid for (pid,) in notes.read("pid")}
         for pid in pids - {os.getpid()}:
-            os.kill(pid, signal.SIGKILL)
+            # A rank that has met the dead disk may have ended by itself.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         kill(directory, notes)
 
 

@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,7 @@ from typing import Any
 import campaign
 import pytest
 import torch.distributed as dist
-from campaign import Campaign
+from campaign import Campaign, in_two_parts
 from figures import Figures, Hung
 from lost_peer_helpers import (
     DEADLINE_SECONDS,
@@ -39,7 +39,7 @@ from lost_peer_helpers import (
 from outcome_helpers import make_checkpoint, outcome
 
 # Many jobs; a busy machine may take its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 SIZE = 20
 KILL, STOP, ABSENT, DROP, RESET, STORE = "kill", "stop", "absent", "drop", "reset", "store"
@@ -161,9 +161,9 @@ def _lose_store(directory: str, world_size: int) -> float:
         _outlive_the_store, world_size, directory, port, world_size, strike=strike
     )
     for second, third in results:
-        assert second.kind == "ok" and second.seconds < LATE_SECONDS, second
+        assert second.kind == "ok" and second.net_seconds < LATE_SECONDS, second
         assert third.kind != "ok", third
-        assert third.seconds < DEADLINE_SECONDS + LATE_SECONDS, third
+        assert third.net_seconds < DEADLINE_SECONDS + LATE_SECONDS, third
     return max(third.seconds - DEADLINE_SECONDS for _, third in results)
 
 
@@ -197,10 +197,13 @@ def _outlive_the_store(rank: int, directory: str, port: int, world_size: int) ->
 CAMPAIGN = Hangs()
 
 
-def test_nobody_waits_for_ever(scratch: str, report_figures: Callable[[str], None]):
+@in_two_parts(SIZE, range(len(HOW)))
+def test_nobody_waits_for_ever(
+    scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
+):
     """Whatever a rank is lost by: named by all in time, and only that save is lost."""
     hangs = Hangs()
-    figures = campaign.run(hangs, scratch, SIZE)
+    figures = campaign.run(hangs, scratch, indexes)
     seconds = ", ".join(
         f"{how} {median(late):.2f} to {max(late):.2f} s"
         for how, late in hangs.late.items()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from campaign import Part, part_of_every
 from figures import Figures
 from harness import EVERYTHING
 from job_scenario import (
@@ -38,7 +39,7 @@ from power import LOG_FLUSHED, LOG_LOST, Disk, mounted_disk
 from distckpt import storage
 
 # Many jobs; a busy machine may take its time.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("power_switch")]
+pytestmark = [pytest.mark.timeout(2700), pytest.mark.usefixtures("power_switch")]
 
 # What is on a disk at the beginning: nothing, or two checkpoints.
 _EMPTY, _SAVED = "empty", "saved"
@@ -127,27 +128,36 @@ class Stage:
 @contextmanager
 def _mounted(image: str, path: str) -> Iterator[None]:
     os.makedirs(path, exist_ok=True)
-    Disk(image, path).mount()
+    disk = Disk(image, path)
+    disk.mount()
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
+        disk.unmount()
 
 
 def _copy(image: str, target: str) -> None:
     subprocess.run(["cp", "--sparse=always", image, target], check=True)
 
 
-@pytest.mark.parametrize(("world_size", "each"), [(2, 12), (4, 20)])
+@part_of_every(4)
+@pytest.mark.parametrize(
+    ("world_size", "each"), [(2, 12), pytest.param(4, 20, marks=pytest.mark.full)]
+)
 def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
-    scratch: str, report_figures: Callable[[str], None], world_size: int, each: int
+    scratch: str,
+    report_figures: Callable[[str], None],
+    world_size: int,
+    each: int,
+    part: Part,
 ):
     """At every call of either rank; a fresh job finds all of it, byte for byte."""
     stage = Stage(scratch, world_size)
-    figures = stage.play_all(stage.cuts(each=each))
+    cuts = stage.cuts(each=each)
+    figures = stage.play_all(part.of(cuts))
     report_figures(str(figures))
     figures.demand_zeros()
-    assert figures.tried > 10 and figures.acknowledged > figures.tried
+    assert len(cuts) > 10 and figures.acknowledged > figures.tried
 
 
 def do_not_sync_files() -> None:
@@ -155,6 +165,7 @@ def do_not_sync_files() -> None:
     storage.os.fsync = lambda descriptor: None
 
 
+@pytest.mark.full
 def test_power_cut_in_a_job_without_file_fsync_is_found(
     scratch: str, report_figures: Callable[[str], None]
 ):

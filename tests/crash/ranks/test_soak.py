@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[3]
 
 
 # Mostly imports; a busy machine may take its time.
+@pytest.mark.long
 @pytest.mark.skipif(
     not EVERYTHING,
     reason="takes a minute; set DISTCKPT_EVERY_CRASH=1, or run launch/soak.sh",
 )
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_soak_for_half_a_minute_loses_nothing(
     tmp_path: Path, report_figures: Callable[[str], None]
 ):

@@ -134,10 +134,11 @@ def two_hosts(folder: Path) -> Iterator[tuple[Hosts, Network]]:
         pytest.skip(f"network namespaces cannot be made here: {error}")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not EVERYTHING, reason="takes a minute and a half; set DISTCKPT_EVERY_CRASH=1"
 )
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1500)
 def test_job_shrinks_fences_its_zombie_and_grows_again(
     tmp_path: Path, report_figures: Callable[[str], None]
 ):
