@@ -55,7 +55,9 @@ def open_channels(
     if rank < 0:
         msg = f"rank {dist.get_rank()} is not a member of the given process_group."
         raise ConfigError(msg)
-    members = tuple(dist.get_process_group_ranks(process_group))
+    # torch 2.6 takes no None here, unlike get_rank.
+    group = dist.group.WORLD if process_group is None else process_group
+    members = tuple(dist.get_process_group_ranks(group))
     if len(members) == 1:
         return [SoloChannel(lane, members[0]) for lane in lanes]
     return [

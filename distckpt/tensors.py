@@ -279,7 +279,10 @@ def _why_not_plain(tensor: torch.Tensor) -> str:
     if tensor.is_quantized:
         return f"its dtype is {tensor.dtype}; store int_repr(), scale and zero point."
     if not dtypes.is_known(dtype_name(tensor.dtype)):
-        return f"its dtype {tensor.dtype} is unknown."
+        return (
+            f"its dtype {tensor.dtype} is unknown to this version of distckpt; store its "
+            "bytes, view(torch.uint8), instead."
+        )
     if shares_elements(tensor):
         return (
             f"it is expanded: shape {tuple(tensor.shape)} with strides "

@@ -25,6 +25,18 @@ if os.environ.get("DISTCKPT_MUTANT"):
 
 _FIGURES = "figures"
 
+# Warnings are errors in tests. Older versions of torch warn of what is no fault of ours.
+_WARNINGS_OF_OLDER_TORCH = (
+    # torch 2.6, whenever a tensor is distributed over CPUs.
+    "ignore:DTensor random operators may not have complete support:UserWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what older versions of torch warn of."""
+    for line in _WARNINGS_OF_OLDER_TORCH:
+        config.addinivalue_line("filterwarnings", line)
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:
