@@ -25,16 +25,20 @@ if os.environ.get("DISTCKPT_MUTANT"):
 
 _FIGURES = "figures"
 
-# Warnings are errors in tests. Older versions of torch warn of what is no fault of ours.
-_WARNINGS_OF_OLDER_TORCH = (
+# Warnings are errors in tests. Some versions of torch warn of what is no fault of ours.
+_WARNINGS_OF_SOME_TORCH = (
+    # torch 2.6, whenever DCP saves or torch loads.
+    "ignore:TypedStorage is deprecated:UserWarning",
     # torch 2.6, whenever a tensor is distributed over CPUs.
     "ignore:DTensor random operators may not have complete support:UserWarning",
+    # torch 2.14, of the dtype that came with it.
+    "ignore:BComplex32 support is experimental:UserWarning",
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let pass what older versions of torch warn of."""
-    for line in _WARNINGS_OF_OLDER_TORCH:
+    """Let pass what some versions of torch warn of."""
+    for line in _WARNINGS_OF_SOME_TORCH:
         config.addinivalue_line("filterwarnings", line)
 
 

@@ -97,7 +97,9 @@ def test_every_dtype_and_shape_of_several_ranks_is_read_by_the_real_library(
 ):
     """Sharded by rows and by columns, without dimensions, without elements."""
     names = [
-        name for name in sorted(dtypes.names()) if hasattr(torch, name) and writable(name, to)
+        name
+        for name in sorted(dtypes.names())
+        if hasattr(torch, name) and writable(name, to)
     ]
     saved, expected = make_odd(run_dir, names)
     more = {"tracked_object": "odd"} if to == HUGGINGFACE else {}
@@ -256,6 +258,23 @@ def test_torch_loads_a_flat_dict_in_which_tied_tensors_are_one(job, target):
 # DCP
 
 
+def loads_its_own_ties(options):
+    """Tell whether torch itself reads what it says of an optimizer of tied tensors."""
+    model, optimizer, _ = make_job(1)
+    own, optim = get_state_dict(model, optimizer, options=options)
+    try:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=own,
+            optim_state_dict=optim,
+            options=options,
+        )
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_dcp_is_loaded_by_a_job_that_uses_it(job, target, flat):
     """Model, optimizer and scheduler, in both of torch's spellings, bit for bit."""
@@ -263,6 +282,8 @@ def test_dcp_is_loaded_by_a_job_that_uses_it(job, target, flat):
     run_ok("export", path, "--to", "dcp", "--output", target, "--rename", "optimizer=optim")
     model, optimizer, scheduler = make_job(1)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    if not loads_its_own_ties(options):
+        pytest.skip(f"torch {torch.__version__} does not load its own flat state of ties")
     own, optim = get_state_dict(model, optimizer, options=options)
     state = {"model": own, "optim": optim, "scheduler": scheduler.state_dict()}
     dcp.load(state, checkpoint_id=target)
