@@ -15,7 +15,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, not exp
 )
 from torch.distributed.distributed_c10d import _get_default_store
 
-from distckpt import liveness, paths, torch_versions
+from distckpt import liveness, paths
 from distckpt.comm import Answer, Channel, GroupChannel, SoloChannel
 from distckpt.errors import ConfigError, PeerTimeout
 from distckpt.line import Address
@@ -55,7 +55,7 @@ def open_channels(
     if rank < 0:
         msg = f"rank {dist.get_rank()} is not a member of the given process_group."
         raise ConfigError(msg)
-    members = torch_versions.ranks_of(process_group)
+    members = tuple(dist.get_process_group_ranks(process_group))
     if len(members) == 1:
         return [SoloChannel(lane, members[0]) for lane in lanes]
     return [

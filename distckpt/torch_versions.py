@@ -12,27 +12,14 @@ from distckpt.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
 # torch is imported where it is used: the command looks at checkpoints without it.
-
-
-def ranks_of(process_group: ProcessGroup | None) -> tuple[int, ...]:
-    """Return the global ranks of a group's members; None means the default group.
-
-    torch 2.6: ``get_process_group_ranks`` takes no None there.
-    """
-    import torch.distributed as dist
-
-    group = dist.group.WORLD if process_group is None else process_group
-    return tuple(dist.get_process_group_ranks(group))
 
 
 def dtype_of_name(name: str, tensor: str = "") -> torch.dtype:
     """Return torch's own dtype of that name.
 
-    torch 2.6 has no ``float8_e8m0fnu`` and no ``float4_e2m1fn_x2``; ``bcomplex32`` came
-    with 2.14.
+    ``bcomplex32`` came with torch 2.14.
 
     Args:
         name: torch's name of it, without the module.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests with another version of torch: launch/compat.sh VERSION [pytest arguments]
-#   launch/compat.sh 2.6.0            this release
-#   launch/compat.sh 2.9              the newest release of 2.9
+#   launch/compat.sh 2.9.1            this release
+#   launch/compat.sh 2.13             the newest release of 2.13
 #   launch/compat.sh newest           the newest release that pip finds
-#   PYTHON=python3.12 launch/compat.sh 2.13    with another Python
-#   CLASSES=unit launch/compat.sh 2.6.0 -k dtype    one class of tests, and some of its tests
+#   PYTHON=python3.12 launch/compat.sh 2.9.1    with another Python
+#   CLASSES=unit launch/compat.sh 2.9.1 -k dtype    one class of tests, and some of its tests
 # Makes build/compat/VERSION (once) with that torch in it: a build for CUDA takes 5 to 8 GB.
 # Ends with one line for docs/compatibility.md, and fails if a test failed.
 
@@ -28,11 +28,11 @@ version=${1:-}
 case $version in
 newest) setup_torch=torch ;;
 *[!0-9.]* | '' | .* | *.)
-    echo "compat: '$version' is no version of torch; example: $0 2.6.0 (or 2.9, or newest)" >&2
+    echo "compat: '$version' is no version of torch; example: $0 2.9.1 (or 2.13, or newest)" >&2
     exit 2
     ;;
-*.*.*) setup_torch=torch==$version ;;
-*) setup_torch=torch==$version.* ;;
+*.*.*) setup_torch="torch==$version" ;;
+*) setup_torch="torch==$version.*" ;;
 esac
 shift
 for class in $classes; do

@@ -27,10 +27,8 @@ _FIGURES = "figures"
 
 # Warnings are errors in tests. Some versions of torch warn of what is no fault of ours.
 _WARNINGS_OF_SOME_TORCH = (
-    # torch 2.6, whenever DCP saves or torch loads.
+    # torch 2.9, whenever DCP saves.
     "ignore:TypedStorage is deprecated:UserWarning",
-    # torch 2.6, whenever a tensor is distributed over CPUs.
-    "ignore:DTensor random operators may not have complete support:UserWarning",
     # torch 2.14, of the dtype that came with it.
     "ignore:BComplex32 support is experimental:UserWarning",
 )

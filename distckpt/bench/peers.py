@@ -12,14 +12,20 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncSaveResponse,
+    async_save,
+    save,
+)
+from torch.utils.serialization import config as serialization_config
 
 from distckpt.bench.contender import (
     EAGER,
@@ -34,9 +40,6 @@ from distckpt.bench.contender import (
 from distckpt.bench.measure import files_in
 from distckpt.bench.team import Team
 from distckpt.bench.workloads import Workload
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.staging import DefaultStager
 
 
 class _WithGroup(FolderPerSave):
@@ -113,9 +116,6 @@ class DcpTuned(Dcp):
 
     def start(self, mode: str) -> Pending:
         """Begin a save that goes on behind the caller."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-        from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
-
         folder = self.next_folder()
         if self._stager is None:
             options = StagingOptions(
@@ -170,8 +170,6 @@ def _after(future: Any, folder: str) -> Pending:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    from torch.utils.serialization import config as serialization_config
-
     # A user's setting holds in one thread only, and the writers are others: so the default.
     entry = serialization_config._config["save.compute_crc32"]  # type: ignore[attr-defined]
     before, entry.default = entry.default, False
@@ -306,8 +304,6 @@ _PACKAGES = {
     "safetensors": "safetensors",
     "torchsnapshot": "torchsnapshot",
 }
-# torch 2.6 has nothing of what makes it faster than dcp.
-_CLASSES = {"dcp-tuned": ("torch.distributed.checkpoint.staging", "DefaultStager")}
 
 
 def version_of(name: str) -> str | None:
@@ -324,9 +320,6 @@ def why_unusable(name: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(_PACKAGES[name])
-            module, needed = _CLASSES.get(name, (_PACKAGES[name], "__name__"))
-            if not hasattr(importlib.import_module(module), needed):
-                return f"{_PACKAGES[name]} {version_of(name)} has no {module}.{needed}"
     except ModuleNotFoundError as error:
         return f"not installed: {error}"
     except Exception as error:

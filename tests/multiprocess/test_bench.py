@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from harness import EVERYTHING
-from torch.distributed.checkpoint import staging
 
 WORKLOADS = ["gpt2-sharded", *(["ddp-replicated"] if EVERYTHING else [])]
 # What a peer could be like: one that is not there, and one that fails on one rank alone,
@@ -98,11 +97,7 @@ def test_all_phases_with_peers_that_fail_report_and_leave_nothing(tmp_path, stub
 
 
 def check_workload(workload) -> None:
-    tuned = {"dcp-tuned"} if hasattr(staging, "DefaultStager") else set()
-    unusable = {"safetensors", "torchsnapshot", "dcp-tuned"} - tuned
-    assert set(workload["failures"]) == unusable
-    if not tuned:  # torch 2.6
-        assert "has no torch.distributed" in workload["failures"]["dcp-tuned"]
+    assert set(workload["failures"]) == {"safetensors", "torchsnapshot"}
     assert "not installed" in workload["failures"]["safetensors"]
     assert "rank 1: RuntimeError: made up" in workload["failures"]["torchsnapshot"]
     phases = workload["phases"]
@@ -114,14 +109,14 @@ def check_workload(workload) -> None:
             assert series["min"] <= series["median"] <= series["max"]
     limits = ("buffered", "sync-file-range", "dontcache", "direct")
     able = {f"limit:{how}" for how in limits} - set(workload["failures"])
-    contenders = {"distckpt", "torch-save"} | tuned
+    contenders = {"distckpt", "dcp-tuned", "torch-save"}
     assert phases["save"]["results"].keys() >= contenders | able - {"limit:direct"}
     for phase in ("warm", "cold"):
         assert phases[phase]["results"].keys() == contenders | {
             "limit:preadv",
             "limit:mmap",
         }
-    assert phases["lazy.lost"]["results"].keys() >= {"distckpt"} | tuned
+    assert "dcp-tuned" in phases["lazy.lost"]["results"]
     for name in contenders - {"torch-save"}:
         assert phases["memory.restore"]["results"].keys() >= {name}
 

@@ -28,9 +28,7 @@ from distckpt.formats.dcp_directory import DcpDirectory
 from distckpt.formats.dcp_metadata import Chunk, DcpMetadata, DcpTensor, DcpValue, Place
 from distckpt.formats.dcp_verify import verify_dcp
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is .*uninitialized:UserWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 def ignore(_):
@@ -53,7 +51,7 @@ STATE = {
 def saved(tmp_path):
     """Save as a job of one process does; returns the directory."""
     path = str(tmp_path / "dcp")
-    dcp.save(STATE, checkpoint_id=path)
+    dcp.save(STATE, checkpoint_id=path, no_dist=True)
     return path
 
 
@@ -140,7 +138,7 @@ def test_metadata_of_an_early_python_3_11_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduce)
     path = str(tmp_path / "dcp")
-    dcp.save(STATE, checkpoint_id=path)
+    dcp.save(STATE, checkpoint_id=path, no_dist=True)
     with open(os.path.join(path, ".metadata"), "rb") as file:
         assert b"getattr" in file.read()
     with DcpDirectory(path) as directory:
@@ -173,7 +171,7 @@ def test_tensors_come_back_however_they_were_cut(tmp_path, boxes):
         lengths = [len(piece) for piece in stored.stream(16)]
         assert lengths == [16] * 7 + [8]
     found = {"w": torch.zeros(5, 6, dtype=torch.int32)}
-    dcp.load(found, checkpoint_id=path)
+    dcp.load(found, checkpoint_id=path, no_dist=True)
     assert_same(found["w"], tensor)
     assert verify_dcp(path, ignore).ok
 
@@ -221,7 +219,7 @@ def test_crafted_value_is_refused_and_not_run(saved, monkeypatch, tmp_path):
     """torch loads values with a reader that runs what they name."""
     monkeypatch.chdir(tmp_path)
     path = str(tmp_path / "evil")
-    dcp.save({"evil": Runs()}, checkpoint_id=path)
+    dcp.save({"evil": Runs()}, checkpoint_id=path, no_dist=True)
     with DcpDirectory(path) as directory:
         with pytest.raises(UnsafeCheckpointError, match=r"posix\.system"):
             directory.value("evil")
@@ -398,7 +396,7 @@ def test_verify_finds_the_flipped_bit_that_torch_loads(saved):
     at = data.index(raw(STATE["model"]["w"]), place.offset)
     flip_bit(path, at + 6)
     loaded = {"model": {"w": torch.zeros(5, 7)}}
-    dcp.load(loaded, checkpoint_id=saved)
+    dcp.load(loaded, checkpoint_id=saved, no_dist=True)
     assert not loaded["model"]["w"].equal(STATE["model"]["w"])
     result = run("verify", saved)
     lines = result.stdout.splitlines()
@@ -479,7 +477,7 @@ def test_verify_says_when_there_are_no_checksums(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        dcp.save(STATE, checkpoint_id=path)
+        dcp.save(STATE, checkpoint_id=path, no_dist=True)
     finally:
         torch.serialization.set_crc32_options(before)
     result = run("verify", path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,26 +76,12 @@ def test_box_of_every_rank_is_what_torch_chunk_makes_it(case):
         assert torch.equal(everything[_region(box)], expected)
 
 
-def _of_torch(shape, mesh_shape, coordinate, placements):
-    """Return the shape and the offset that DTensor computes."""
-    from torch.distributed.tensor import _utils
-
-    if hasattr(_utils, "_compute_local_shape_and_global_offset"):
-        return _utils._compute_local_shape_and_global_offset(
-            shape, mesh_shape, coordinate, placements
-        )
-    # torch 2.6 asks a mesh for these.
-    mesh = SimpleNamespace(
-        ndim=len(mesh_shape), size=mesh_shape.__getitem__, get_coordinate=lambda: coordinate
-    )
-    return _utils.compute_local_shape_and_global_offset(shape, mesh, placements)
-
-
 @settings(max_examples=MAX_EXAMPLES)
 @given(case=_shardings())
 def test_box_of_plain_cuts_is_that_of_torch_s_own_formula(case):
     """DTensor itself computes the same shapes and offsets."""
     from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
     placed, shape = case
     assume(not any(text.startswith("T") for text in placed.placements))
@@ -106,7 +91,9 @@ def test_box_of_plain_cuts_is_that_of_torch_s_own_formula(case):
     for rank in placed.mesh.ranks:
         coordinate = placed.mesh.coordinate_of(rank)
         box = placed.box_at(shape, placed.coordinate_of(rank))
-        local, offset = _of_torch(shape, placed.mesh.shape, list(coordinate), placements)
+        local, offset = _compute_local_shape_and_global_offset(
+            shape, placed.mesh.shape, list(coordinate), placements
+        )
         assert box.shape == local
         assert box.size == 0 or box.offset == offset
 
