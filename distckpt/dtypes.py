@@ -26,6 +26,7 @@ _DTYPES: dict[str, tuple[str | None, int]] = {
     "float8_e5m2": ("F8_E5M2", 1),
     "complex64": ("C64", 8),
     "complex32": (None, 4),
+    "bcomplex32": (None, 4),
     "complex128": (None, 16),
     "float8_e4m3fnuz": (None, 1),
     "float8_e5m2fnuz": (None, 1),

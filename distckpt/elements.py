@@ -77,6 +77,8 @@ def _reader_of(dtype: str) -> Callable[[Array], Array] | None:
         return lambda raw: raw.view("<f2").astype(np.float64).view(np.complex128)
     if dtype == "bfloat16":
         return _read_bfloat16
+    if dtype == "bcomplex32":
+        return lambda raw: _read_bfloat16(raw).view(np.complex128)
     if dtype in _SMALL_FLOATS or dtype == _SCALES:
         table = _scales() if dtype == _SCALES else _small_floats(*_SMALL_FLOATS[dtype])
         return lambda raw: table[raw]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distckpt import tensors, values
+from distckpt import tensors, torch_versions, values
 from distckpt.errors import MismatchError
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
@@ -316,7 +316,7 @@ class RestorePlan:
         key = (row.same_as or row.name, where) if self.saved.knows_ties else row.name
         tensor = self._new.get(key)
         if tensor is None:
-            tensor = allocate(row, tensors.dtype_of_name(row.dtype))
+            tensor = allocate(row, torch_versions.dtype_of_name(row.dtype, row.name))
             if tensor is None:
                 self.problems.append(
                     f"{name}: {row.dtype} {list(row.shape)}, {row.kind} in the checkpoint, "

@@ -7,7 +7,7 @@ from functools import partial
 from operator import add
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from distckpt import dtypes, readers
+from distckpt import dtypes, readers, torch_versions
 from distckpt.boxes import Box, contiguous_runs, overlap, split_range
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.few_open import FewOpen
@@ -105,16 +105,18 @@ class StoredTensor:
         """Read and verify it; returns a new plain tensor on the CPU.
 
         Raises:
+            UnsupportedError: This version of torch does not have its dtype.
             ChecksumError, ShardFileError: The bytes are not those that were written.
             StorageError: They cannot be read.
         """
         import torch
 
+        dtype = torch_versions.dtype_of_name(self.dtype, self.name)
         # Whatever the caller's modes are: it may be trained on, and lies on the host.
         with torch.inference_mode(False):
             raw = torch.empty(self.size_bytes, dtype=torch.uint8, device="cpu")
             self.read_into(raw.numpy().data)
-            return raw.view(getattr(torch, self.dtype)).reshape(self.shape)
+            return raw.view(dtype).reshape(self.shape)
 
     def tobytes(self) -> bytes:
         """Read and verify its bytes, row-major, little-endian; errors as ``numpy``."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt import dtypes, sharding
+from distckpt import dtypes, sharding, torch_versions
 from distckpt.boxes import Box, whole
 from distckpt.errors import UnsupportedError
 from distckpt.layout import SHARDED, Row
@@ -222,20 +222,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_of_name(name: str) -> torch.dtype:
-    """Return the dtype of that name.
-
-    Raises:
-        UnsupportedError: This version of torch has none; the checkpoint was written
-            with a newer one.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        msg = f"this version of torch ({torch.__version__}) has no dtype {name!r}."
-        raise UnsupportedError(msg)
-    return dtype
-
-
 def held_storable(tensor: torch.Tensor, name: str) -> Held:
     """Return what this rank holds of a tensor, if it can be stored.
 
@@ -279,7 +265,15 @@ def _why_not_plain(tensor: torch.Tensor) -> str:
     if tensor.is_quantized:
         return f"its dtype is {tensor.dtype}; store int_repr(), scale and zero point."
     if not dtypes.is_known(dtype_name(tensor.dtype)):
-        return f"its dtype {tensor.dtype} is unknown."
+        return (
+            f"its dtype {tensor.dtype} is unknown to this version of distckpt; store its "
+            "bytes, view(torch.uint8), instead."
+        )
+    if not torch_versions.can_resolve_conj(tensor):
+        return (
+            f"it is a conjugated view of {tensor.dtype}, which this version of torch "
+            "cannot write out; track the tensor that it is a view of."
+        )
     if shares_elements(tensor):
         return (
             f"it is expanded: shape {tuple(tensor.shape)} with strides "

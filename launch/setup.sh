@@ -1,13 +1,20 @@
 # shellcheck shell=bash
 # Sourced by the other scripts here: makes the project's .venv and installs everything into it.
 # Works again on a second run without reinstalling: a stamp remembers what was installed.
+# A script that needs another environment sets setup_venv (its folder) and setup_torch (what pip
+# is asked for) before it sources this file.
 
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-venv=$root/.venv
+venv=${setup_venv:-$root/.venv}
 python=$venv/bin/python
+if [ -n "${setup_torch:-}" ]; then
+    torch_requirement=("$setup_torch")
+else
+    torch_requirement=(-r launch/requirements.txt)
+fi
 
 find_python() {
     local candidate
@@ -23,7 +30,7 @@ find_python() {
 
 stamp_of_requirements() {
     # The location is part of it: an editable install points at this very folder.
-    { echo "$root"; cat pyproject.toml launch/requirements.txt; } | cksum
+    { echo "$root"; cat pyproject.toml launch/requirements.txt; echo "${setup_torch:-}"; } | cksum
 }
 
 install() {
@@ -36,9 +43,9 @@ install() {
     fi
     # Compiled below by all cores; pip has one do it.
     if ! "$python" -m pip install --quiet --no-compile --disable-pip-version-check \
-        -r launch/requirements.txt -e '.[test,docs]'; then
+        "${torch_requirement[@]}" -e '.[test,docs]'; then
         echo "setup: installation failed. What is needed, from a package index or a local mirror:" >&2
-        echo "  - $(grep -v '^#' launch/requirements.txt) (launch/requirements.txt)" >&2
+        echo "  - ${setup_torch:-$(grep -v '^#' launch/requirements.txt) (launch/requirements.txt)}" >&2
         echo "  - the packages listed under dependencies, 'test' and 'docs' in pyproject.toml" >&2
         echo "Without a network, point pip at a folder of wheels: PIP_FIND_LINKS=/path PIP_NO_INDEX=1 $0" >&2
         return 1

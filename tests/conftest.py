@@ -165,6 +165,20 @@ def pytest_runtest_makereport(
         )
     return report
 
+# Warnings are errors in tests. Some versions of torch warn of what is no fault of ours.
+_WARNINGS_OF_SOME_TORCH = (
+    # torch 2.9, whenever DCP saves.
+    "ignore:TypedStorage is deprecated:UserWarning",
+    # torch 2.14, of the dtype that came with it.
+    "ignore:BComplex32 support is experimental:UserWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what some versions of torch warn of."""
+    for line in _WARNINGS_OF_SOME_TORCH:
+        config.addinivalue_line("filterwarnings", line)
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], str]]:

@@ -38,7 +38,7 @@ STORAGES = {
 }
 # The others it spells by name, in a storage of bytes.
 _BY_NAME = {
-    *{"uint16", "uint32", "uint64", "complex32"},
+    *{"uint16", "uint32", "uint64", "complex32", "bcomplex32"},
     *{name for name in dtypes.names() if name.startswith(("float8", "float4", "bits"))},
 }
 

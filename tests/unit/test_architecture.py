@@ -21,7 +21,7 @@ LAYERS = {
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
-    | {"policy", "elements"},
+    | {"policy", "elements", "torch_versions"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
@@ -87,7 +87,7 @@ TORCH_FREE = {
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
-    *{"report"},
+    *{"report", "torch_versions"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 

@@ -45,6 +45,8 @@ def test_numbers_are_those_that_torch_reads(dtype):
     raw[:256] = np.arange(256)
     if dtype == "bool":
         raw %= 2
+    if not hasattr(torch, dtype):
+        pytest.skip(f"torch {torch.__version__} has no {dtype}")
     tensor = torch.from_numpy(raw.copy()).view(getattr(torch, dtype))
     wide = tensor.is_floating_point(), tensor.is_complex()
     if any(wide):

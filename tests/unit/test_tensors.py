@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch_helpers import assert_same, raw, restore, round_trip, rows_of, save, stored
 
-from distckpt import MismatchError, UnsupportedError, dtypes, paths, readers, tensors
+from distckpt import (
+    MismatchError,
+    UnsupportedError,
+    dtypes,
+    paths,
+    readers,
+    tensors,
+    torch_versions,
+)
 from distckpt.boxes import Box, whole
 from distckpt.layout import SHARDED, WHOLE
 
@@ -52,7 +60,9 @@ def test_every_dtype_with_bytes_comes_back_bit_for_bit(run_dir):
         key: _zeros(value.dtype, tuple(value.shape)) if value.numel() else value.clone()
         for key, value in saved.items()
     }
-    assert len(WITH_BYTES) >= 40
+    names = {tensors.dtype_name(dtype) for dtype in WITH_BYTES}
+    assert names == {name for name in dtypes.names() if hasattr(torch, name)}
+    assert len(names) >= 40
     round_trip(run_dir, {"tensors": saved}, {"tensors": live})
     assert_same(live, saved)
 
@@ -96,9 +106,44 @@ def test_dtypes_known_to_the_format_are_those_of_torch():
         name = tensors.dtype_name(dtype)
         assert dtypes.is_known(name)
         assert dtypes.item_size_bytes(name) == torch.empty(0, dtype=dtype).element_size()
-        assert tensors.dtype_of_name(name) is dtype
+        assert torch_versions.dtype_of_name(name) is dtype
     with pytest.raises(UnsupportedError, match="no dtype 'float7'"):
-        tensors.dtype_of_name("float7")
+        torch_versions.dtype_of_name("float7")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_each_dtype_of_this_torch_is_stored_or_refused_by_its_name(run_dir, dtype):
+    """Whatever a new version of torch brings: never stored as something else."""
+    name = tensors.dtype_name(dtype)
+    if dtype in QUANTIZED:
+        saved = torch._empty_affine_quantized((4,), scale=1.0, zero_point=0, dtype=dtype)
+    else:
+        saved = _filled(dtype)
+    if not dtypes.is_known(name):
+        with pytest.raises(UnsupportedError, match=rf"'parts/weights'.*torch\.{name}\b"):
+            save(run_dir, parts={"weights": saved})
+        return
+    live = _zeros(dtype, tuple(saved.shape))
+    round_trip(run_dir, {"parts": {"weights": saved}}, {"parts": {"weights": live}})
+    assert_same(live, saved)
+
+
+@pytest.mark.parametrize("name", ["uint16", "float8_e5m2", "complex32", "int4"])
+def test_dtype_that_the_format_does_not_know_is_refused_by_its_name(
+    run_dir, monkeypatch, name
+):
+    """As one of a torch newer than this version of distckpt would be."""
+    monkeypatch.delitem(dtypes._DTYPES, name)
+    saved = _filled(getattr(torch, name))
+    reason = rf"'parts/weights'.*torch\.{name} is unknown.*view\(torch\.uint8\)"
+    with pytest.raises(UnsupportedError, match=reason):
+        save(run_dir, parts={"weights": saved})
+    as_bytes = saved.view(torch.uint8)
+    live = torch.zeros_like(as_bytes)
+    round_trip(run_dir, {"parts": {"weights": as_bytes}}, {"parts": {"weights": live}})
+    assert raw(live) == raw(saved)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
@@ -136,6 +181,18 @@ def test_strided_live_tensor_is_filled_in_place(run_dir):
     assert torch.equal(frame[:, 1::2], base[:, 1::2])
     assert bool((frame[:, 0::2] == -1).all())
     assert line.tolist() == [0, 0, 3, 4, 5, 6, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [d for d in ALL_DTYPES if d.is_complex], ids=str)
+def test_conjugated_view_of_any_dtype_is_stored_or_refused_by_its_name(run_dir, dtype):
+    """torch cannot resolve all of them."""
+    view = _filled(dtype, 3).conj()
+    if dtype is getattr(torch, "bcomplex32", None):
+        with pytest.raises(UnsupportedError, match=r"'parts/w'.*view of torch\.bcomplex32"):
+            save(run_dir, parts={"w": view})
+        return
+    path = save(run_dir, parts={"w": view})
+    assert raw(stored(path)["parts/w"]) == raw(view)
 
 
 def test_conjugate_and_negative_views_keep_their_values(run_dir):

@@ -83,7 +83,8 @@ def writable_dtypes():
     return sorted(
         name
         for name in dtypes.names()
-        if name in torch_save.STORAGES or name in torch_save._BY_NAME
+        if hasattr(torch, name)
+        and (name in torch_save.STORAGES or name in torch_save._BY_NAME)
     )
 
 
