@@ -165,6 +165,7 @@ def pytest_runtest_makereport(
         )
     return report
 
+
 # Warnings are errors in tests. Some versions of torch warn of what is no fault of ours.
 _WARNINGS_OF_SOME_TORCH = (
     # torch 2.9, whenever DCP saves.
