@@ -6,6 +6,7 @@ import copy
 import os
 
 import torch
+import torch._dynamo  # takes seconds, which else the first test that compiles would pay
 from safetensors.torch import load_file
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
