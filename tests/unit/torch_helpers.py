@@ -6,10 +6,12 @@ import copy
 import os
 
 import torch
-import torch._dynamo  # takes seconds, which else the first test that compiles would pay
 from safetensors.torch import load_file
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
+
+# Imports the compiler, for seconds; else the first test that compiles would pay for it.
+torch.compile(torch.nn.Identity())
 
 
 def save(directory, **objects):
