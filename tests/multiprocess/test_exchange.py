@@ -156,7 +156,7 @@ def _save_and_restore_both_ways(rank, directory):
 
 @pytest.mark.parametrize(
     "world_size",
-    [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)],
+    [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)],
 )
 def test_once_and_each_give_the_same_and_once_reads_its_own_file_only(tmp_path, world_size):
     """Bit for bit, for all that can be tracked; and a rank reads its part of the bytes."""
@@ -197,7 +197,7 @@ def _save(rank, directory):
     ("before", "after"),
     [
         (2, 3),
-        (3, 2),
+        pytest.param(3, 2, marks=pytest.mark.full),
         pytest.param(4, 3, marks=pytest.mark.full),
         pytest.param(1, 4, marks=pytest.mark.full),
     ],
@@ -344,7 +344,10 @@ def _restore_corrupt(rank, directory, victim):
         return manager.save()
 
 
-@pytest.mark.parametrize("victim", [0, 1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full)],
+)
 def test_one_corrupt_block_makes_all_fall_back_together(tmp_path, victim):
     """One rank finds it, and what it has sent counts for nothing."""
     directory = str(tmp_path / "run")
@@ -405,7 +408,14 @@ def _restore_with_a_hitch(rank, directory, hitch):
     assert state.raw() == raws[1]
 
 
-@pytest.mark.parametrize("hitch", ["changed on its way", "no memory", "read error"])
+@pytest.mark.parametrize(
+    "hitch",
+    [
+        "changed on its way",
+        pytest.param("no memory", marks=pytest.mark.full),
+        pytest.param("read error", marks=pytest.mark.full),
+    ],
+)
 def test_a_hitch_on_one_rank_makes_all_try_once_more(tmp_path, hitch):
     """Whatever a rank cannot read, place or receive, the others are not held up."""
     values_of(run_ranks(_restore_with_a_hitch, 3, str(tmp_path / "run"), hitch))

@@ -471,7 +471,8 @@ def _train_through_restarts(rank, directory):
     return paths
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_fsdp_restored_into_fresh_objects_trains_on_bit_for_bit(tmp_path, world_size):
     """Every optimizer, without a warm-up step; tied weights whose part is empty."""
     paths, *_ = values_of(
@@ -541,7 +542,11 @@ def _save_two_dimensional(rank, directory, lengths, shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "lengths"), [((2, 2), (8, 5, 6, 7, 3)), ((3, 2), (7,))], ids=["2x2", "3x2"]
+    ("shape", "lengths"),
+    [
+        pytest.param((2, 2), (8, 5, 6, 7, 3), id="2x2", marks=pytest.mark.full),
+        pytest.param((3, 2), (7,), id="3x2"),
+    ],
 )
 def test_strided_shards_of_real_two_dimensional_training_are_put_together_right(
     tmp_path, shape, lengths

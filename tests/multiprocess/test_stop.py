@@ -376,7 +376,13 @@ def _look_where_nothing_can_be(rank, directory, hangs):
     return saved, len(looked), [text for text in logged.texts if "stop" in text]
 
 
-@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+@pytest.mark.parametrize(
+    "hangs",
+    [
+        pytest.param(False, id="fails"),
+        pytest.param(True, id="hangs", marks=pytest.mark.full),
+    ],
+)
 def test_file_that_cannot_be_looked_for_ends_no_job(tmp_path, hangs):
     """It is told of once; where looking hangs, it is not done again."""
     arguments = (str(tmp_path / "run"), hangs)

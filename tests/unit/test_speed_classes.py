@@ -99,7 +99,7 @@ def test_the_tables_of_the_protocol_are_read():
         assert sum(row.startswith(f"{heading.lower()}: ") for row in rows) >= 3, rows
 
 
-@pytest.mark.ranks  # it imports what all ranks need
+@pytest.mark.durability  # to collect is to import what all ranks need
 def test_every_row_of_the_protocol_is_shown_by_the_default_classes(collected):
     """So is nothing else: a marker that names no row is out of date."""
     covered = {row for one in collected for row in one.covers}
@@ -111,7 +111,7 @@ def test_every_row_of_the_protocol_is_shown_by_the_default_classes(collected):
     assert covered <= {*rows}, covered - {*rows}
 
 
-@pytest.mark.ranks
+@pytest.mark.durability
 def test_every_mutant_has_a_test_in_the_default_classes_or_is_listed(collected):
     """Whether that test fails: tests/crash/test_mutants.py, in class full."""
     default = {one.test.partition("[")[0] for one in collected}
@@ -126,7 +126,7 @@ def test_every_mutant_has_a_test_in_the_default_classes_or_is_listed(collected):
 _COSTLY = """
 import os, time
 import conftest, pytest
-conftest.LIMIT_SECONDS["unit"] = 0.1
+conftest.LIMIT_SECONDS["unit"] = 0.05
 pytestmark = pytest.mark.unit
 
 def spin(seconds):
@@ -138,14 +138,14 @@ def test_cheap():
     time.sleep(0.3)
 
 def test_within_the_margin():
-    spin(0.15)
+    spin(0.06)
 
 def test_costly():
-    spin(0.3)
+    spin(0.15)
 
 def test_costly_in_a_child():
     if os.fork() == 0:
-        spin(0.3)
+        spin(0.15)
         os._exit(0)
     os.wait()
 """
@@ -162,7 +162,7 @@ def test_a_test_over_twice_the_processor_time_of_its_class_fails(tmp_path):
     done = run_pytest(str(file), *more, **environment)
     failed = re.findall(r"^ERROR .*::(\w+)", done.stdout, re.MULTILINE)
     assert failed == ["test_costly", "test_costly_in_a_child"], done.stdout
-    assert "took 0.3 s of processor time" in done.stdout
-    assert "may take 0.1 s and fails at 0.2 s" in done.stdout
+    assert re.search(r"took 0\.\d s of processor time", done.stdout), done.stdout
+    assert "may take 0.05 s and fails at 0.1 s" in done.stdout
     costs = (tmp_path / "costs").read_text().splitlines()
     assert len(costs) == 4

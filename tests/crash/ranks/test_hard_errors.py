@@ -496,6 +496,8 @@ _SAVES_ONLY_IN_FULL = """
     inodes-for-shards inodes-for-record trash-unlink
     shard-open-eager read-only-eager short-write-lazy shard-fsync-lazy file-size-lazy
     manifest-write-lazy state-fsync-lazy
+    mkdir no-descriptor shard-fsync permission descriptors read-only-for-all short-write
+    publish state-list copy-rename immutable two-of-four-lazy full-for-one-eager
 """
 
 
@@ -657,7 +659,10 @@ RESTORES = [
 
 
 @pytest.mark.covers("restore: unreadable")
-@_each(RESTORES, "manifest open may-not-read hidden truncated-here data-once")
+@_each(
+    RESTORES,
+    "manifest open header may-not-read hidden truncated-here missing descriptors data-once",
+)
 def test_hard_error_in_a_restore_is_survived_or_told_alike(place, case):
     """All ranks fall back to the same checkpoint, or raise the same; then all is well."""
     directory = place(case)
@@ -794,8 +799,8 @@ CLAIMS = [
 
 
 _CLAIMS_ONLY_IN_FULL = """
-    permission descriptors inodes link-fsync read-only-here permission-here
-    descriptors-here
+    read-only permission descriptors inodes link-fsync read-only-here permission-here
+    descriptors-here list fsync-here record-fsync
 """
 
 

@@ -178,8 +178,15 @@ def _outcome_said(scenario: Scenario, seen: Sequence[Told]) -> str:
     return {True: "committed", False: "not committed", None: "unknown"}[saved.committed]
 
 
+# A sample of the saves is in the next test.
 @part_of_every(3)
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(one, id=one.name, marks=pytest.mark.full if one.saves else ())
+        for one in SCENARIOS
+    ],
+)
 def test_rank_killed_at_every_call_is_named_and_nothing_is_lost(
     scratch: str, report_figures: Callable[[str], None], scenario: Scenario, part: Part
 ):
