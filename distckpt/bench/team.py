@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not exported
 
-from distckpt.rendezvous import init_process_group
+from distckpt import init_process_group
 
 
 class ContenderFailed(Exception):
