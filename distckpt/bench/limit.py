@@ -300,8 +300,9 @@ _WAYS = {
     "preadv": _Way(_read),
     "preadv-small": _Way(_read_in_order, _SMALL_CALL_BYTES),
     "preadv-ahead": _Way(_read_ahead),
-    "direct": _Way(_read_direct, flags=getattr(os, "O_DIRECT", 0)),
+    "preadv-direct": _Way(_read_direct, flags=getattr(os, "O_DIRECT", 0)),
     "mmap": _Way(_copy_mapped),
     "mmap-populate": _Way(_copy_populated),
 }
 READS = tuple(LIMIT_PREFIX + way for way in _WAYS)
+READ_DIRECT = f"{LIMIT_PREFIX}preadv-direct"

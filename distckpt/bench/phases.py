@@ -198,7 +198,10 @@ class Runner(Turns):
         everyone = list(self._contenders)
         if limit.BUFFERED in self._limits:
             # What is in the page cache is not fetched from the device: that is no limit.
-            everyone += [way for way in limit.READS if call == COLD or way != limit.DIRECT]
+            ways = [*limit.READS]
+            if call == WARM:
+                ways.remove(limit.READ_DIRECT)
+            everyone += ways
         self._repeat(everyone, call, f"restore, {call}")
 
     def memory(self) -> None:
