@@ -9,7 +9,8 @@
 #   launch/gpu.sh --dry-run             the same steps on the CPU, with a small benchmark
 #
 # PYTHON is the Python to use; PIP_FIND_LINKS more folders of wheels to install from; BENCH_DIRECTORY
-# where the benchmark writes (15 GB are needed there); PYTHON_VERSIONS and PLATFORMS for whom "pack"
+# where the benchmark writes (15 GB are needed there); RESULTS_DIRECTORY where outputs are kept;
+# BENCH_PHASES what is measured, in place of all that there is time for; PYTHON_VERSIONS and PLATFORMS for whom "pack"
 # packs.
 set -euo pipefail
 
@@ -18,7 +19,7 @@ cd "$root"
 # Written by "pack" alone, and always here: PIP_FIND_LINKS may be a folder that others use.
 wheels=$root/build/gpu-wheels
 site=$root/build/gpu-site
-results=$root/build/gpu-results
+results=${RESULTS_DIRECTORY:-$root/build/gpu-results}
 # As pyproject.toml has them; torch and numpy are the machine's own, and torch needs jinja2.
 packages=('click>=8.1' 'jinja2>=3.1' 'filelock>=3.32.7' 'rich>=13.7' 'xxhash>=3.4' 'pytest>=8.2'
     'pytest-timeout>=2.3')
@@ -46,8 +47,8 @@ pack() {
     echo "gpu: packed $(find "$wheels" -name '*.whl' | wc -l) wheels into $wheels; copy this folder as it is."
 }
 
-# Prints torch's version if this Python can be used, and why not otherwise.
-why_not() {
+# Prints "ok" and what the machine is if this Python can be used, and why not otherwise.
+look_at() {
     "$1" - "$device" <<'PYTHON' 2>&1 | tail -1
 import re, sys
 try:
@@ -58,22 +59,28 @@ if sys.version_info < (3, 10):
     sys.exit("it is older than 3.10")
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
     sys.exit(f"its torch is {torch.__version__}, older than 2.11")
-if sys.argv[1] == "cuda" and not torch.cuda.is_available():
-    sys.exit(f"its torch {torch.__version__} sees no CUDA device")
-print("ok")
+machine = f"the CPU (dry run); torch {torch.__version__}"
+if sys.argv[1] == "cuda":
+    if not torch.cuda.is_available():
+        sys.exit(f"its torch {torch.__version__} sees no CUDA device")
+    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    machine = f"{name} ({count}); torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}"
+print("ok", machine)
 PYTHON
 }
 
 find_python() {
-    local candidate reason
+    local candidate found
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
         command -v "$candidate" >/dev/null || continue
-        reason=$(why_not "$candidate") || true
-        if [ "$reason" = ok ]; then
+        found=$(look_at "$candidate") || true
+        if [[ $found == "ok "* ]]; then
             python=$candidate
+            machine=${found#ok }
             return
         fi
-        echo "gpu: $candidate cannot be used: $reason" >&2
+        echo "gpu: $candidate cannot be used: $found" >&2
     done
     fail "no Python with torch 2.11 or newer${for_device}; set PYTHON=/path/to/python3."
 }
@@ -134,18 +141,6 @@ outcome() {
     esac
 }
 
-describe_machine() {
-    "$python" - "$device" <<'PYTHON'
-import sys, torch
-if sys.argv[1] == "cpu":
-    print(f"device: the CPU (dry run); torch {torch.__version__}")
-else:
-    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    print(f"device: {name} ({count}); torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}")
-PYTHON
-}
-
 device=cuda
 for_device=" that sees a CUDA device"
 on_device=(--cuda)
@@ -166,6 +161,7 @@ case ${1:-} in
 esac
 
 python=""
+machine=""
 find_python
 install_missing
 directory=${BENCH_DIRECTORY:-$root/build/gpu-bench}
@@ -192,7 +188,7 @@ rmdir "$directory" 2>/dev/null || true
 echo
 grep -v '^$' "$results/bench.txt" || true
 echo
-describe_machine
+echo "device: $machine"
 printf '%s\n' "${codes[@]}"
 grep -E '^[0-9]+ (passed|failed|skipped|error)|^=+ .* in [0-9.]+s' "$results/tests.txt" | tail -1 || true
 echo "gpu: $((SECONDS - began)) s; everything is in $results"

@@ -244,6 +244,32 @@ def test_version_that_is_none_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gpu_script_runs_dry_where_there_is_no_device(tmp_path):
+    """One of the tests and one phase, on the CPU; it sums up, and leaves only its results."""
+    script = Path(__file__).parents[2] / "launch" / "gpu.sh"
+    results = tmp_path / "results"
+    settings = {
+        "PYTHON": sys.executable,
+        "PYTEST_ADDOPTS": "-k gaps",
+        "BENCH_PHASES": "gate",
+        "BENCH_DIRECTORY": str(tmp_path / "disk"),
+        "RESULTS_DIRECTORY": str(results),
+    }
+    done = subprocess.run(
+        [str(script), "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, **settings},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("device: the CPU (dry run)", "tests: ok", "bench: ok", " 1 passed"):
+        assert line in done.stdout
+    assert "gated call" in done.stdout
+    assert json.loads((results / "bench.json").read_text())["options"]["phases"] == ["gate"]
+    assert not (tmp_path / "disk").exists()
+
+
 def test_interrupted_run_removes_what_it_wrote(tmp_path, stubs):
     """Ctrl-C, or a scheduler's SIGTERM, leaves no gigabytes behind."""
     directory = tmp_path / "disk"
