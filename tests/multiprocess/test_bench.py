@@ -245,7 +245,7 @@ def test_version_that_is_none_is_refused(tmp_path):
 
 
 def test_gpu_script_runs_dry_where_there_is_no_device(tmp_path):
-    """One of the tests and one phase, on the CPU; it sums up, and leaves only its results."""
+    """One of the tests and one phase, on the CPU; it leaves only its results."""
     script = Path(__file__).parents[2] / "launch" / "gpu.sh"
     results = tmp_path / "results"
     settings = {
