@@ -69,10 +69,12 @@ class Snapshot:
 
     Attributes:
         size_bytes: Of the image.
+        is_waiting: Whether anything was left to be copied later.
     """
 
     def __init__(self, arena: Arena, moves: Moves, draft: Draft, outline: Outline) -> None:
         self.size_bytes = shard_file.image_bytes(draft, outline)
+        self.is_waiting = bool(moves.waiting)
         self._image = arena.bytes[: self.size_bytes]
         self._draft = draft
         self._outline = outline

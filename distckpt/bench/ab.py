@@ -26,7 +26,7 @@ from distckpt.bench.fresh import Answer, Asked, Server, free_port, ranks_environ
 from distckpt.bench.interrupt import EXIT_INTERRUPTED, clean_up_at_signals, remove
 from distckpt.bench.pairs import SLOWER, Interval, interval_of, orders, verdict
 from distckpt.bench.report import format_value
-from distckpt.bench.results import BYTES, OURS, ROWS
+from distckpt.bench.results import BYTES, FIRST_ROWS, OURS, ROWS
 
 EXIT_SLOWER = 1
 EXIT_USAGE = 2
@@ -161,10 +161,11 @@ class Shots:
         shot = {}
         for row, (first, *others) in answers[0].figures.items():
             # Only the first call of its process is a first call.
-            if row == "made" and num_saves == 0:
-                shot["made.first"] = first
-            elif row == calls[0] or row == f"{calls[0]}.blocked":
-                shot[f"{calls[0]}.first"] = first
+            is_first = row.partition(".")[0] == calls[0] or (
+                row == "made" and not num_saves
+            )
+            if is_first and row in FIRST_ROWS:
+                shot[FIRST_ROWS[row]] = first
             if others and row not in _IN_BYTES:
                 shot[row] = statistics.median(others)
         return shot

@@ -14,23 +14,12 @@ from distckpt.bench.contender import Pending
 from distckpt.bench.fresh import Answer, Asked, Server, free_port, ranks_environment
 from distckpt.bench.loop import StepLoop
 from distckpt.bench.ours import time_gated_calls
-from distckpt.bench.results import BYTES, OURS, ROWS, WorkloadResults
+from distckpt.bench.results import BYTES, FIRST_ROWS, OURS, ROWS, WorkloadResults
 from distckpt.bench.team import ContenderFailed, Team
 from distckpt.bench.turns import Options, Turns
 from distckpt.bench.workloads import Workload
 
 _IN_BYTES = {row.key for row in ROWS if row.unit == BYTES}
-# A figure of a new process's first call, and the row that shows it.
-_FIRST_ROWS = {
-    "made": "made.first",
-    "save": "save.first",
-    "eager.blocked": "eager.first",
-    "eager.durable": "eager.first_durable",
-    "lazy.blocked": "lazy.first",
-    "lazy.durable": "lazy.first_durable",
-    "warm": "warm.first",
-    "cold": "cold.first",
-}
 
 
 class Runner(Turns):
@@ -103,9 +92,9 @@ class Runner(Turns):
             raise ContenderFailed(problem)
         for figure, values in found[0].figures.items():
             # It is made alike, whatever is called then.
-            if figure in _FIRST_ROWS and (figure != "made" or call == SAVE):
+            if figure in FIRST_ROWS and (figure != "made" or call == SAVE):
                 self._tell(f"first {figure}: {values[0]:.4f} s")
-                self.results.add(_FIRST_ROWS[figure], name, values[0])
+                self.results.add(FIRST_ROWS[figure], name, values[0])
 
     def _repeat(self, names: list[str], call: str, label: str) -> None:
         """Make a call again and again; the first one counts as a warm-up."""

@@ -67,6 +67,18 @@ ROWS = (
     Row("gate", "gated call", SECONDS),
 )
 
+# A figure of a new process's first call, and the row that shows it.
+FIRST_ROWS = {
+    "made": "made.first",
+    "save": "save.first",
+    "eager.blocked": "eager.first",
+    "eager.durable": "eager.first_durable",
+    "lazy.blocked": "lazy.first",
+    "lazy.durable": "lazy.first_durable",
+    "warm": "warm.first",
+    "cold": "cold.first",
+}
+
 
 @dataclass
 class Series:
