@@ -1,4 +1,4 @@
-"""Host memory that snapshots live in: touched once, and kept from save to save."""
+"""Host memory that snapshots live in, kept from save to save."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ _SPARE_BYTES = 60 * 2**20
 class Arena:
     """One stretch of memory, at an address that direct writes can begin at.
 
-    New memory is slow: every page of it is cleared when it is touched first. So this is
-    done once. In huge pages, where the system allows them, a direct write finds its way
-    from addresses to memory with a quarter of the processor time.
+    New memory is slow: the system clears every page of it at the first touch. So it is
+    kept from save to save. The first copy touches it: to do so before would be a second
+    pass over all of it, and the caller of a lazy save would wait for that. In huge pages,
+    where the system allows them, a direct write finds its way from addresses to memory with
+    a quarter of the processor time.
 
     Args:
         size_bytes: How much is needed; there will be a little more.
         pinned: Whether a CUDA device copies to it.
 
     Attributes:
-        bytes: The memory.
+        bytes: The memory; what it holds at first is undefined.
     """
 
     def __init__(self, size_bytes: int, pinned: bool) -> None:
@@ -41,7 +43,6 @@ class Arena:
         self.bytes = memory[start : start + size_bytes]
         if not pinned:
             _use_huge_pages(self.bytes)
-            self.bytes.zero_()
 
     def suits(self, size_bytes: int, pinned: bool) -> bool:
         """Tell whether it will do for a snapshot, and is not far too large."""

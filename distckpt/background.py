@@ -50,7 +50,10 @@ def take_off(
     """
     # Not raised here: the other ranks must hear of it, so it will be this one's vote.
     staged = Ran(lambda: _stage(job, flight, captured, plan, lazily))
-    if lazily and staged.error is None:
+    # Where no optimizer is tracked, all is copied by now. To hold the steps all the same
+    # would import torch's compiler: a second or more, where nobody has made an optimizer.
+    lazily = lazily and staged.error is None and staged.result.is_waiting
+    if lazily:
         flight.hold_streams = staged.result.hold_stream
         flight.let_go = staged.result.let_go
         flight.hold_optimizers()

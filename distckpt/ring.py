@@ -31,6 +31,7 @@ class Ring:
     """
 
     def __init__(self, device: torch.device, stretch_bytes: int = _STRETCH_BYTES) -> None:
+        self._device = device
         self._is_cuda = device.type == "cuda"
         self._stretch_bytes = stretch_bytes
         self._stretches: list[torch.Tensor] = []
@@ -108,5 +109,6 @@ class Ring:
         self._parts, self._copies = [], []
         if self._is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream())
+            # Of this device: the thread's current one may be another.
+            event.record(torch.cuda.current_stream(self._device))
             self._copied[self._index] = event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import compress
 from operator import attrgetter
 
@@ -68,10 +69,12 @@ class Snapshot:
 
     Attributes:
         size_bytes: Of the image.
+        is_waiting: Whether anything was left to be copied later.
     """
 
     def __init__(self, arena: Arena, moves: Moves, draft: Draft, outline: Outline) -> None:
         self.size_bytes = shard_file.image_bytes(draft, outline)
+        self.is_waiting = bool(moves.waiting)
         self._image = arena.bytes[: self.size_bytes]
         self._draft = draft
         self._outline = outline
@@ -79,14 +82,17 @@ class Snapshot:
         self._rest = moves.later(from_device=False)
         self._changed: list[str] | None = None
         self._events: list[torch.cuda.Event] = []
-        self._beside: torch.cuda.Event | None = None
+        self._beside: dict[torch.device, torch.cuda.Event] = {}
         self._watch: _Watch | None = _Watch(moves.waiting)
-        if self._copy(moves.now()):
-            # In the caller's stream, so before whatever comes next.
-            self._events.append(_recorded(torch.cuda.current_stream()))
-        if any(leaf.known.device == "cuda" for leaf in moves.waiting.values()):
-            self._beside = self._copy_beside(moves.later(from_device=True))
-            self._events.append(self._beside)
+        for device in self._copy(moves.now()):
+            # In the caller's stream, so before whatever comes next. Each device has its
+            # own: an event in the stream of another one would not wait for these copies.
+            self._events.append(_recorded(torch.cuda.current_stream(device)))
+        leaves = moves.waiting.values()
+        devices = {leaf.tensor.device for leaf in leaves if leaf.known.device == "cuda"}
+        if devices:
+            self._beside = self._copy_beside(devices, moves.later(from_device=True))
+            self._events += self._beside.values()
         if not moves.waiting:
             self.copy_rest()
 
@@ -135,23 +141,23 @@ class Snapshot:
         return [] if watch is None else watch.changed()
 
     def hold_stream(self) -> None:
-        """Keep what the caller puts into its stream of a device behind the copies."""
-        if self._beside is not None:
-            torch.cuda.current_stream().wait_event(self._beside)
+        """Have what the caller puts into its streams later wait for the copies."""
+        for device, copied in self._beside.items():
+            torch.cuda.current_stream(device).wait_event(copied)
 
     def write(self, path: str) -> Written:
         """Write the file; see ``shard_file.write_image``."""
         image = self._image.numpy().data
         return shard_file.write_image(path, image, self._draft, self._outline)
 
-    def _copy(self, moves: Iterable[Move]) -> bool:
-        """Copy entries; from a device, they are only put into the current stream.
+    def _copy(self, moves: Iterable[Move]) -> set[torch.device]:
+        """Copy entries; from a device, they are only put into its current stream.
 
         Returns:
-            Whether any comes from a device.
+            The devices that entries come from.
         """
         together = _Together(self._image.data_ptr() + self._draft.size_bytes)
-        is_any_from_device = False
+        devices = set()
         for move in moves:
             if move.memory is not None:
                 together.add(move)
@@ -159,17 +165,24 @@ class Snapshot:
                 start = self._draft.size_bytes + move.position
                 target = self._image[start : start + move.size_bytes]
                 tensors.copy_box(move.leaf.tensor, move.box, target)
-                is_any_from_device |= move.is_from_device
+                if move.is_from_device:
+                    devices.add(move.leaf.tensor.device)
         together.flush()
-        return is_any_from_device
+        return devices
 
-    def _copy_beside(self, moves: Iterable[Move]) -> torch.cuda.Event:
-        """Copy from the device on a stream of its own, behind what its tensors wait for."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def _copy_beside(
+        self, devices: Iterable[torch.device], moves: Iterable[Move]
+    ) -> dict[torch.device, torch.cuda.Event]:
+        """Copy from devices on new streams, after what their tensors wait for."""
+        streams = {}
+        with ExitStack() as stack:
+            for device in devices:
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                stream.wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(stream))
+                streams[device] = stream
             self._copy(moves)
-        return _recorded(stream)
+        return {device: _recorded(stream) for device, stream in streams.items()}
 
 
 class _Together:

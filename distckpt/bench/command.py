@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 # Named here so that ``--help`` does not import torch.
 WORKLOADS = ("gpt2-sharded", "many-small", "ddp-replicated", "llama-large")
 PEERS = ("dcp", "dcp-tuned", "torch-save", "safetensors", "torchsnapshot")
-PHASES = ("save", "async", "lost", "warm", "cold", "memory", "gate")
+PHASES = ("first", "save", "async", "lost", "warm", "cold", "memory", "gate")
 
 EXIT_OURS_FAILED = 1
 EXIT_USAGE = 2
 
 
-class _Names(click.ParamType):  # type: ignore[type-arg]  # generic in newer ones only
+class Names(click.ParamType):  # type: ignore[type-arg]  # generic in newer ones only
     """Names with commas between them, each of a list."""
 
     name = "names"
@@ -38,6 +38,7 @@ class _Names(click.ParamType):  # type: ignore[type-arg]  # generic in newer one
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
+        """Return them, each once."""
         if isinstance(value, tuple):
             return value
         if value == "none":
@@ -61,26 +62,27 @@ class _Names(click.ParamType):  # type: ignore[type-arg]  # generic in newer one
 @click.option(
     "--workload",
     "workloads",
-    type=_Names(WORKLOADS),
+    type=Names(WORKLOADS),
     default="gpt2-sharded",
     show_default=True,
     help="What to save, commas between; see --list.",
 )
 @click.option(
     "--compare",
-    type=_Names(PEERS),
+    type=Names(PEERS),
     default="all",
     show_default=True,
     help=f"Which others to measure in the same run: {', '.join(PEERS)}.",
 )
 @click.option(
     "--phases",
-    type=_Names(PHASES),
+    type=Names(PHASES),
     default="all",
     show_default=True,
     help="What to measure: "
+    "first: the first call of a new process, of every kind; "
     "save: durable saves; "
-    "async: saves behind the caller, nothing else going on; "
+    "async: asynchronous saves, with nothing else going on; "
     "lost: how much longer the steps of a training loop take meanwhile; "
     "warm, cold: restores, from the page cache and not; "
     "memory: the peak on top; "
@@ -98,7 +100,8 @@ class _Names(click.ParamType):  # type: ignore[type-arg]  # generic in newer one
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Repetitions, besides the first of the process, which is shown apart.",
+    help="Repetitions. Where a process makes several calls, one more comes before them and "
+    "does not count.",
 )
 @click.option("--cuda", "use_cuda", is_flag=True, help="Put the tensors on CUDA devices.")
 @click.option(
@@ -132,9 +135,10 @@ def main(
 
     Everyone saves the same random bytes, made equally durable (fsync), in turn and in one
     run; a time is that of the slowest rank. Before each timed save the disk is left to
-    settle; before each restore the tensors are overwritten, and checked after it. The limit
-    is the best of four plain ways of writing the same bytes, of two of reading them, or a
-    plain copy.
+    settle; before each restore the tensors are overwritten, and checked after it, so every
+    byte has been read, also by those that map their files. The limit is the best of several
+    plain ways of writing the same bytes, of reading them, or a plain copy. Each first call
+    is made by new processes, which have imported everything and made the model before.
     A package that is not installed is reported, and the run goes on without it.
 
     Exit codes: 0 all is well, whatever became of the others; 1 distckpt failed; 2 wrong

@@ -23,7 +23,7 @@ def describe(
     """Return what figures are worth nothing without."""
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "distckpt": metadata.version("distckpt"),
+        "distckpt": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -38,6 +38,13 @@ def describe(
         "device": torch.cuda.get_device_name() if use_cuda else "cpu",
         "peers": {name: version_of(name) for name in peers},
     }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("distckpt")
+    except metadata.PackageNotFoundError:
+        return "not installed, run from its folder"
 
 
 def filesystem_of(directory: str) -> str:

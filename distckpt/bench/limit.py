@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,21 +18,26 @@ from distckpt.bench.team import Team
 from distckpt.bench.workloads import Workload, bytes_of
 
 COPY = f"{LIMIT_PREFIX}copy"
-READ = f"{LIMIT_PREFIX}preadv"
-MAPPED = f"{LIMIT_PREFIX}mmap"
 BUFFERED = f"{LIMIT_PREFIX}buffered"
+DIRECT = f"{LIMIT_PREFIX}direct"
 
 _CALL_BYTES = 16 << 20
+# So little that what is copied by one call stays in the processor's cache.
+_SMALL_CALL_BYTES = 128 << 10
+_CALLS_AHEAD = 4
 _MAX_BUFFERS = 1024
 _BLOCK_BYTES = 4096
 _RWF_DONTCACHE = 0x80  # Linux 6.14; Python does not name it
 _SYNC_FILE_RANGE_WRITE = 2
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python does not name it
 
 Batch = list[memoryview]
 
 
-def batches_of(tensors: Sequence[torch.Tensor]) -> list[Batch]:
-    """Cut host tensors' own memory into calls of at most 16 MiB and 1024 buffers."""
+def batches_of(
+    tensors: Sequence[torch.Tensor], call_bytes: int = _CALL_BYTES
+) -> list[Batch]:
+    """Cut host tensors' own memory into calls of so many bytes and 1024 buffers at most."""
     batches: list[Batch] = []
     room = 0
     for view in map(_view_of, tensors):
@@ -39,7 +45,7 @@ def batches_of(tensors: Sequence[torch.Tensor]) -> list[Batch]:
         while start < len(view):
             if room == 0 or len(batches[-1]) == _MAX_BUFFERS:
                 batches.append([])
-                room = _CALL_BYTES
+                room = call_bytes
             part = view[start : start + room]
             batches[-1].append(part)
             start += len(part)
@@ -73,7 +79,7 @@ class RawFile(FolderPerSave):
     """One file a rank with nothing but the bytes of its share.
 
     Written with ``pwritev`` from the tensors' own memory, of CUDA tensors from a copy in
-    host memory that was made before; read with ``preadv`` into it, or mapped and copied.
+    host memory that was made before; read into it again in one of the ways of ``READS``.
     """
 
     def __init__(self, workload: Workload, team: Team, folder: str, method: str) -> None:
@@ -82,7 +88,7 @@ class RawFile(FolderPerSave):
         self._write = _METHODS[method]
         self._on_host = _on_host(workload)
         self._share_bytes = workload.share_bytes
-        self._reads = _read
+        self._way = _WAYS["preadv"]
         share = self._share_of(team.rank)
         self._batches = batches_of(share)
         if method == "direct":
@@ -98,17 +104,17 @@ class RawFile(FolderPerSave):
                 for start in range(0, len(whole), _CALL_BYTES)
             ]
 
-    def mapped(self) -> RawFile:
-        """Return one that restores from the same files, mapped."""
+    def reading(self, name: str) -> RawFile:
+        """Return one that restores from the same files in another way, of ``READS``."""
         other = copy.copy(self)
-        other._reads = _copy_mapped
+        other._way = _WAYS[name.removeprefix(LIMIT_PREFIX)]
         return other
 
     def save(self) -> None:
         """Write and sync this rank's file."""
         folder = self.next_folder()
         path = os.path.join(folder, f"rank{self.team.rank}")
-        flags = os.O_DIRECT if self.name == f"{LIMIT_PREFIX}direct" else 0
+        flags = os.O_DIRECT if self.name == DIRECT else 0
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
         try:
             self._write(fd, self._batches)
@@ -120,12 +126,17 @@ class RawFile(FolderPerSave):
 
     def load(self) -> None:
         """Read the files of all ranks whose bytes this one holds."""
-        everybody = range(self.team.world_size)
-        for rank in everybody if self.workload.replicated else [self.team.rank]:
-            tensors = self._share_of(rank)
-            fd = os.open(os.path.join(self.newest, f"rank{rank}"), os.O_RDONLY)
+        ranks = [self.team.rank]
+        if self.workload.replicated:
+            # Its own first: so the ranks together read each byte from the device once.
+            count = self.team.world_size
+            ranks = [(self.team.rank + number) % count for number in range(count)]
+        for rank in ranks:
+            path = os.path.join(self.newest, f"rank{rank}")
+            fd = os.open(path, os.O_RDONLY | self._way.flags)
             try:
-                self._reads(fd, batches_of(tensors))
+                batches = batches_of(self._share_of(rank), self._way.call_bytes)
+                self._way.read(fd, batches)
             finally:
                 os.close(fd)
         if self.workload.device.type == "cuda":
@@ -180,10 +191,61 @@ def _read(fd: int, batches: Sequence[Batch]) -> None:
         pass
 
 
+def _read_in_order(fd: int, batches: Sequence[Batch]) -> None:
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    _read(fd, batches)
+
+
+def _read_ahead(fd: int, batches: Sequence[Batch]) -> None:
+    ahead = 0
+    for _, at in itertools.chain([(0, 0)], _ranges(fd, batches)):
+        while ahead < at + _CALLS_AHEAD * _CALL_BYTES:
+            os.posix_fadvise(fd, ahead, _CALL_BYTES, os.POSIX_FADV_WILLNEED)
+            ahead += _CALL_BYTES
+
+
+def _ranges(fd: int, batches: Sequence[Batch]) -> Iterator[tuple[int, int]]:
+    """Read all batches; yield where in the file each has begun and ended."""
+    for start, length in _calls(fd, batches, os.preadv):
+        yield start, start + length
+
+
+def _read_direct(fd: int, batches: Sequence[Batch]) -> None:
+    """Read past the page cache: into aligned memory, and copy from there."""
+    at = have = used = 0
+    with mmap.mmap(-1, _CALL_BYTES) as aligned, memoryview(aligned) as memory:
+        for part in itertools.chain.from_iterable(batches):
+            done = 0
+            while done < len(part):
+                if used == have:
+                    used, have = 0, os.preadv(fd, [memory], at)
+                    if have <= 0:
+                        msg = f"the file ended at {at}"
+                        raise EOFError(msg)
+                    at += have
+                count = min(len(part) - done, have - used)
+                part[done : done + count] = memory[used : used + count]
+                done += count
+                used += count
+
+
 def _copy_mapped(fd: int, batches: Sequence[Batch]) -> None:
-    at = 0
+    _copy_from_map(fd, batches, is_populated=False)
+
+
+def _copy_populated(fd: int, batches: Sequence[Batch]) -> None:
+    _copy_from_map(fd, batches, is_populated=True)
+
+
+def _copy_from_map(fd: int, batches: Sequence[Batch], is_populated: bool) -> None:
+    at = ahead = 0
     with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as source:
         for part in itertools.chain.from_iterable(batches):
+            while is_populated and ahead < at + len(part):
+                # All pages of a stretch at once, in place of a fault for every few.
+                length = min(_CALL_BYTES, len(mapped) - ahead)
+                mapped.madvise(_MADV_POPULATE_READ, ahead, length)
+                ahead += length
             with source[at : at + len(part)] as there:
                 part[:] = there
             at += len(part)
@@ -218,3 +280,29 @@ _METHODS: dict[str, Callable[[int, Sequence[Batch]], None]] = {
     "direct": _buffered,
 }
 METHODS = tuple(_METHODS)
+
+
+class _Way(NamedTuple):
+    """One way of reading.
+
+    Attributes:
+        read: Fills buffers from a file.
+        call_bytes: How much at a time.
+        flags: To open the file with.
+    """
+
+    read: Callable[[int, Sequence[Batch]], None]
+    call_bytes: int = _CALL_BYTES
+    flags: int = 0
+
+
+_WAYS = {
+    "preadv": _Way(_read),
+    "preadv-small": _Way(_read_in_order, _SMALL_CALL_BYTES),
+    "preadv-ahead": _Way(_read_ahead),
+    "preadv-direct": _Way(_read_direct, flags=getattr(os, "O_DIRECT", 0)),
+    "mmap": _Way(_copy_mapped),
+    "mmap-populate": _Way(_copy_populated),
+}
+READS = tuple(LIMIT_PREFIX + way for way in _WAYS)
+READ_DIRECT = f"{LIMIT_PREFIX}preadv-direct"

@@ -54,7 +54,7 @@ def moved() -> Moved:
     return Moved(*(counters.get(name, 0) for name in names))
 
 
-def settle(limit_seconds: float = 20.0) -> None:
+def settle(limit_seconds: float = 5.0) -> None:
     """Write back what is dirty, so that one save does not pay for what was before it.
 
     Other programs may go on writing, so the wait is bounded.

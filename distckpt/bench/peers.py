@@ -297,11 +297,11 @@ class TorchSnapshot(_WithGroup):
 PEERS: dict[str, Callable[[Workload, Team, str], Contender]] = {
     peer.name: peer for peer in (Dcp, DcpTuned, TorchSave, Safetensors, TorchSnapshot)
 }
-_PACKAGES = {
+_MODULES = {
     "dcp": "torch",
     "dcp-tuned": "torch",
     "torch-save": "torch",
-    "safetensors": "safetensors",
+    "safetensors": "safetensors.torch",
     "torchsnapshot": "torchsnapshot",
 }
 
@@ -309,7 +309,7 @@ _PACKAGES = {
 def version_of(name: str) -> str | None:
     """Return the version of a peer's package; None if it is not installed."""
     try:
-        return importlib.metadata.version(_PACKAGES[name])
+        return importlib.metadata.version(_MODULES[name].partition(".")[0])
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -319,7 +319,7 @@ def why_unusable(name: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module(_PACKAGES[name])
+            importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         return f"not installed: {error}"
     except Exception as error:

@@ -101,4 +101,4 @@ def _series(workload: WorkloadResults, row: Row, name: str) -> Series | None:
 
 def _label(row: Row) -> str:
     titles = {"eager.durable": "async eager, until durable"}
-    return titles.get(row.key, row.title).replace(", ", ",\n")
+    return titles.get(row.key, row.title).strip().replace(", ", ",\n")

@@ -34,14 +34,19 @@ class Row:
 
 
 ROWS = (
-    Row("save.first", "save, first of the process", SECONDS, "save"),
+    Row("made.first", "new process: manager or group made", SECONDS),
+    Row("save.first", "  first save of a process, durable", SECONDS, "save", True),
+    Row("eager.first", "  first async save, eager, blocked", SECONDS, "copy"),
+    Row("eager.first_durable", "    until durable", SECONDS, "save"),
+    Row("lazy.first", "  first async save, lazy, blocked", SECONDS),
+    Row("lazy.first_durable", "    until durable", SECONDS, "save"),
+    Row("warm.first", "  first restore of a process, warm cache", SECONDS, "warm", True),
+    Row("cold.first", "  first restore of a process, cold cache", SECONDS, "cold"),
     Row("save", "save, durable", SECONDS, "save", True),
     Row("save.written", "  bytes written, a rank", BYTES, "save.written"),
     Row("save.disk_written", "  of these to the device", BYTES, "save.disk_written"),
-    Row("eager.first", "async eager, blocked, first", SECONDS, "copy"),
     Row("eager.blocked", "async eager, blocked", SECONDS, "copy", True),
     Row("eager.durable", "  until durable", SECONDS, "save", True),
-    Row("lazy.first", "async lazy, blocked, first", SECONDS),
     Row("lazy.blocked", "async lazy, blocked", SECONDS, "", True),
     Row("lazy.staged", "  until staged", SECONDS, "copy"),
     Row("lazy.durable", "  until durable", SECONDS, "save"),
@@ -51,7 +56,6 @@ ROWS = (
     Row("lazy.lost", "async lazy, lost training time", SECONDS, "lost", True),
     Row("lazy.lost_blocked", "  of it blocked", SECONDS),
     Row("lazy.lost_durable", "  until durable, beside the loop", SECONDS, "save"),
-    Row("warm.first", "restore, warm, first of the process", SECONDS, "warm"),
     Row("warm", "restore, warm cache", SECONDS, "warm", True),
     Row("warm.read", "  bytes read, but for mapped ones", BYTES),
     Row("cold", "restore, cold cache", SECONDS, "cold", True),
@@ -62,6 +66,18 @@ ROWS = (
     Row("memory.restore", "memory on top, restore", BYTES),
     Row("gate", "gated call", SECONDS),
 )
+
+# A figure of a new process's first call, and the row that shows it.
+FIRST_ROWS = {
+    "made": "made.first",
+    "save": "save.first",
+    "eager.blocked": "eager.first",
+    "eager.durable": "eager.first_durable",
+    "lazy.blocked": "lazy.first",
+    "lazy.durable": "lazy.first_durable",
+    "warm": "warm.first",
+    "cold": "cold.first",
+}
 
 
 @dataclass

@@ -6,15 +6,16 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import click
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not exported
 
-from distckpt.rendezvous import init_process_group
+from distckpt import init_process_group
 
 
 class ContenderFailed(Exception):
@@ -35,12 +36,13 @@ class Timed:
 
 
 class Team:
-    """All ranks of the job, on a gloo group of the benchmark's own.
+    """All ranks of the job, with a gloo group that only the benchmark uses.
 
     Outside torchrun it is a job of one rank.
 
     Args:
-        use_cuda: Whether the job's own group needs NCCL, too.
+        use_cuda: Choose a device; tensors on it go over NCCL on the job's group, unless
+            several ranks of a host share a device, where NCCL refuses to work: over gloo.
         timeout_seconds: How long a collective may take, the peers' included.
         is_alone: Be a job of one rank, whatever launcher the environment speaks of.
     """
@@ -50,11 +52,9 @@ class Team:
     ) -> None:
         environment = {} if is_alone else os.environ
         self.timeout_seconds = timeout_seconds
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        backend = _on_cuda(environment) if use_cuda else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         if "RANK" in environment:
-            if use_cuda:
-                torch.cuda.set_device(int(environment["LOCAL_RANK"]))
             init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(
@@ -142,6 +142,19 @@ class Team:
             ContenderFailed: It failed on one of them.
         """
         self.timed(lambda: action() if self.local_rank == 0 else None)
+
+
+def _on_cuda(environment: Mapping[str, str]) -> str:
+    """Choose this rank's device; return the backend of the job's group."""
+    local_rank = int(environment.get("LOCAL_RANK", 0))
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0:
+        msg = "--cuda: there is no CUDA device here."
+        raise click.UsageError(msg)
+    torch.cuda.set_device(local_rank % num_devices)
+    torch.zeros(1, device="cuda")  # else a device mesh chooses the device LOCAL_RANK
+    return "cpu:gloo,cuda:gloo" if local_world_size > num_devices else "cpu:gloo,cuda:nccl"
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt.bench import limit, measure
+from distckpt.bench import limit
+from distckpt.bench.calls import Calls
 from distckpt.bench.contender import EAGER, LAZY, Contender
 from distckpt.bench.ours import Ours
 from distckpt.bench.peers import PEERS, why_unusable
 from distckpt.bench.results import LIMIT_PREFIX, OURS, WorkloadResults
-from distckpt.bench.team import ContenderFailed, Team, Timed
+from distckpt.bench.team import ContenderFailed, Team
 from distckpt.bench.workloads import Workload
 
 _Made = TypeVar("_Made")
@@ -24,7 +25,7 @@ class Options:
     """What the user asked for.
 
     Attributes:
-        repeat: Repetitions, besides the first of the process.
+        repeat: Repetitions that count.
         phases: Names of ``PHASES``.
         compare: Names of peers.
         say: Tells the user what runs.
@@ -51,6 +52,7 @@ class Turns:
         self.team = team
         self.options = options
         self.results = results
+        self.calls = Calls(workload, team)
         self._folder = folder
         self._num_made = 0
         self._contenders: dict[str, Contender] = {}
@@ -105,10 +107,8 @@ class Turns:
         return os.path.join(self._folder, f"{self._num_made:03}-{name}")
 
     def _any(self, name: str) -> Contender:
-        if name == limit.READ:
-            return self._limits[limit.BUFFERED]
-        if name == limit.MAPPED:
-            return self._limits[limit.BUFFERED].mapped()
+        if name in limit.READS:
+            return self._limits[limit.BUFFERED].reading(name)
         return self._limits[name] if name in self._limits else self._contenders[name]
 
     def _in_turn(
@@ -136,35 +136,8 @@ class Turns:
             if LAZY not in self._modes.get(name, (LAZY,)):
                 self.results.series.setdefault(lazy, {})[name] = series
 
-    def _saved(self, contender: Contender) -> tuple[Timed, list[float]]:
-        self._settle()
-        timed, moved = self._moving(contender, contender.save)
-        self._tidy(contender)
-        return timed, moved
-
-    def _attempt(
-        self, contender: Contender, action: Callable[[], Sequence[float] | None]
-    ) -> Timed:
-        return self.team.timed(action, contender.abandon)
-
-    def _tidy(self, contender: Contender) -> None:
-        self._attempt(contender, contender.tidy)
-
     def _close(self, contender: Contender) -> None:
-        self._attempt(contender, contender.close)
-
-    def _moving(
-        self, contender: Contender, action: Callable[[], None]
-    ) -> tuple[Timed, list[float]]:
-        """Time an action, with the bytes that the busiest rank moved."""
-        before = measure.moved()
-        timed = self._attempt(contender, action)
-        moved = measure.moved().since(before)
-        counts = [moved.written, moved.read, moved.disk_written, moved.disk_read]
-        return timed, self.team.largest(counts)
-
-    def _settle(self) -> None:
-        self.team.first_here(measure.settle)
+        self.calls.attempt(contender, contender.close)
 
     def _guard(self, name: str, what: str, do: Callable[..., None], *args: Any) -> None:
         """Do something for one contender; if it fails, go on without it."""

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distckpt import Checkpoint
 from distckpt.bench.team import Team
-from distckpt.checkpoint import Checkpoint
 
 _MAX_PER_MODULE = 100
 
@@ -27,12 +27,14 @@ class Workload:
 
     Attributes:
         name: As on the command line.
+        scale: As on the command line.
         modules: By the name it is tracked under.
         optimizer: Whose state is saved, too.
         replicated: Whether every rank holds all of it.
     """
 
     name: str
+    scale: float
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer | None
     replicated: bool
@@ -239,7 +241,14 @@ def build(name: str, scale: float, team: Team, use_cuda: bool) -> Workload:
     modules, optimizer = kind.make(maker, scale)
     replicated = not kind.is_sharded
     return Workload(
-        name, modules, optimizer, replicated, device, team.rank, team.world_size
+        name,
+        scale,
+        modules,
+        optimizer,
+        replicated,
+        device,
+        team.rank,
+        team.world_size,
     )
 
 

@@ -1,7 +1,12 @@
-"""CUDA tensors: in one process, sharded over NCCL, on ranks that share a device."""
+"""CUDA tensors: in one process, sharded over NCCL, on ranks that share a device.
+
+With ``DISTCKPT_GPU_TESTS_DEVICE=cpu`` the same tests run on the CPU: that tries the tests
+themselves where there is no device.
+"""
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -15,10 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from distckpt import Checkpoint, CheckpointManager, CheckpointOptions, PerRank, RngState
 
+DEVICE = os.environ.get("DISTCKPT_GPU_TESTS_DEVICE", "cuda")
+ON_CUDA = DEVICE == "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.alone,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        ON_CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"
+    ),
 ]
 
 DTYPES = [
@@ -86,7 +95,7 @@ def _cleared(tensors, device):
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")]
+    ("source", "target"), [(DEVICE, DEVICE), (DEVICE, "cpu"), ("cpu", DEVICE)]
 )
 def test_tensors_of_a_device_come_back_bit_for_bit(tmp_path, source, target):
     """Every dtype and every way to lie in memory, also to another device."""
@@ -101,14 +110,14 @@ def test_tensors_of_a_device_come_back_bit_for_bit(tmp_path, source, target):
 
 def test_view_with_gaps_on_a_device_is_restored_in_place(tmp_path):
     """What lies between its elements stays as it is."""
-    path = _save(str(tmp_path), x=torch.arange(12.0, device="cuda").view(3, 4))
-    whole = torch.full((3, 8), -1.0, device="cuda")
+    path = _save(str(tmp_path), x=torch.arange(12.0, device=DEVICE).view(3, 4))
+    whole = torch.full((3, 8), -1.0, device=DEVICE)
     _restore(str(tmp_path), path, x=whole[:, ::2])
-    assert torch.equal(whole[:, ::2], torch.arange(12.0, device="cuda").view(3, 4))
+    assert torch.equal(whole[:, ::2], torch.arange(12.0, device=DEVICE).view(3, 4))
     assert (whole[:, 1::2] == -1).all()
 
 
-def _model(seed, device="cuda"):
+def _model(seed, device=DEVICE):
     torch.manual_seed(seed)
     layers = nn.Linear(6, 7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, 5)
     return nn.Sequential(*layers).to(device)
@@ -117,16 +126,17 @@ def _model(seed, device="cuda"):
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
     "fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
-    "capturable": lambda p: torch.optim.AdamW(p, lr=0.05, capturable=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
 }
+if ON_CUDA:
+    OPTIMIZERS["capturable"] = lambda p: torch.optim.AdamW(p, lr=0.05, capturable=True)
 
 
 def _train(model, optimizer, steps):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(torch.ones(4, 6, device="cuda")).square().mean()
+        loss = model(torch.ones(4, 6, device=DEVICE)).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -166,8 +176,9 @@ def test_fresh_optimizer_on_a_device_trains_on_bit_for_bit(tmp_path, name):
 
 
 def _join(rank, world_size, rendezvous, backend, device):
-    torch.cuda.set_device(device)
-    torch.zeros(1, device="cuda")  # from here on nobody chooses another device
+    if ON_CUDA:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=DEVICE)  # from here on nobody chooses another device
     dist.init_process_group(
         backend,
         init_method=f"file://{rendezvous}",
@@ -179,14 +190,14 @@ def _join(rank, world_size, rendezvous, backend, device):
 
 def _sharded(seed, world_size):
     model = _model(seed)
-    mesh = init_device_mesh("cuda", (world_size,))
+    mesh = init_device_mesh(DEVICE, (world_size,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=0.05)
 
 
 def _fsdp_over_nccl(rank, world_size, rendezvous, directory):
-    _join(rank, world_size, rendezvous, "cpu:gloo,cuda:nccl", rank)
+    _join(rank, world_size, rendezvous, "cpu:gloo,cuda:nccl" if ON_CUDA else "gloo", rank)
     model, optimizer = _sharded(0, world_size)
     torch.manual_seed(2 + rank)
     _train(model, optimizer, 2)
@@ -214,7 +225,7 @@ def _in_full(model, optimizer):
 
 def test_fsdp_over_nccl_trains_on_bit_for_bit(tmp_path):
     """One rank on each device; then the whole model in one process, on the CPU."""
-    world_size = torch.cuda.device_count()
+    world_size = torch.cuda.device_count() if ON_CUDA else 2
     ((path, saved), *_) = values_of(
         run_ranks(
             _fsdp_over_nccl,
@@ -232,7 +243,7 @@ def test_fsdp_over_nccl_trains_on_bit_for_bit(tmp_path):
 
 
 def _on_one_device(rank, world_size, rendezvous, directory):
-    _join(rank, world_size, rendezvous, "cpu:gloo,cuda:gloo", 0)
+    _join(rank, world_size, rendezvous, "cpu:gloo,cuda:gloo" if ON_CUDA else "gloo", 0)
     model, optimizer = _sharded(0, world_size)
     # Gradients without a backward pass: gloo has not all that FSDP2 asks of a device.
     for index, parameter in enumerate(model.parameters()):
@@ -275,10 +286,10 @@ def test_asynchronous_save_holds_what_was_there_at_the_call(tmp_path, staging):
     """Everything changes at the earliest moment, in the same stream, without waiting."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8)), nn.BatchNorm1d(2048))
-    model.cuda()
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters())
     options = CheckpointOptions(enable_async=True, staging=staging)
-    batch = torch.randn(16, 2048, device="cuda")
+    batch = torch.randn(16, 2048, device=DEVICE)
     model(batch).sum().backward()
     optimizer.step()
     checkpoint = Checkpoint(model=model, optimizer=optimizer)
@@ -294,6 +305,31 @@ def test_asynchronous_save_holds_what_was_there_at_the_call(tmp_path, staging):
                 *(nn.Linear(2048, 2048) for _ in range(8)), nn.BatchNorm1d(2048)
             )
             other = torch.optim.AdamW(copy.parameters())
+            Checkpoint(model=copy, optimizer=other).restore(path)
+            saved = copy.state_dict()
+            for name, value in expected.items():
+                assert _raw(saved[name]) == _raw(value), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("staging", ["eager", "lazy"])
+def test_asynchronous_save_of_two_devices_waits_for_both(tmp_path, staging):
+    """The copies from the one that is not current are in a stream of its own, too."""
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    model = nn.ModuleList(nn.Linear(4096, 4096, device=device) for device in devices)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = CheckpointOptions(enable_async=True, staging=staging)
+    checkpoint = Checkpoint(model=model, optimizer=optimizer)
+    with _manager(checkpoint, str(tmp_path / "run")) as manager:
+        for _ in range(5):
+            for layer, device in zip(model, devices, strict=True):
+                layer(torch.randn(256, 4096, device=device)).sum().backward()
+            expected = {name: value.clone() for name, value in model.state_dict().items()}
+            path = manager.save(options=options)
+            optimizer.step()
+            manager.sync()
+            copy = nn.ModuleList(nn.Linear(4096, 4096) for _ in devices)
+            other = torch.optim.SGD(copy.parameters(), lr=0.1)
             Checkpoint(model=copy, optimizer=other).restore(path)
             saved = copy.state_dict()
             for name, value in expected.items():

@@ -146,8 +146,10 @@ def test_plot_without_matplotlib_says_what_to_install(workload, tmp_path, monkey
 
 def test_names_on_the_command_line_are_those_of_the_code():
     """They stand there twice, as ``--help`` does without torch."""
-    from distckpt.bench import peers, phases, workloads
+    from distckpt.bench import limit, peers, phases, workloads
 
     assert tuple(workloads.KINDS) == command.WORKLOADS
     assert tuple(peers.PEERS) == command.PEERS
     assert tuple(phases.PHASES) == command.PHASES
+    # The limits' names say what is measured: one name, one way of writing or reading.
+    assert not {*limit.READS} & {f"limit:{method}" for method in limit.METHODS}

@@ -10,8 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from distckpt import Checkpoint, PerRank, shard_file, storage
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointOptions,
+    PerRank,
+    shard_file,
+    storage,
+)
 from distckpt.arena import Arena
 from distckpt.checkpoint import capture
 from distckpt.errors import SaveFailed, StorageError
@@ -244,3 +252,19 @@ def test_lazy_copy_outlives_the_tensors_it_is_of(tmp_path):
     assert snapshot.write(lazy) == expected
     assert _bytes_of(lazy) == _bytes_of(direct)
     assert reused
+
+
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_lazy_save_holds_optimizers_only_if_it_copies_later(tmp_path, has_optimizer):
+    """Without an optimizer all is copied at the call, and nothing is hooked or imported."""
+    model = nn.Linear(3, 3)
+    optimizers = {"optimizer": torch.optim.AdamW(model.parameters())}
+    checkpoint = Checkpoint(model=model, **(optimizers if has_optimizer else {}))
+    options = CheckpointOptions(enable_async=True, staging="lazy")
+    before = len(_global_optimizer_pre_hooks)
+    with CheckpointManager(checkpoint, str(tmp_path), 1) as manager:
+        path = manager.save(options=options)
+        assert len(_global_optimizer_pre_hooks) == before + has_optimizer
+        manager.sync()
+        assert manager.latest_checkpoint == path
+    assert len(_global_optimizer_pre_hooks) == before
