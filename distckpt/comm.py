@@ -255,7 +255,9 @@ class GroupChannel:
                 under_way.popleft()
         except BaseException as error:
             # Collectives are left outstanding, or the others wait for some.
-            _adrift.extend(work for work, _ in under_way)
+            for work, _ in under_way:
+                _keep_for_ever(work)
+                _adrift.append(work)
             self._break(messages.describe(error))
             raise
         finally:
@@ -424,6 +426,9 @@ def _poll(waiting: Waiting, work: Any) -> None:
         work.wait()
     except RuntimeError as error:
         raise waiting.connection_broke(error) from error
+    except BaseException:
+        _keep_for_ever(work)  # it goes on
+        raise
     waiting.got_something()
 
 
@@ -438,13 +443,15 @@ def check_nothing_adrift() -> None:
         raise RestoreFailed(msg)
 
 
-def _keep_for_ever(group: object) -> None:
-    """Keep a broken group from being destroyed, so that the process can exit at once.
+def _keep_for_ever(broken: object) -> None:
+    """Keep a broken group, or its operation, so that the process can exit at once.
 
-    gloo's destructor waits for operations that will never end. A reference in a global
-    would not do: the interpreter drops those on its way out.
+    The destructor of a group waits for operations that will never end. torch 2.9 aborts
+    the process if a thread of gloo's drops the last reference to an operation while the
+    interpreter ends. A reference in a global would not do: the interpreter drops those on
+    its way out.
     """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(broken))
 
 
 def _tensor(data: bytes) -> torch.Tensor:

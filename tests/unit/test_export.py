@@ -89,12 +89,24 @@ def writable(name, to):
     return True
 
 
+def loadable(name, to):
+    """Tell whether this version of torch has a dtype, and DCP, which copies, reads it."""
+    dtype = getattr(torch, name, None)
+    if dtype is None or to != DCP:
+        return dtype is not None
+    try:
+        torch.empty(1, dtype=dtype).copy_(torch.empty(1, dtype=dtype))
+    except NotImplementedError:  # float4_e2m1fn_x2 with torch 2.9
+        return False
+    return True
+
+
 @pytest.mark.parametrize("to", EXPORTED)
 def test_every_dtype_and_shape_of_several_ranks_is_read_by_the_real_library(
     run_dir, target, to
 ):
     """Sharded by rows and by columns, without dimensions, without elements."""
-    names = [n for n in sorted(dtypes.names()) if hasattr(torch, n) and writable(n, to)]
+    names = [n for n in sorted(dtypes.names()) if writable(n, to) and loadable(n, to)]
     saved, expected = make_odd(run_dir, names)
     more = {"tracked_object": "odd"} if to == HUGGINGFACE else {}
     do_export(saved.prefix, target, to, **more)
