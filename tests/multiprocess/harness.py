@@ -72,9 +72,12 @@ class RankResult:
 
 
 def held_up_seconds(pid: int | str = "self") -> float:
-    """Return how long all threads of a process have waited for a processor so far."""
+    """Return how long all threads of a process have waited for a processor so far.
+
+    As far as it can be told: some tests take all descriptors of their process.
+    """
     nanoseconds = 0
-    with suppress(FileNotFoundError):  # it has ended
+    with suppress(OSError):  # or it has ended
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(FileNotFoundError, ProcessLookupError):
                 path = f"/proc/{pid}/task/{thread}/schedstat"

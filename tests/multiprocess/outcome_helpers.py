@@ -53,7 +53,8 @@ def outcome(call, *args, **kwargs):
             max(0.0, held_up_seconds() - held_up),
         )
     seconds = time.monotonic() - started
-    return Outcome("ok", result, "", None, seconds, (), held_up_seconds() - held_up)
+    held_up = max(0.0, held_up_seconds() - held_up)
+    return Outcome("ok", result, "", None, seconds, (), held_up)
 
 
 class LoggedTexts(logging.Handler):
