@@ -212,7 +212,7 @@ def test_each_leftover_is_named_with_its_fate(saved, tmp_path):
     assert "died" in said[pending.pending]
     assert "under way" in said[make_attempt(11, epoch=1).pending]
     assert "next claim deletes" in said[lost.published]
-    assert "nobody deletes" in said[foreign.published]
+    assert "nothing deletes" in said[foreign.published]
     assert len(texts) == 6
 
 
