@@ -33,8 +33,8 @@ from scenario import (
 )
 
 # The last two so that not each child imports them.
-from distckpt import cli, opened, paths, readers, record, shard_header
-from distckpt.errors import DistckptError
+from distckpt import cli, opened, paths, readers, record, stamp
+from distckpt.errors import DistckptError, FormatError
 from distckpt.manifest import Manifest
 from distckpt.verify import verify_attempt
 
@@ -662,10 +662,14 @@ def _use(craft: Craft) -> list[str]:
     for command in (["list"], ["list", "--json"], ["verify"], doctor, ["repair"]):
         _run(refused, *command, craft.root)
     _run(refused, "show", craft.path(craft.attempt.prefix))
-    report = verify_attempt(craft.folder, None)
-    if not report.ok:
-        refused.append("verify")
+    attempt("verify", lambda: _verify(craft.folder))
     return refused
+
+
+def _verify(folder: str) -> None:
+    report = verify_attempt(folder, None)
+    if not report.ok:
+        raise FormatError(report.problems[0])
 
 
 def _read_everything(root: str) -> None:
@@ -819,4 +823,4 @@ def test_untouched_directory_is_used_without_a_complaint(scratch: str, template:
     craft = Craft(scratch)
     assert _use(craft) == []
     assert isinstance(Manifest.decode(_read(craft.manifest)), Manifest)
-    assert shard_header.FORMAT == 1
+    assert Manifest.decode(_read(craft.manifest)).stamp == stamp.CURRENT

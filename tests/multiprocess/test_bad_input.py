@@ -431,7 +431,7 @@ DAMAGES = {
     ),
     "newer shard format": (
         lambda d, last: _replace_text(
-            _shard(d, last), b'\\"format\\":1', b'\\"format\\":2'
+            _shard(d, last), b"2-provisional.1", b"3-provisional.1"
         ),
         True,
     ),
@@ -442,7 +442,7 @@ DAMAGES = {
     "truncated manifest": (lambda d, last: _truncate(_manifest(d)), True),
     "empty manifest": (lambda d, last: _truncate(_manifest(d), 0), True),
     "newer manifest format": (
-        lambda d, last: _replace_text(_manifest(d), b'"format": 1', b'"format": 2'),
+        lambda d, last: _replace_text(_manifest(d), b"2-provisional.1", b"3-provisional.1"),
         True,
     ),
     "missing manifest": (lambda d, last: os.unlink(_manifest(d)), False),
@@ -566,8 +566,8 @@ RECORD_DAMAGES = {
         lambda path: _replace_text(path, b'"epoch": 1', b'"epoch": 2'),
     ),
     "newer": (
-        "CorruptStateError",
-        lambda path: _replace_text(path, b'"format": 1', b'"format": 9'),
+        "NewerFormatError",
+        lambda path: _replace_text(path, b'"2-provisional.1"', b"9"),
     ),
     "directory": ("UnsafeCheckpointError", _replace_by_directory),
     "gone with all others": (
