@@ -52,7 +52,8 @@ def test_numbers_are_those_that_torch_reads(dtype):
     if any(wide):
         tensor = tensor.to(torch.float64 if wide[0] else torch.complex128)
     found = elements.numbers_of(raw, dtype)
-    assert np.array_equal(found, tensor.numpy(), equal_nan=any(wide))
+    with np.errstate(invalid="ignore"):  # numpy 2.5 leaves signalling NaN as they are
+        assert np.array_equal(found, tensor.numpy(), equal_nan=any(wide))
     assert found.dtype == (np.uint8 if dtype == "bool" else tensor.numpy().dtype)
 
 
