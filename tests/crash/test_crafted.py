@@ -756,11 +756,19 @@ def template(tmp_path_factory) -> str:
     return directory
 
 
+# By default every third attack is tried, and those that a mutant of mutants.py needs.
+IN_THE_SAMPLE = {"header: entry that stands twice"}
+
+
 @pytest.mark.parametrize(
     "attack",
     [
         pytest.param(
-            attack, id=attack.name, marks=() if index % 3 == 0 else pytest.mark.full
+            attack,
+            id=attack.name,
+            marks=()
+            if index % 3 == 0 or attack.name in IN_THE_SAMPLE
+            else pytest.mark.full,
         )
         for index, attack in enumerate(ATTACKS)
     ],
