@@ -24,6 +24,7 @@ from distckpt.errors import (
     DirectoryInUseError,
     FencedError,
     FormatError,
+    NewerFormatError,
     StorageError,
 )
 from distckpt.identity import Identity
@@ -533,7 +534,14 @@ class Chief:
             raise FencedError(self._fenced)
         if by_name and state.is_newest(self._directory, self._head):
             return
-        newest = state.read_head(self._directory)
+        try:
+            newest = state.read_head(self._directory)
+        except NewerFormatError as error:
+            self._fenced = (
+                f"{self._directory} has been claimed by a newer version of distckpt; this "
+                f"manager may not write there any more. What it committed is safe. {error}"
+            )
+            raise FencedError(self._fenced) from error
         if newest == self._head:
             return
         if newest is None:

@@ -36,7 +36,7 @@ from distckpt import (
     stamp,
     state,
 )
-from distckpt.errors import CorruptStateError, ManifestError, ShardFileError
+from distckpt.errors import CorruptStateError, FencedError, ManifestError, ShardFileError
 from distckpt.manifest import Manifest
 from distckpt.record import Entry, Record, digest
 from distckpt.shard_header import Draft
@@ -166,6 +166,30 @@ def test_manager_that_was_made_before_does_not_claim(run_dir):
     with pytest.raises(NewerFormatError):
         mine.prepare_claim()
     assert sorted(os.listdir(run_dir)) == names
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["begin", "commit"])
+def test_manager_is_fenced_by_a_claim_of_a_newer_version(run_dir, is_written):
+    """A running job of this version hears that it is fenced, as by any other claim."""
+    old = make_claimed(run_dir)
+    saved = save(old, run_dir, 1)
+    if is_written:
+        attempt = old.begin(2, 0)
+        shards = write_attempt(old, run_dir, attempt)
+    newest = state.read_head(run_dir)
+    claim = replace(
+        newest.record,
+        number=newest.record.number + 1,
+        previous=newest.digest,
+        epoch=2,
+        action="claim",
+        stamp=UNKNOWN_NEED,
+    )
+    state.append(run_dir, claim)
+    with pytest.raises(FencedError, match=r"newer version of distckpt.*telepathy"):
+        commit(old, attempt, shards) if is_written else old.begin(2, 0)
+    old.close()
+    assert os.path.isdir(os.path.join(run_dir, saved.published))
 
 
 def test_copy_of_a_newer_record_beside_older_records_is_not_claimed(run_dir):
