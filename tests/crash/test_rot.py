@@ -29,7 +29,12 @@ from scenario import (
 )
 
 from distckpt import paths, readers
-from distckpt.errors import CorruptStateError, FormatError, StorageError
+from distckpt.errors import (
+    CorruptStateError,
+    FormatError,
+    NewerFormatError,
+    StorageError,
+)
 from distckpt.verify import Report, verify_attempt
 
 pytestmark = pytest.mark.timeout(1200)
@@ -205,7 +210,12 @@ class Rot(Campaign[Damage]):
             if is_missing:
                 claim(make_chief(directory))
             found = readers.read_record(directory)
-        except CorruptStateError as error:
+        except (CorruptStateError, NewerFormatError) as error:
+            demand(
+                Wrong,
+                isinstance(error, CorruptStateError) or self._is_in_format(point),
+                f"taken for a newer version's: {error}",
+            )
             demand(
                 Wrong,
                 is_missing or os.path.join(directory, point.path) in str(error),
@@ -214,6 +224,19 @@ class Rot(Campaign[Damage]):
             demand(Wrong, "distckpt repair" in str(error), str(error))
         else:
             raise Wrong(f"taken for {found}")
+
+    def _is_in_format(self, point: Damage) -> bool:
+        """Tell whether a bit of a record's format flips.
+
+        The format is read before the checksum, so this is taken for a newer version. The
+        message names the file and `repair`: see decision 22.
+        """
+        if point.what != FLIP:
+            return False
+        with open(os.path.join(self._template, point.path), "rb") as file:
+            content = file.read()
+        begin = content.index(b'"format"')
+        return begin <= point.where // 8 < content.index(b'"version"')
 
     def _check_read(self, directory: str, point: Damage, folder: str) -> None:
         """Read it, by way of the records' digests: nothing wrong may come out."""
@@ -246,6 +269,24 @@ def test_rot_is_found_and_the_right_file_named(
     figures.demand_zeros()
     assert figures.tried == len(indexes)
     assert {FLIP, CUT, MISSING, SWAPPED, FOREIGN} <= set(figures.others)
+
+
+def test_every_bit_of_a_records_format_is_found(scratch: str):
+    """Some flips give another valid format. Each message names the file and `repair`."""
+    figures = Figures()
+    with CAMPAIGN.opened(scratch):
+        newest = max(
+            path for path in CAMPAIGN._files if path.startswith(paths.RECORDS_DIRECTORY)
+        )
+        points = [
+            point
+            for bit in range(8 * CAMPAIGN._size(newest))
+            if CAMPAIGN._is_in_format(point := Damage(newest, FLIP, bit))
+        ]
+        for point in points:
+            CAMPAIGN.play(scratch, point, figures)
+    figures.demand_zeros()
+    assert figures.others[FLIP] == len(points) > 8 * len('"format":1')
 
 
 def test_manifests_that_change_places_are_found(scratch: str):
