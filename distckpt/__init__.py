@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from distckpt.gate import Decision
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
+    from distckpt.parts import Parts
     from distckpt.per_rank import PerRank, RngState
     from distckpt.policy import (
         CheckpointInfo,
@@ -90,6 +91,7 @@ __all__ = [
     "NewerFormatError",
     "OpenedCheckpoint",
     "OutcomeUnknown",
+    "Parts",
     "PeerLost",
     "PeerTimeout",
     "PerRank",
@@ -131,6 +133,7 @@ _HOMES = {
     "Decision": "gate",
     "Event": "events",
     "OpenedCheckpoint": "opened",
+    "Parts": "parts",
     "PerRank": "per_rank",
     "RestoreOptions": "restore_names",
     "RngState": "per_rank",

@@ -90,6 +90,7 @@ class Job:
         requests: What other processes ask for; on the chief, if saves are made for that.
         requested: Who asked for a save when the ranks asked last; on the chief.
         calls_left: After how many more calls of ``save()`` to ask about all this.
+        warned_of_stateless: Paths of the optimizers whose missing state has been logged.
     """
 
     checkpoint: Checkpoint
@@ -120,6 +121,7 @@ class Job:
     requests: Lookout[list[Request]] | None = None
     requested: list[Request] = field(default_factory=list)
     calls_left: int = 1
+    warned_of_stateless: set[str] = field(default_factory=set)
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distckpt import tensors, torch_versions, values
+from distckpt.dtypes import FLOATS
 from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
@@ -273,13 +274,20 @@ class RestorePlan:
         if row is None:
             kind = "a plain value" if self.saved.has_value(name) else "not there"
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
-        elif not _fits(row, known):
+        elif not _fits(row, known) and not self._can_convert(row, known):
             self.problems.append(
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
                 f"{known.dtype} {list(known.shape)} here"
             )
         elif not self._is_read_already(name, row, identity):
             self.reads[row.name] = tensor
+
+    def _can_convert(self, row: Row, known: KnownTensor) -> bool:
+        return (
+            self.saved.names.cast
+            and row.shape == known.shape
+            and {row.dtype, known.dtype} <= FLOATS
+        )
 
     def _is_read_already(self, name: str, row: Row, identity: object) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from distckpt.layout import Layouts, Table
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
+
+_logger = logging.getLogger(__name__)
 
 
 class SavePlan(NamedTuple):
@@ -108,6 +111,7 @@ def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> 
     job.events.tell(CAPTURE, seconds=ran.seconds, **about)
     job.events.tell(DECIDE, seconds=time.monotonic() - began, **about)
     state = ran.result
+    _warn_of_stateless(job, state)
     key = bytes.fromhex(answer["key"])
     values = state.values
     if answer["table_senders"] or answer["value_senders"]:
@@ -116,6 +120,23 @@ def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> 
         job.layouts = Layouts(key, [state.table], [0] * job.world_size)
     assert job.layouts is not None and job.layouts.key == key
     return Planned(attempt, state.captured, SavePlan(job.layouts, values))
+
+
+def _warn_of_stateless(job: Job, state: _State) -> None:
+    """Say once that an optimizer has no state: after a step that is hardly meant so."""
+    if not state.call.step:
+        return
+    for leaves in state.captured:
+        for path in leaves.stateless:
+            if path not in job.warned_of_stateless:
+                job.warned_of_stateless.add(path)
+                _logger.warning(
+                    "%s has no state at step %s. If it has made steps, its state is kept "
+                    "where its state_dict() does not look; track the optimizer that has "
+                    "it. A job that is restored would begin with fresh moments.",
+                    path,
+                    state.call.step,
+                )
 
 
 def _decide(job: Job, votes: Sequence[Vote], begin: Callable[[], Attempt]) -> Answer:
