@@ -259,7 +259,9 @@ class RestorePlan:
         )
         if is_simple:
             self.saved.take_rows(names)
-            self.reads.update(zip(names, live, strict=True))
+            # Its own name, which is another one in a file of safetensors'.
+            saved_names = [row.name for row in rows if row is not None]
+            self.reads.update(zip(saved_names, live, strict=True))
             self._names.update(
                 (one.identity, name) for one, name in zip(known, names, strict=True)
             )

@@ -110,7 +110,7 @@ def test_user_code_that_raises_on_one_rank_is_the_same_error_on_all(
     for what, kind, text in (
         ("init_fn", "RestoreFailed", "ValueError: cannot initialize"),
         ("state_dict", "SaveFailed", "ValueError: cannot save"),
-        ("load_state_dict", "RestoreFailed", "ValueError: cannot load"),
+        ("load_state_dict", "RestoreFailed", "trap: ValueError: cannot load"),
     ):
         for rank, found in enumerate(results):
             assert found[what].kind == kind
