@@ -16,7 +16,7 @@ from distckpt import tensors, torch_versions, values
 from distckpt.dtypes import FLOATS
 from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
-from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
+from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
 from distckpt.restore_names import Names, near_names
 from distckpt.values import TensorRef
 
@@ -533,7 +533,7 @@ def _in_a_job() -> bool:
 
 def _is_plain(row: Row, parameter: torch.Tensor, is_count: bool) -> bool:
     """Tell whether what was saved is a plain tensor beside a sharded parameter, too."""
-    if row.kind == WHOLE:
+    if row.kind in (WHOLE, ONE):
         # Saved beside a sharded one. With more elements it cannot be kept beside one that
         # is cut: there, each rank's would be another part.
         return prod(row.shape) <= 1 or not tensors.is_cut(parameter)
