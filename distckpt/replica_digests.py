@@ -7,6 +7,7 @@ buffers, and one for each way in which its sharded tensors have replicas.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ _BLOCK_BYTES = 64 * 1024
 _BLOCKS = 64
 _SMALL_BYTES = 64 * 1024
 _MOST_SMALL_BYTES = _BLOCKS * _BLOCK_BYTES
+_MOST_SMALL = 256
+_MOST_PIECES = 600
 
 # Elements of a device's memory that are summed at a time.
 _CHUNK = 2**22
@@ -46,6 +49,7 @@ class ReplicaClass(NamedTuple):
         are_buffers: Whether they are buffers of modules, of which one rank's is stored.
         small: Positions of those that every save compares.
         large: Positions of the others.
+        starts: Where each of these begins, if they lay end to end; and where the last ends.
     """
 
     key: bytes
@@ -54,6 +58,7 @@ class ReplicaClass(NamedTuple):
     are_buffers: bool
     small: list[int]
     large: list[int]
+    starts: list[int]
 
 
 @dataclass(slots=True)
@@ -168,14 +173,18 @@ def _make_class(
     names = [member.name for member in members]
     text = "\n".join([repr(where), str(is_buffer), *names])
     every = [*leaves.values()]
-    small, large, size = [], [], 0
+    small: list[int] = []
+    large: list[int] = []
+    starts, size = [0], 0
     for position, member in enumerate(members):
         leaf_size = every[member.leaf].known.size_bytes
-        if member.is_small and size + leaf_size <= _MOST_SMALL_BYTES:
+        fits = len(small) < _MOST_SMALL and size + leaf_size <= _MOST_SMALL_BYTES
+        if member.is_small and fits:
             small.append(position)
             size += leaf_size
         else:
             large.append(position)
+            starts.append(starts[-1] + leaf_size)
     return ReplicaClass(
         xxhash.xxh3_64_digest(text.encode()),
         names,
@@ -183,6 +192,7 @@ def _make_class(
         is_buffer,
         small,
         large,
+        starts,
     )
 
 
@@ -243,11 +253,14 @@ def report_sampled(captured: Captured, classes: list[ReplicaClass], turn: int) -
     return Report(classes, [_sampled(every, one, turn) for one in classes])
 
 
-def num_turns(captured: Captured, one: ReplicaClass) -> int:
+def num_turns(one: ReplicaClass) -> int:
     """Return after how many saves each block of a class has been compared."""
-    every = [*captured.shared.tensors.values()]
-    size = sum(every[one.indexes[at]].known.size_bytes for at in one.large)
-    return max(-(-size // (_BLOCKS * _BLOCK_BYTES)), 1)
+    total = one.starts[-1]
+    num_blocks = -(-total // _BLOCK_BYTES)
+    # A block of many small tensors takes longer than one of a large one.
+    pieces_of_block = 1 + len(one.large) * _BLOCK_BYTES / max(total, 1)
+    blocks_a_save = min(max(int(_MOST_PIECES / pieces_of_block), 1), _BLOCKS)
+    return max(-(-num_blocks // blocks_a_save), 1)
 
 
 def _sampled(every: Sequence[Leaf], one: ReplicaClass, turn: int) -> bytes:
@@ -256,7 +269,7 @@ def _sampled(every: Sequence[Leaf], one: ReplicaClass, turn: int) -> bytes:
     for at in one.small:
         leaf = every[one.indexes[at]]
         _add_range(digest, device, leaf, 0, leaf.known.size_bytes)
-    for at, start, stop in _blocks(every, one, turn):
+    for at, start, stop in _blocks(one, turn):
         _add_range(digest, device, every[one.indexes[at]], start, stop)
     if device:
         # One copy to the host for all of them.
@@ -264,24 +277,20 @@ def _sampled(every: Sequence[Leaf], one: ReplicaClass, turn: int) -> bytes:
     return digest.digest()
 
 
-def _blocks(
-    every: Sequence[Leaf], one: ReplicaClass, turn: int
-) -> Iterator[tuple[int, int, int]]:
-    """Walk the parts of tensors whose turn it is: position, first byte, end."""
-    sizes = [every[one.indexes[at]].known.size_bytes for at in one.large]
-    total = sum(sizes)
-    num_blocks = -(-total // _BLOCK_BYTES)
-    step = max(-(-num_blocks // _BLOCKS), 1)
-    position, begins = 0, 0
-    for number in range(turn % step, num_blocks, step):
+def _blocks(one: ReplicaClass, turn: int) -> Iterator[tuple[int, int, int]]:
+    """Walk the parts of tensors whose turn it is: position, first byte, end.
+
+    They are spread evenly, and begin one block later at each save.
+    """
+    total, turns = one.starts[-1], num_turns(one)
+    for number in range(turn % turns, -(-total // _BLOCK_BYTES), turns):
         first, last = number * _BLOCK_BYTES, min((number + 1) * _BLOCK_BYTES, total)
+        position = bisect_right(one.starts, first) - 1
         while first < last:
-            while begins + sizes[position] <= first:
-                begins += sizes[position]
-                position += 1
-            stop = min(last, begins + sizes[position])
+            begins, ends = one.starts[position], one.starts[position + 1]
+            stop = min(last, ends)
             yield one.large[position], first - begins, stop - begins
-            first = stop
+            first, position = stop, position + 1
 
 
 def _add_range(

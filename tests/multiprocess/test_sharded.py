@@ -538,9 +538,8 @@ def _save_two_dimensional(rank, directory, lengths, shape):
         model = _parallel(0, length, shape)
         placements = {n: str(p.placements) for n, p in model.named_parameters()}
         assert "_StridedShard" in placements["up.weight"], placements
-        with _manager(
-            Checkpoint(model=Replicated(model)), f"{directory}/{length}"
-        ) as manager:
+        tracked = Checkpoint(model=Replicated(model))
+        with _manager(tracked, f"{directory}/{length}") as manager:
             paths[length] = manager.save()
         live = _parallel(1, length, shape)
         _restore(Checkpoint(model=live), f"{directory}/{length}", paths[length])

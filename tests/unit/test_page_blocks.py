@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 import distckpt
@@ -136,6 +138,8 @@ class Step:
 def namespace(tmp_path, monkeypatch):
     """Return what a reader has at hand: a job with some checkpoints, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -180,12 +184,16 @@ def namespace(tmp_path, monkeypatch):
         "path": "runs/gpt/ckpt-2",
         "objects": objects,
         "x": 1,
+        "mesh": mesh,
+        "experts": nn.Linear(2, 2),
+        "statistics": {"n": 1},
         "print": lambda *_: None,
     }
     # Else it would wait for further checkpoints for ever.
     found["distckpt"] = _Impatient(distckpt.checkpoints_iterator)
     yield found
     manager.close()
+    dist.destroy_process_group()
 
 
 class _Impatient:
