@@ -264,6 +264,7 @@ def test_block_runs(namespace, block):
 CELLS = [cell for cell in cells() if cell.text not in NOT_OURS]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.name} {cell.text}")
 def test_call_in_a_table_runs(namespace, cell):
     """Arguments that the reader is to think of are filled in."""
