@@ -20,7 +20,15 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, paths, readers, tensors
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    OneRank,
+    PerRank,
+    paths,
+    readers,
+    tensors,
+)
 from distckpt.comm import GroupChannel
 from distckpt.layout import SPLIT, WHOLE, Assignment
 from distckpt.messages import Phase
@@ -155,7 +163,7 @@ def _save_with_own(rank, directory):
     checkpoint = make_checkpoint(
         values=PerRank({"rank": rank, "list": [rank] * (rank + 1)}),
         tensor=PerRank(torch.full((rank + 1,), float(rank))),
-        shared=torch.full((3,), float(rank)),
+        shared=OneRank(torch.full((3,), float(rank))),
         same="for all",
     )
     model = DistributedDataParallel(checkpoint.model)
@@ -171,7 +179,7 @@ def _save_with_own(rank, directory):
         seed=1,
         values=PerRank({}),
         tensor=PerRank(torch.zeros(rank + 1)),
-        shared=torch.zeros(3),
+        shared=OneRank(torch.zeros(3)),
         same="",
     )
     live.model = DistributedDataParallel(live.model)
@@ -179,7 +187,7 @@ def _save_with_own(rank, directory):
         assert manager.restore_or_initialize() == path
     assert live.values.value == {"rank": rank, "list": [rank] * (rank + 1)}
     assert live.tensor.value.tolist() == [rank] * (rank + 1)
-    assert live.shared.tolist() == [0, 0, 0]
+    assert live.shared.value.tolist() == [0, 0, 0]
     assert live.model.module[1].running_mean.tolist() == [10.0] * 8
     assert live.same == "for all"
     assert [p.tolist() for p in live.model.parameters()] == weights
