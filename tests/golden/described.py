@@ -165,6 +165,8 @@ def _inner(module):
 
 def _visit(found, path, value, owners, *, wanted, is_own):
     """Describe what is below a path, if it is the rank's own or the job's, as wanted."""
+    if isinstance(value, Replicated):
+        value = value.value
     if isinstance(value, PerRank):
         _visit(found, path, value.value, owners, wanted=wanted, is_own=True)
     elif isinstance(value, (dict, list)) and _holds_tracked(value):
