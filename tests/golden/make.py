@@ -78,6 +78,10 @@ HIGHEST = 9 * 10**18  # a number of as many digits as a name may have
 # On the ranks of a job
 
 
+# Case and object.
+_COPIES = {("fsdp-over-tp", "model"), ("meshes", "tensors")}
+
+
 class Job:
     """One job in a run directory, as a rank of it sees it.
 
@@ -98,7 +102,7 @@ class Job:
         self.objects = build(self.case, SAVED, as_job=dist.is_initialized())
         # On separate meshes there are copies: of what tensor parallelism has left alone.
         tracked = {
-            name: Replicated(one) if name == "model" and "tp" in self.case else one
+            name: Replicated(one) if (self.case, name) in _COPIES else one
             for name, one in self.objects.items()
         }
         self.checkpoint = Checkpoint(**tracked)
