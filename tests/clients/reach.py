@@ -32,6 +32,8 @@ IGNORED = (
     re.compile(r"hooks(_with_kwargs|_always_called)?$"),
     # Caches of torch's optimizers: names for the profiler, and functions.
     re.compile(r"^_zero_grad_profile_name$|^_patch_step_function$"),
+    # The overrides of bitsandbytes: one object for all optimizers of the process.
+    re.compile(r"^mng$"),
     # The address of the object itself.
     re.compile(r"^_torchdynamo_wrapper_id$"),
 )
@@ -197,7 +199,7 @@ class _Walker:
                 if not name.startswith("__") and hasattr(value, name):
                     attributes[name] = getattr(value, name)
         # So that the state of an optimizer follows the groups that name its parameters.
-        if isinstance(value, torch.optim.Optimizer) and "param_groups" in attributes:
+        if isinstance(value, torch.optim.Optimizer) and "state" in attributes:
             attributes["state"] = attributes.pop("state")
         for name, inner in attributes.items():
             if not _is_ignored(name):
@@ -209,7 +211,9 @@ class _Walker:
             return
         kind = f"{type(value).__name__} {value.dtype} {list(value.shape)}"
         kind += f" {value.layout} {value.device} grad={value.requires_grad}"
-        if is_traceable_wrapper_subclass(value):
+        if value.layout == torch.strided and _is_freed(value):
+            self.found[path] = f"{kind} freed"
+        elif is_traceable_wrapper_subclass(value):
             names, context = value.__tensor_flatten__()
             self.found[path] = f"{kind} {context}"
             yield from ((f".{name}", getattr(value, name)) for name in names)
@@ -220,6 +224,13 @@ class _Walker:
         for name, inner in getattr(value, "__dict__", {}).items():
             if not _is_ignored(name):
                 yield f".{name}", inner
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    """Tell whether its memory was given back, as FSDP2 does between two passes."""
+    if is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _holds_only_plain(value: Any) -> bool:
