@@ -12,6 +12,11 @@ import datetime
 import enum
 import functools
 import logging
+import multiprocessing.connection
+import multiprocessing.process
+import multiprocessing.queues
+import multiprocessing.synchronize
+import queue
 import random
 import re
 import threading
@@ -24,6 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Attributes that are not compared.
@@ -34,6 +41,10 @@ IGNORED = (
     re.compile(r"^_zero_grad_profile_name$|^_patch_step_function$"),
     # The overrides of bitsandbytes: one object for all optimizers of the process.
     re.compile(r"^mng$"),
+    # What FSDP2 notes of its parameters, by numbers that count all of the process.
+    re.compile(r"^__composable_api_state_key"),
+    # How much the workers of a loader have sent by now.
+    re.compile(r"^_task_info$|^_tasks_outstanding$"),
     # The address of the object itself.
     re.compile(r"^_torchdynamo_wrapper_id$"),
 )
@@ -46,7 +57,7 @@ IGNORED_PATHS = (
 )
 PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice, PurePath)
 AS_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-AS_TEXT += (enum.Enum, datetime.timedelta, datetime.datetime, types.GenericAlias)
+AS_TEXT += (DeviceMesh, Placement, enum.Enum, datetime.timedelta, types.GenericAlias)
 # What has no state of its own, or none that two objects could share.
 SKIPPED = (
     types.ModuleType,
@@ -61,6 +72,13 @@ SKIPPED = (
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
     weakref.WeakSet,
+    queue.Queue,
+    multiprocessing.queues.Queue,
+    multiprocessing.queues.SimpleQueue,
+    multiprocessing.connection.Connection,
+    multiprocessing.process.BaseProcess,
+    multiprocessing.synchronize.SemLock,
+    multiprocessing.synchronize.Event,
 )
 FUNCTIONS = (
     types.FunctionType,

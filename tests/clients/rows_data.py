@@ -18,7 +18,7 @@ def _loader(seed: int, **settings: Any) -> Bundle:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     loader = StatefulDataLoader(
-        torch.arange(60).reshape(30, 2), batch_size=3, generator=seeded(seed), **settings
+        torch.arange(120).reshape(60, 2), batch_size=3, generator=seeded(seed), **settings
     )
     return {"loader": PerRank(loader)}
 
@@ -26,7 +26,7 @@ def _loader(seed: int, **settings: Any) -> Bundle:
 def _loader_with_sampler(seed: int) -> Bundle:
     from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-    data = torch.arange(60).reshape(30, 2)
+    data = torch.arange(120).reshape(60, 2)
     sampler = StatefulDistributedSampler(data, num_replicas=2, rank=1, seed=seed)
     return _loader(seed, sampler=sampler)
 

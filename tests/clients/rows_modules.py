@@ -74,7 +74,7 @@ class ListsAndTies(nn.Module):
         self.layers[1].weight = self.layers[0].weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x @ self.listed[0] @ self.listed[1] + self.named["a.b"]
+        x = x @ self.listed[0] @ self.listed[1] + self.named["a/b"]
         return self.layers[1](self.layers[0](x))
 
 

@@ -445,6 +445,6 @@ ROWS = [
         ranks=True,
         expected="optimizer: ZeroRedundancyOptimizer is not supported",
     ),
-    Row("torch.distributed", "_NamedOptimizer", _named, _fit_named),
+    Row("torch.distributed", "_NamedOptimizer", _named, _fit_named, warm=1),
     Row("torch.distributed", "AppState of DCP's tutorial", _app_state, _fit_app),
 ]

@@ -170,6 +170,8 @@ def _compare(row: Row, result: Result, saved: Bundle, reference: Bundle, ours: B
 
 
 def _other(when: str, found: list[str]) -> str:
+    if os.environ.get("CLIENTS_VERBOSE"):
+        print(*found, sep="\n")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"other: {when}: {found[0]}{more}"
 
