@@ -12,7 +12,7 @@ from distckpt.errors import ConfigError
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import mismatch, unexpected
+from distckpt.restore_plan import mismatch
 
 COUNTER = "save_counter"
 
@@ -96,22 +96,26 @@ class Checkpoint:
             FormatError, StorageError: It cannot be read, or its bytes are wrong.
             ConfigError, UnsupportedError: Something tracked cannot be restored into.
         """
-        names = Names(options)
-        located = readers.locate(path)
-        manifest = readers.read_manifest(located.directory, located.manifest_digest)
-        rank, world_size = _rank_and_world_size()
-        nodes = nodes_of(self)
-        remembered = remembered_of(self)
-        loading = Loading(located.directory, manifest, rank, world_size, remembered, names)
-        with loading:
-            loading.open_own(nodes)
-            loading.plan(nodes)
-            loading.open_files()
-            if loading.unexpected:
-                what = name_of(located.directory, manifest)
-                raise mismatch(what, unexpected(loading.unexpected))
-            loading.read()
-            loading.finish()
+        restore(self, path, Names(options))
+
+
+def restore(checkpoint: Checkpoint, path: readers.Path, names: Names) -> None:
+    """Restore objects of this process; see ``Checkpoint.restore``."""
+    located = readers.locate(path)
+    manifest = readers.read_manifest(located.directory, located.manifest_digest)
+    rank, world_size = _rank_and_world_size()
+    nodes = nodes_of(checkpoint)
+    remembered = remembered_of(checkpoint)
+    loading = Loading(located.directory, manifest, rank, world_size, remembered, names)
+    with loading:
+        loading.open_own(nodes)
+        loading.plan(nodes)
+        loading.open_files()
+        if loading.unclaimed:
+            what = name_of(located.directory, manifest)
+            raise mismatch(what, loading.unclaimed)
+        loading.read()
+        loading.finish()
 
 
 def objects_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Leaves:
         numbering: What the manager calls the ranks of a sharded tensor's mesh.
         known: What is known of the tensors from earlier.
         optimized: Ids of tensors that only the step of an optimizer changes.
+        stateless: Paths of optimizers that have no state, and may have some after a step.
     """
 
     tensors: dict[str, Leaf] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Leaves:
     numbering: Numbering = field(default_factory=Numbering)
     known: KnownTensors = field(default_factory=KnownTensors)
     optimized: set[int] = field(default_factory=set)
+    stateless: list[str] = field(default_factory=list)
 
     def add_parameter(
         self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
@@ -117,6 +119,11 @@ class Leaves:
         """Add a plain value; tensors inside it are stored beside it."""
         self._check_new(name)
         self.values[name] = values.encode(self._extract(value, name), name)
+
+    def add_state(self, name: str, class_name: str, state: object) -> None:
+        """Add the state of an object, like a plain value."""
+        self.add_value(name, state)
+        self.values[name] = values.as_state(class_name, self.values[name])
 
     def add_values(self, names: Sequence[str], value: object) -> None:
         """Add one plain value under many names."""

@@ -29,6 +29,7 @@ from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
+from distckpt.stamp import FIRST_FORMAT
 from distckpt.tracked import Nodes
 
 
@@ -102,8 +103,9 @@ class Loading:
         wants: Equal on ranks that want the same tensors; zeros if nothing is left to an
             exchange.
         common: How what they want is exchanged; None likewise.
-        unexpected: Names in the checkpoint that nothing here has asked for. A mismatch
-            only if no other rank does either. Known once planned.
+        unclaimed: What nothing here has a use for, one sentence each: names in the
+            checkpoint, and patterns. A mismatch only if it is so on all ranks. Known once
+            planned.
     """
 
     def __init__(
@@ -124,7 +126,13 @@ class Loading:
         self._what = name_of(directory, manifest)
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
-        saved = Saved(manifest.assignment.rows, manifest.values, names)
+        self._knows_kinds = manifest.stamp.format != FIRST_FORMAT
+        saved = Saved(
+            manifest.assignment.rows,
+            manifest.values,
+            names,
+            knows_kinds=self._knows_kinds,
+        )
         self._shared = RestorePlan(saved, remembered.known)
         # By the rank that saved it, for what is this rank's own.
         self._own_plans: dict[int, RestorePlan] = {}
@@ -134,7 +142,7 @@ class Loading:
         self._wants = _Wants({}, [], [])
         self.wants = bytes(16)
         self.common: ExchangePlan | None = None
-        self.unexpected: list[str] = []
+        self.unclaimed: list[str] = []
 
     def open_own(self, nodes: Nodes) -> None:
         """Open this rank's own file, if it tracks anything that only its header tells of.
@@ -170,7 +178,7 @@ class Loading:
                     for name in own.saved.left_over()
                 ]
             self._shared.raise_problems(self._what)
-            self.unexpected = self._shared.saved.left_over()
+            self.unclaimed = self._shared.unclaimed()
 
     def open_files(self, exchange: bool = False) -> None:
         """Open and check every file that will be read.
@@ -299,7 +307,9 @@ class Loading:
             for e in reader.header.entries.per_rank.values()
         }
         values = reader.header.per_rank_values
-        return Saved(rows, values, self._names, knows_ties=False)
+        return Saved(
+            rows, values, self._names, knows_ties=False, knows_kinds=self._knows_kinds
+        )
 
     def _reader(self, rank: int) -> ShardReader:
         reader = self._readers.get(rank)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from operator import not_
 from typing import Any, NamedTuple
 
@@ -12,11 +13,27 @@ import torch
 from torch import nn
 
 from distckpt import modules, tensors
+from distckpt.errors import RestoreFailed, UnsupportedError
 from distckpt.known import KnownTensors
 from distckpt.layout import SPLIT, WHOLE
 from distckpt.leaves import Leaves, join
+from distckpt.module_loading import (
+    EXTRA_STATE,
+    Loading,
+    key_maker,
+    loading_of,
+    metadata_of,
+    never_loaded,
+    versions_of,
+    wrappers_hooks,
+)
+from distckpt.names import escaped
+from distckpt.names import key_of as key_of_part
 from distckpt.node import Described, Resized, live_tensors, no_function
+from distckpt.parts import NamesOfParts
 from distckpt.restore_plan import RestorePlan
+
+_VERSIONS = "versions"
 
 
 class _Other(NamedTuple):
@@ -42,12 +59,21 @@ class ModuleNode:
     The state dict is taken when the node is made.
     """
 
-    def __init__(self, path: str, module: nn.Module) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, names_of_parts: NamesOfParts | None = None
+    ) -> None:
         self.path = path
+        self._outer = module
         self._module = modules.unwrap(module)
+        self._names_of_parts = names_of_parts
         self._state = _state_dict_of(self._module)
+        if names_of_parts is not None:
+            canonical = modules.CanonicalNames(self._module)
+            names = [f"{path}/{escaped(canonical[key])}" for key in self._state]
+            names_of_parts.add(id(self), names)
         # What of it is the module's own parameters and buffers: nearly always all.
         self._own_values: list[torch.Tensor] | None = None
+        self._own_keys: list[str] = []
         self._are_parameters: list[bool] = []
         self._own = Described([], [], [])
         self._others: list[tuple[str, str, Any]] = []
@@ -61,11 +87,6 @@ class ModuleNode:
         """Return the module's own tensors in the state dict, by full name."""
         values = self._own_part(known)
         return dict(zip(self._own.names, values, strict=True))
-
-    def other_tensors(self, known: KnownTensors) -> list[str]:
-        """Name the tensors that hooks, or a user's own ``state_dict()``, have put there."""
-        self._own_part(known)
-        return [name for _, name, value in self._others if isinstance(value, torch.Tensor)]
 
     def saved_parameters(self, known: KnownTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Walk those that stand in the state dict as they are: faster."""
@@ -89,12 +110,13 @@ class ModuleNode:
             self._are_parameters = [*map({*parameters}.__contains__, map(id, values))]
             # As ids, which tell nothing of objects that are gone, but of these all.
             self._own = known.recall(
-                self.path,
+                (self.path, id(self._module)),
                 values,
                 (own_names, parameters),
                 lambda: self._describe(known, own_names, values),
             )
             self._own_values = values
+            self._own_keys = [*compress(self._state, is_own)]
             entries = zip(self._state, names, self._state.values(), strict=True)
             self._others = [*compress(entries, map(not_, is_own))]
         return self._own_values
@@ -133,6 +155,8 @@ class ModuleNode:
     def capture(self, leaves: Leaves) -> None:
         """Add parameters as shared work, buffers whole, extra state as values."""
         values = self._own_part(leaves.known)
+        self._check_is_loadable()
+        self._add_versions(leaves)
         names, known, kinds = self._own
         leaves.add_described(names, values, known, kinds)
         memories: set[object] | None = None
@@ -149,36 +173,219 @@ class ModuleNode:
                 else:
                     leaves.add_tensor(name, value)
 
+    def never_loaded(self) -> list[str]:
+        """Return the entries of its state dict that it would not take back.
+
+        Once it has been captured or planned.
+        """
+        if not self._others:
+            return []
+        prefix = f"{self.path}/"
+        names = [str(key_of_part(name.removeprefix(prefix))) for _, name, _ in self._others]
+        return never_loaded(self._module, names)
+
+    def _check_is_loadable(self) -> None:
+        """Refuse a state dict that the module would not take back."""
+        lost = self.never_loaded()
+        if lost:
+            msg = (
+                f"{self.path}: its state dict has entries that its load_state_dict() does "
+                f"not take: {', '.join(lost[:8])}{_more(lost)}. Restored without them the "
+                "module would be another one. Track the submodules that can be restored, "
+                "for instance those that are trained."
+            )
+            raise UnsupportedError(msg)
+
+    def _add_versions(self, leaves: Leaves) -> None:
+        versions = versions_of(self._module, map(type, self._module.modules()))
+        if versions:
+            # Of another part with this path.
+            before = leaves.values.pop(self.path, {}).get(_VERSIONS, {})
+            leaves.add_value(self.path, {_VERSIONS: {**before, **versions}})
+
     def plan(self, plan: RestorePlan) -> None:
-        """Read into live memory; what is not live goes through load_state_dict."""
+        """Read into live memory; what else is to be done, ``load_state_dict`` does."""
         values = self._own_part(plan.known)
-        plan.read_described(self._own.names, values, self._own.known)
+        loading = loading_of(self.path, self._module)
+        hooks = self._hooks_of_wrappers()
+        versions = self._saved_versions(plan)
+        if not self._others and not loading.must_run:
+            plan.read_described(self._own.names, values, self._own.known)
+        else:
+            loaded: dict[str, Any] = dict(zip(self._own_keys, values, strict=True))
+            self._plan_own(plan, loading, values)
+            self._plan_others(plan, loading, loaded)
+            if loading.scopes:
+                self._plan_scopes(plan, loading, loaded)
+            if self._is_selected(plan):
+                plan.finish(self.path, lambda: self._load(loading, loaded, versions))
+        if hooks and self._is_selected(plan):
+            for hook in hooks:
+                plan.finish(self.path, hook)
+
+    def _saved_versions(self, plan: RestorePlan) -> dict[str, int] | None:
+        """Return the versions of members as they were saved; None if it was not told."""
+        if not plan.saved.knows_kinds:
+            return None
+        value = plan.saved.any_value(self.path)
+        if not isinstance(value, dict) or value.keys() != {_VERSIONS}:
+            return {}
+        plan.saved.take_values([self.path])
+        versions: dict[str, int] = value[_VERSIONS]
+        return versions
+
+    def _is_selected(self, plan: RestorePlan) -> bool:
+        names = chain(self._own.names, (name for _, name, _ in self._others))
+        return any(map(plan.selects, names))
+
+    def _hooks_of_wrappers(self) -> list[Callable[[], object]]:
+        try:
+            return wrappers_hooks(self._outer)
+        except LookupError as error:
+            msg = (
+                f"{self.path}: the wrapper {error} has a hook before load_state_dict(), or "
+                "overrides it, and would see names with its prefix. Register the hook on "
+                "the wrapped module."
+            )
+            raise UnsupportedError(msg) from None
+
+    def _plan_own(
+        self, plan: RestorePlan, loading: Loading, values: Sequence[torch.Tensor]
+    ) -> None:
+        """Read what other load code does not have to see into its memory."""
+        if not loading.scopes:
+            plan.read_described(self._own.names, values, self._own.known)
+            return
+        entries = zip(self._own.names, values, self._own.known, strict=True)
+        outside = [entry for entry in entries if not loading.covers(entry[0])]
+        plan.read_described(
+            [name for name, _, _ in outside],
+            [value for _, value, _ in outside],
+            [known for _, _, known in outside],
+        )
+
+    def _plan_others(
+        self, plan: RestorePlan, loading: Loading, loaded: dict[str, Any]
+    ) -> None:
+        """Read what hooks, or an overridden ``state_dict()``, have put there."""
         memories: set[int] | None = None
-        loaded: dict[str, Any] = {}
         for key, name, value, owner in self._other_entries(plan.known):
             if not plan.selects(name):
                 continue
-            if not isinstance(value, torch.Tensor):
+            loaded[key] = value
+            if loading.covers(name):
+                continue
+            if key.rpartition(".")[2] == EXTRA_STATE:
+                self._plan_extra_state(plan, key, name, value, loaded)
+            elif not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
                     loaded[key] = plan.take_value(name, partial(live_tensors, value, name))
                 else:
-                    plan.missing(name, "extra state")
-                continue
-            if tensors.held(value).memory.numel():
-                if memories is None:
-                    members = [*self._module.modules()]
-                    own = [*modules.parameters(members), *modules.buffers(members)]
-                    memories = {_storage(tensor) for tensor in own}
-                if _storage(value) not in memories:
-                    # Made by a hook or an overridden state_dict(): filling it would not
-                    # reach the module.
-                    value = loaded[key] = tensors.empty_like(value, value.dtype)
-            plan.read_into(name, value, owner)
-        if loaded:
-            plan.finishers.append(partial(self._load, loaded))
+                    plan.missing(name, "a plain value in the state dict")
+            else:
+                if tensors.held(value).memory.numel():
+                    if memories is None:
+                        members = [*self._module.modules()]
+                        own = [*modules.parameters(members), *modules.buffers(members)]
+                        memories = {_storage(tensor) for tensor in own}
+                    if _storage(value) not in memories:
+                        # Made by a hook or an overridden state_dict(): filling it would
+                        # not reach the module.
+                        value = loaded[key] = tensors.empty_like(value, value.dtype)
+                plan.read_into(name, value, owner)
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self._module.load_state_dict(state, strict=False)
+    def _plan_extra_state(
+        self,
+        plan: RestorePlan,
+        key: str,
+        name: str,
+        value: Any,
+        loaded: dict[str, Any],
+    ) -> None:
+        """Read extra state as it was saved: its type and size may change in use."""
+        if name in plan.saved.rows:
+            like = value if isinstance(value, torch.Tensor) else None
+            device = None if like is None else like.device
+            loaded[key] = plan.read_for_loading(name, like, device)
+        elif plan.saved.has_value(name):
+            loaded[key] = plan.take_value(name, partial(live_tensors, value, name))
+        else:
+            plan.missing(name, "extra state")
+
+    def _plan_scopes(
+        self, plan: RestorePlan, loading: Loading, loaded: dict[str, Any]
+    ) -> None:
+        """Read what other load code has to see, under the names that were saved."""
+        key_of = dict(zip(self._own.names, self._own_keys, strict=True))
+        key_of.update((name, key) for key, name, _ in self._others)
+        live = {name: self._state[key] for name, key in key_of.items()}
+        for name, key in key_of.items():
+            if loading.covers(name) and plan.selects(name):
+                del loaded[key]
+        make_key = key_maker(self._module, self._state)
+        parameters = modules.parameters(self._module.modules())
+        devices = {tensor.device for tensor in parameters}
+        device = devices.pop() if len(devices) == 1 else None
+        prefix = f"{self.path}/"
+        for name in plan.saved.names_under(prefix):
+            if not loading.covers(name) or self._is_of_other_part(name):
+                continue
+            key = key_of.get(name) or make_key(str(key_of_part(name.removeprefix(prefix))))
+            like = live.get(name)
+            if name not in plan.saved.rows:
+                loaded[key] = plan.take_value(name, partial(live_tensors, like, name))
+                continue
+            if not isinstance(like, torch.Tensor):
+                like = self._like_of_renamed(plan, name, live)
+            where = device if like is None else like.device
+            loaded[key] = plan.read_for_loading(name, like, where)
+
+    def _is_of_other_part(self, name: str) -> bool:
+        names = self._names_of_parts
+        return names is not None and names.is_of_other(id(self), name)
+
+    def _like_of_renamed(
+        self, plan: RestorePlan, name: str, live: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Return a sharded tensor that an entry may become, once it is renamed.
+
+        Only a sharded one can be copied into a sharded parameter.
+        """
+        row = plan.saved.rows[name]
+        return next(
+            (
+                tensor
+                for other, tensor in live.items()
+                if isinstance(tensor, torch.Tensor)
+                and tensors.is_sharded(tensor)
+                and tuple(tensor.shape) == row.shape
+                and other not in plan.saved.rows
+            ),
+            None,
+        )
+
+    def _load(
+        self,
+        loading: Loading,
+        loaded: dict[str, Any],
+        versions: Mapping[str, int] | None,
+    ) -> None:
+        """Load a whole state dict: what was filled in place is handed over as it is."""
+        wanted = {*self._own_keys, *loaded}
+        state = OrderedDict(loaded)
+        state._metadata = metadata_of(self._module, versions)  # type: ignore[attr-defined]
+        if loading.is_overridden:
+            self._module.load_state_dict(state)
+        else:
+            result = self._module.load_state_dict(state, strict=False)
+            lost = result.unexpected_keys
+            missing = [key for key in result.missing_keys if key in wanted]
+            if lost or missing:
+                msg = (
+                    f"{self.path}: load_state_dict() of {type(self._module).__name__} did "
+                    f"not take {lost[:8]} and misses {missing[:8]}."
+                )
+                raise RestoreFailed(msg)
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
         """Refuse it: no function makes a module."""
@@ -190,6 +397,10 @@ def _state_dict_of(module: nn.Module) -> Mapping[str, Any]:
     if type(module).state_dict is nn.Module.state_dict:
         return module.state_dict(keep_vars=True)
     return module.state_dict()  # a user's own may take no arguments
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 8} more" if len(names) > 8 else ""
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -105,20 +105,33 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def wrappers(module: nn.Module) -> Iterator[nn.Module]:
+    """Walk the wrappers around a module, from the outermost."""
+    attribute = _wrapped_attribute(module)
+    while attribute is not None:
+        yield module
+        module = getattr(module, attribute)
+        attribute = _wrapped_attribute(module)
+
+
 class CanonicalNames:
-    """Maps the names that one (unwrapped) module uses to those without wrappers."""
+    """Maps the names that one (unwrapped) module uses to those without wrappers.
+
+    Attributes:
+        of_members: The same for the names of all modules in it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._canonical = dict(_prefixes(module, "", ""))
+        self.of_members = dict(_prefixes(module, "", ""))
 
     def __getitem__(self, raw_name: str) -> str:
         # The longest known prefix decides: hooks may have cleaned the name already.
         parent, _, leaf = raw_name.rpartition(".")
         rest = leaf
-        while parent not in self._canonical:
+        while parent not in self.of_members:
             parent, _, part = parent.rpartition(".")
             rest = f"{part}.{rest}"
-        prefix = self._canonical[parent]
+        prefix = self.of_members[parent]
         return f"{prefix}.{rest}" if prefix else rest
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from distckpt import readers, storage, tensors
 from distckpt.boxes import contiguous_runs, whole
-from distckpt.checkpoint import Checkpoint, objects_of, remembered_of
+from distckpt.checkpoint import Checkpoint, objects_of, remembered_of, restore
 from distckpt.dtypes import item_size_bytes
 from distckpt.errors import CheckpointNotFound, ConfigError, ShardFileError
 from distckpt.formats.foreign import SAFETENSORS
@@ -24,7 +24,7 @@ from distckpt.module_node import ModuleNode
 from distckpt.modules import unwrap
 from distckpt.names import escaped
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import RestorePlan, Saved, mismatch, unexpected
+from distckpt.restore_plan import RestorePlan, Saved, mismatch
 
 
 def from_pretrained(
@@ -86,11 +86,8 @@ class Pretrained:
             self._load_checkpoint(located.directory, modules)
 
     def _load_checkpoint(self, directory: str, modules: Mapping[str, nn.Module]) -> None:
-        options = self._options
-        if options.include is None:
-            names = [key_text(name, name) for name in modules]
-            options = replace(options, include=names)
-        Checkpoint(**modules).restore(directory, options)
+        within = [key_text(name, name) for name in modules]
+        restore(Checkpoint(**modules), directory, Names(self._options, within=within))
 
     def _load_safetensors(
         self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]
@@ -107,46 +104,48 @@ class Pretrained:
         known = remembered_of(checkpoint).known
         node = ModuleNode(key_text(name, name), unwrap(modules[name]))
         with Source(self._path, SAFETENSORS) as source:
-            _fill_from(source.tree, node, known, Names(self._options), self._path)
+            _fill_from(source.tree, node, known, self._options, self._path)
 
 
 def _fill_from(
     stored: Mapping[Any, FileTensor],
     node: ModuleNode,
     known: KnownTensors,
-    names: Names,
+    options: RestoreOptions,
     path: str,
 ) -> None:
-    def is_selected(full: str) -> bool:
-        return names.selects(full.removeprefix(f"{node.path}/"))
-
+    renaming = Names(RestoreOptions(rename=options.rename))
+    names = Names(replace(options, rename=None), below=node.path)
     rows: dict[str, Row] = {}
     for key, entry in stored.items():
-        here = names.here(key)
-        if names.selects(here):
-            full = f"{node.path}/{escaped(here)}"
-            rows[full] = Row(key, entry.dtype, entry.shape, WHOLE)
-    own = node.own_tensors(known)
-    live = {full: tensor for full, tensor in own.items() if is_selected(full)}
+        full = f"{node.path}/{escaped(renaming.here(key))}"
+        rows[full] = Row(key, entry.dtype, entry.shape, WHOLE)
+    live = node.own_tensors(known)
     # Of tied tensors such files have one name only.
     first_of = {id(live[full]): full for full in live if full in rows}
     for full, tensor in live.items():
         if full not in rows and id(tensor) in first_of:
             rows[full] = rows[first_of[id(tensor)]]
-    plan = RestorePlan(Saved(rows, {}, Names(), knows_ties=False), known)
-    for full, tensor in live.items():
-        plan.read_into(full, tensor)
-    for full in filter(is_selected, node.other_tensors(known)):
+    plan = RestorePlan(Saved(rows, {}, names, knows_ties=False), known)
+    node.plan(plan)
+    lost = [f"{node.path}/{escaped(name)}" for name in node.never_loaded()]
+    for full in filter(names.selects, lost):
         plan.saved.take_row(full)
+        plan.problems = [p for p in plan.problems if not p.startswith(f"{full}: ")]
         plan.problems.append(
             f"{full}: made anew by the module's state_dict(), so nothing from a "
             "safetensors file would reach the module; exclude it"
         )
-    problems = [*plan.problems, *unexpected(plan.saved.left_over())]
+    unused = [
+        f"{name}: renamed, and no name begins so" for name in renaming.never_matched()
+    ]
+    problems = [*plan.problems, *plan.unclaimed(), *unused]
     if problems:
         raise mismatch(path, problems)
     for key, tensor in plan.reads.items():
         _fill(known.describe(key, tensor), tensor, stored[key])
+    for finish in plan.finishers:
+        finish()
 
 
 def _fill(known: KnownTensor, tensor: Any, stored: FileTensor) -> None:

@@ -31,7 +31,7 @@ from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry, digest
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import mismatch, unexpected
+from distckpt.restore_plan import mismatch
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -90,7 +90,7 @@ class Candidates:
             if all(vote.ok for vote in votes):
                 is_alike = all(vote.digest_a == votes[0].digest_a for vote in votes)
                 if votes[0].phase is Phase.PLAN:
-                    self._refuse_unexpected(entry, votes)
+                    self._refuse_unclaimed(entry, votes)
                     return {"do": _GO, "alike": is_alike}
                 if is_alike:
                     return {"do": _GO}
@@ -115,14 +115,14 @@ class Candidates:
         self._taken_numbers.append(entry.attempt.number)
         return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
 
-    def _refuse_unexpected(self, entry: Entry, votes: Sequence[Vote]) -> None:
+    def _refuse_unclaimed(self, entry: Entry, votes: Sequence[Vote]) -> None:
         """Raise ``MismatchError`` for names that no rank has asked for."""
         names = [strict_json.loads(vote.detail) if vote.detail else [] for vote in votes]
         wanted_by_none = set(names[0]).intersection(*names[1:])
         if wanted_by_none:
             what = f"checkpoint {self._job.path(entry.attempt.published)}"
             in_order = [name for name in names[0] if name in wanted_by_none]
-            raise mismatch(what, unexpected(in_order))
+            raise mismatch(what, in_order)
 
     def _fall_back(self, why: str) -> Answer:
         _logger.warning("falling back to an older checkpoint: %s", why)
@@ -324,8 +324,8 @@ def _plan(job: Job, trial: _Try) -> _Planned:
 
 def _vote_on_plan(plan: _Planned) -> Vote:
     # Ranks may track different objects: only all of them together know what is too much.
-    names = plan.loading.unexpected
-    detail = strict_json.dumps(names).encode() if names else b""
+    unclaimed = plan.loading.unclaimed
+    detail = strict_json.dumps(unclaimed).encode() if unclaimed else b""
     return Vote(Phase.PLAN, digest_a=plan.loading.wants, detail=detail)
 
 

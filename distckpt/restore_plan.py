@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from distckpt import tensors, torch_versions, values
-from distckpt.errors import MismatchError
+from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
-from distckpt.restore_names import Names
+from distckpt.restore_names import Names, near_names
 from distckpt.values import TensorRef
 
 _Item = TypeVar("_Item")
@@ -32,6 +32,8 @@ class Saved:
             those, but for the rows' own.
         knows_ties: Whether rows say which tensors share memory. A rank's own tensors
             are stored one by one, tied or not.
+        knows_kinds: Whether values say which of them are the states of objects. Format 1
+            does not.
 
     Raises:
         MismatchError: Two names of the checkpoint are called the same here.
@@ -43,14 +45,18 @@ class Saved:
         encoded: Mapping[str, Any],
         names: Names,
         knows_ties: bool = True,
+        knows_kinds: bool = True,
     ) -> None:
         self.names = names
         self.knows_ties = knows_ties
+        self.knows_kinds = knows_kinds
         # Also what is not selected by itself: it may be part of a value that is.
         self._every_row = rows if names.are_all else _renamed(rows, names)
-        every_value = encoded if names.are_all else _renamed(encoded, names)
+        self._every_value = encoded if names.are_all else _renamed(encoded, names)
         self.rows = self._every_row if names.are_all else _selected(self._every_row, names)
-        self._values = every_value if names.are_all else _selected(every_value, names)
+        self._values = (
+            self._every_value if names.are_all else _selected(self._every_value, names)
+        )
         self._taken: set[str] = set()
 
     @cached_property
@@ -83,6 +89,10 @@ class Saved:
         self._taken.add(name)
         return name, self._every_row.get(name)
 
+    def any_row(self, name: str) -> Row | None:
+        """Return a tensor's row, whether it was asked for or not."""
+        return self._every_row.get(name)
+
     def take_rows(self, names: Iterable[str]) -> None:
         """Note that somebody wants these tensors."""
         self._taken.update(names)
@@ -90,6 +100,22 @@ class Saved:
     def has_value(self, name: str) -> bool:
         """Tell whether there is a plain value of this name."""
         return name in self._values
+
+    def class_of(self, name: str) -> str | None:
+        """Return the class of the object that a value is the state of.
+
+        Returns:
+            None for a plain value; empty if the checkpoint does not tell.
+        """
+        return values.class_of_state(self._values[name]) if self.knows_kinds else ""
+
+    def any_value(self, name: str) -> Any:
+        """Return a plain value, whether it is selected or not; None if there is none."""
+        return values.decode(self._every_value.get(name))
+
+    def take_values(self, names: Iterable[str]) -> None:
+        """Note that something wants these plain values."""
+        self._taken.update(names)
 
     def take_value(self, name: str) -> Any:
         """Return a plain value, with a ``TensorRef`` for each tensor in it."""
@@ -106,13 +132,29 @@ class Saved:
             return True
         return False
 
-    def same_value(self, one: str, other: str) -> bool:
+    def same_value(self, one: str, other: str, but: str) -> bool:
         """Tell whether two plain values are the same, down to the tensors in them.
 
         Compared as they are stored: the tensors are not read yet, and NaN equals NaN.
+
+        Args:
+            one: Name of a value.
+            other: Name of another one.
+            but: Key of an item that is not compared.
         """
-        first, second = self._values[one], self._values[other]
+        first, second = (
+            {key: item for key, item in value.items() if key != but}
+            if isinstance(value, dict)
+            else value
+            for value in (self._values[one], self._values[other])
+        )
         return bool(self._without_names(first) == self._without_names(second))
+
+    def number_in_value(self, name: str, key: str) -> int | None:
+        """Return a number among the items of a plain value; None if there is none."""
+        value = self._values[name]
+        item = value.get(key) if isinstance(value, dict) else None
+        return item if type(item) is int else None
 
     def _without_names(self, encoded: Any) -> Any:
         if isinstance(encoded, list):
@@ -126,8 +168,21 @@ class Saved:
         return {key: self._without_names(item) for key, item in encoded.items()}
 
     def left_over(self) -> list[str]:
-        """Return the names that nobody has asked for."""
-        return [name for name in (*self.rows, *self._values) if name not in self._taken]
+        """Return the names that nothing has asked for."""
+        every = (*self.rows, *self._values)
+        return [
+            name for name in every if name not in self._taken and self.names.needs(name)
+        ]
+
+    def not_matched(self) -> list[str]:
+        """Say of each pattern that has matched nothing so far which names are near."""
+        patterns = self.names.never_matched()
+        every = [*self._every_row, *self._every_value] if patterns else []
+        return [
+            f"{pattern}: a pattern that matches nothing, neither in the checkpoint nor "
+            f"here; near names are {', '.join(near_names(pattern, every))}"
+            for pattern in patterns
+        ]
 
 
 @dataclass(slots=True)
@@ -153,6 +208,15 @@ class RestorePlan:
     def selects(self, name: str) -> bool:
         """Tell whether what is called so here is restored at all."""
         return self.saved.names.selects(name)
+
+    def finish(self, path: str, body: Callable[[], object]) -> None:
+        """Do something once all ranks have read everything.
+
+        Args:
+            path: Of the tracked object, which an error of user code then names.
+            body: Does it; its result is of no interest.
+        """
+        self.finishers.append(partial(_named, path, body))
 
     def read_into(
         self, name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None
@@ -264,6 +328,51 @@ class RestorePlan:
 
         return self._read_new(name, self.saved.take_row(name), allocate, device)
 
+    def check_shape_of_state(
+        self, name: str, parameter_name: str, parameter: torch.Tensor
+    ) -> None:
+        """Report state that has the shape of its parameter in the checkpoint, not here.
+
+        Args:
+            name: The state's name.
+            parameter_name: The parameter's.
+            parameter: The live parameter.
+        """
+        row, of = self.saved.rows.get(name), self.saved.any_row(parameter_name)
+        if row is None or of is None or of.shape == tuple(parameter.shape):
+            return
+        # Factored moments have ones where the parameter has more.
+        if _spans(row.shape, of.shape) and not _spans(row.shape, tuple(parameter.shape)):
+            self.problems.append(
+                f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, for a parameter "
+                f"that is {list(parameter.shape)} here; exclude {parameter_name!r}"
+            )
+
+    def read_for_loading(
+        self,
+        name: str,
+        like: torch.Tensor | None,
+        device: torch.device | None,
+    ) -> torch.Tensor:
+        """Allocate a tensor as it was saved, to be filled and given to ``load_state_dict``.
+
+        Args:
+            name: Its name.
+            like: A live tensor to take the layout of; None: a plain tensor.
+            device: Where a plain one belongs.
+        """
+
+        def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor:
+            if (
+                like is not None
+                and tensors.is_sharded(like)
+                and row.shape == tuple(like.shape)
+            ):
+                return tensors.empty_like(like, dtype)
+            return tensors.empty_plain(row.shape, dtype, device or "cpu")
+
+        return self._read_new(name, self.saved.take_row(name), allocate, device)
+
     def read_whole(self, name: str) -> torch.Tensor:
         """Allocate a plain tensor for one of the checkpoint, to be filled."""
 
@@ -350,9 +459,13 @@ class RestorePlan:
             return type(value)(self._fill(item, live) for item in value)
         return value
 
-    def missing(self, name: str, what: str) -> None:
+    def missing(self, name: str, what: str, there: str = "not there") -> None:
         """Note that the checkpoint lacks something."""
-        self.problems.append(f"{name}: {what} here, not there in the checkpoint")
+        self.problems.append(f"{name}: {what} here, {there} in the checkpoint")
+
+    def unclaimed(self) -> list[str]:
+        """Say what nothing on this rank has a use for: names, and patterns of options."""
+        return [*unexpected(self.saved.left_over()), *self.saved.not_matched()]
 
     def raise_problems(self, what: str) -> None:
         """Raise ``MismatchError`` listing every problem, if there is any.
@@ -361,7 +474,7 @@ class RestorePlan:
         another rank may track it.
         """
         if self.problems:
-            raise mismatch(what, [*self.problems, *unexpected(self.saved.left_over())])
+            raise mismatch(what, [*self.problems, *self.unclaimed()])
 
 
 def _renamed(by_name: Mapping[str, _Item], names: Names) -> dict[str, _Item]:
@@ -385,6 +498,23 @@ def _selected(by_name: Mapping[str, _Item], names: Names) -> dict[str, _Item]:
 
 def _fits(row: Row | None, known: KnownTensor) -> bool:
     return row is not None and row.dtype == known.dtype and row.shape == known.shape
+
+
+def _spans(shape: Sequence[int], of: Sequence[int]) -> bool:
+    """Tell whether a shape has as many dimensions as another, each as long or 1."""
+    if len(shape) != len(of):
+        return False
+    return all(length in (1, other) for length, other in zip(shape, of, strict=True))
+
+
+def _named(path: str, body: Callable[[], object]) -> None:
+    try:
+        body()
+    except DistckptError:
+        raise
+    except Exception as error:
+        msg = f"{path}: {type(error).__name__}: {error}"
+        raise RestoreFailed(msg) from error
 
 
 def _in_a_job() -> bool:

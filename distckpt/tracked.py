@@ -8,7 +8,7 @@ then filled in place; finishers, which run user code, come last.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from distckpt import modules
+from distckpt import modules, schedulers
 from distckpt.errors import UnsupportedError
 from distckpt.leaves import Leaves, join, key_text
 from distckpt.module_node import ModuleNode, Owners
 from distckpt.node import Node, Resized, live_tensors
-from distckpt.optimizer_node import OptimizerNode
+from distckpt.optimizer_node import OptimizerNode, OwnOptimizerNode
+from distckpt.optimizers import (
+    Stated,
+    class_of,
+    may_have_state,
+    restore_kinds,
+    says_all,
+    tensors_in_any,
+)
+from distckpt.parts import NamesOfParts, Parts
 from distckpt.per_rank import PerRank, Resize
 from distckpt.restore_plan import RestorePlan
 
@@ -57,6 +67,7 @@ def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> N
     walker = _Walker()
     for name, value in objects.items():
         walker.visit(key_text(name, name), value, partial(set_value, name))
+    walker.check()
     return Nodes(walker.shared, walker.per_rank, walker.resize)
 
 
@@ -66,6 +77,14 @@ class _Walker:
         self.per_rank: list[Node] = []
         self.resize: dict[str, Resize] = {}
         self._owners = Owners()
+        self._optimizers: list[OptimizerNode] = []
+        # Ids of the optimizers that are tracked.
+        self._tracked: set[int] = set()
+
+    def check(self) -> None:
+        """Raise if an optimizer holds one that is not tracked, and does not save it."""
+        for node in self._optimizers:
+            node.check_holds_no_other(self._tracked)
 
     def visit(
         self,
@@ -87,15 +106,15 @@ class _Walker:
         if mark is not None:
             self.resize[path] = mark.resize
         if isinstance(value, nn.Module):
-            modules.check_supported(value, path)
-            # First, as it takes the state dict: only that puts back the parameters that
-            # the optimizer has, where FSDP2 has gathered them for a forward pass.
-            node = ModuleNode(path, value)
-            nodes.append(node)
-            self._owners.add(node, per_rank)
+            self._visit_modules(path, [value], nodes, per_rank)
+        elif isinstance(value, Parts):
+            if isinstance(value[0], nn.Module):
+                self._visit_modules(path, [*value], nodes, per_rank)
+            else:
+                for part, optimizer in enumerate(value):
+                    self._visit_optimizer(path, optimizer, nodes, per_rank, part)
         elif isinstance(value, Optimizer):
-            modules.check_supported(value, path)
-            nodes.append(OptimizerNode(path, value, self._owners, per_rank))
+            self._visit_optimizer(path, value, nodes, per_rank)
         elif isinstance(value, torch.Tensor):
             nodes.append(TensorNode(path, value))
         elif _is_stateful(value):
@@ -111,6 +130,46 @@ class _Walker:
         else:
             nodes.append(ValueNode(path, value, assign))
 
+    def _visit_modules(
+        self, path: str, parts: Sequence[nn.Module], nodes: list[Node], per_rank: bool
+    ) -> None:
+        names = NamesOfParts() if len(parts) > 1 else None
+        for part in parts:
+            modules.check_supported(part, path)
+            # First, as it takes the state dict: only that puts back the parameters that
+            # the optimizer has, where FSDP2 has gathered them for a forward pass.
+            node = ModuleNode(path, part, names)
+            nodes.append(node)
+            self._owners.add(node, per_rank)
+
+    def _visit_optimizer(
+        self,
+        path: str,
+        optimizer: Optimizer,
+        nodes: list[Node],
+        per_rank: bool,
+        part: int = 0,
+    ) -> None:
+        modules.check_supported(optimizer, path)
+        self._tracked.add(id(optimizer))
+        node: OptimizerNode
+        if says_all(optimizer):
+            node = OptimizerNode(path, optimizer, self._owners, per_rank, part)
+        else:
+            said = optimizer.state_dict()
+            stated = Stated.of(optimizer, said)
+            if stated is None:
+                # A container with a form of its own; only it can read that.
+                if part:
+                    kind = type(optimizer).__name__
+                    msg = f"{path}: {kind} cannot be one of several parts; track it alone."
+                    raise UnsupportedError(msg)
+                nodes.append(StatefulNode(path, optimizer, said))
+                return
+            node = OwnOptimizerNode(path, optimizer, stated, self._owners, per_rank, part)
+        nodes.append(node)
+        self._optimizers.append(node)
+
 
 def _is_stateful(value: Any) -> bool:
     return (
@@ -121,7 +180,7 @@ def _is_stateful(value: Any) -> bool:
 
 
 def _holds_tracked(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (PerRank, torch.Tensor)) or _is_stateful(value):
+    if isinstance(value, (PerRank, Parts, torch.Tensor)) or _is_stateful(value):
         return True
     if depth > _MAX_DEPTH:
         return False  # the encoder refuses it with a better message
@@ -168,35 +227,91 @@ class TensorNode:
 class StatefulNode:
     """Anything with ``state_dict`` and ``load_state_dict``: a scheduler, a loader."""
 
-    def __init__(self, path: str, stateful: Any) -> None:
+    def __init__(self, path: str, stateful: Any, state: Any = None) -> None:
         self.path = path
         self._stateful = stateful
+        self._known_state = state
 
     def capture(self, leaves: Leaves) -> None:
-        """Add its state dict as one value, the tensors in it beside."""
-        leaves.add_value(self.path, self._state())
+        """Add its state dict as one value, and the tensors in it."""
+        state = self._state()
+        leaves.add_state(self.path, self._class_name, state)
+        if isinstance(self._stateful, Optimizer):
+            has_state = any(True for _ in tensors_in_any(state))
+            if not has_state and may_have_state(self._stateful):
+                leaves.stateless.append(self.path)
+
+    @property
+    def _class_name(self) -> str:
+        if isinstance(self._stateful, Optimizer):
+            return class_of(self._stateful)
+        return type(self._stateful).__qualname__
 
     def plan(self, plan: RestorePlan) -> None:
         """Rebuild the state dict; load it when all ranks have read everything."""
         if not plan.selects(self.path):
             return
-        if not plan.saved.has_value(self.path):
-            plan.missing(self.path, type(self._stateful).__name__)
+        if not self._is_there(plan):
             return
         state = plan.take_value(self.path, self._live_tensors)
-        plan.finishers.append(lambda: self._load(state))
+        plan.problems += [f"{self.path}: {reason}" for reason in self._refusals(state)]
+        plan.finish(self.path, lambda: self._load(state))
+
+    def _is_there(self, plan: RestorePlan) -> bool:
+        here = f"an object with a state dict ({self._class_name})"
+        if not plan.saved.has_value(self.path):
+            is_other = bool(plan.saved.names_under(f"{self.path}/"))
+            there = "another kind of object" if is_other else "not there"
+            plan.missing(self.path, here, there)
+            return False
+        saved = plan.saved.class_of(self.path)
+        if saved is None:
+            plan.problems.append(
+                f"{self.path}: {here} here, a plain value in the checkpoint; to begin "
+                f"without its state, exclude {self.path!r}"
+            )
+        elif saved and saved != self._class_name and self._is_one_class():
+            plan.problems.append(
+                f"{self.path}: the state of {saved} in the checkpoint, {self._class_name} "
+                f"here; to begin without it, exclude {self.path!r}"
+            )
+        return True
+
+    def _is_one_class(self) -> bool:
+        """Tell whether the state of another class would be taken for its own."""
+        return isinstance(self._stateful, (Optimizer, LRScheduler))
+
+    def _refusals(self, state: Any) -> Iterator[str]:
+        if isinstance(self._stateful, LRScheduler):
+            yield from schedulers.refusals(self._stateful, state)
+        is_enabled_here = (
+            isinstance(self._stateful, torch.amp.GradScaler) and self._stateful.is_enabled()
+        )
+        if is_enabled_here and not state:
+            yield (
+                "saved by a GradScaler that was not enabled, so without state; to begin "
+                f"with a new scale, exclude {self.path!r}"
+            )
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
         """Rebuild all state dicts; load what is made of them."""
-        states = _values_of(self.path, plans, type(self._stateful).__name__)
+        states = _values_of(self.path, plans, self._class_name)
         if states:
-            plans[0].finishers.append(lambda: self._load(resize(states)))
+            plans[0].finish(self.path, lambda: self._load(resize(states)))
 
     def _load(self, state: Any) -> None:
+        kept = None
+        if isinstance(self._stateful, Optimizer):
+            kept = [{**group} for group in self._stateful.param_groups]
         self._stateful.load_state_dict(state)
+        if kept is not None:
+            for group, old in zip(self._stateful.param_groups, kept, strict=True):
+                restore_kinds(group, old)
 
     def _state(self) -> dict[Any, Any]:
-        state = self._stateful.state_dict()
+        state = self._known_state
+        if state is None:
+            state = self._stateful.state_dict()
         return state if type(state) in (dict, OrderedDict) else dict(state)
 
     def _live_tensors(self) -> dict[str, torch.Tensor]:
@@ -204,7 +319,9 @@ class StatefulNode:
 
         It may not have one yet, nor anything else than None to return for it.
         """
-        state = self._stateful.state_dict()
+        state = self._known_state
+        if state is None:
+            state = self._stateful.state_dict()
         return live_tensors(dict(state), self.path) if isinstance(state, Mapping) else {}
 
 
@@ -231,13 +348,21 @@ class ValueNode:
             )
             plan.saved.take_row(self.path)
             return
-        plan.finishers.append(partial(self._set, plan.take_value(self.path)))
+        saved = plan.saved.class_of(self.path)
+        if saved:
+            kind = type(self._value).__name__
+            plan.problems.append(
+                f"{self.path}: a plain value here ({kind}), the state of an object "
+                f"({saved}) in the checkpoint; to leave it out, exclude {self.path!r}"
+            )
+        value = plan.take_value(self.path)
+        plan.finish(self.path, partial(self._set, value))
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
         """Take all; set what is made of them."""
-        found = _values_of(self.path, plans, "a plain value")
+        found = _values_of(self.path, plans, None)
         if found:
-            plans[0].finishers.append(lambda: self._set(resize(found)))
+            plans[0].finish(self.path, lambda: self._set(resize(found)))
 
     def _set(self, value: Any) -> None:
         live = self._value
@@ -250,11 +375,25 @@ class ValueNode:
             self._assign(value)
 
 
-def _values_of(path: str, plans: Sequence[RestorePlan], what: str) -> list[Any]:
-    """Take the plain values that all ranks have saved; none if they are not restored."""
+def _values_of(
+    path: str, plans: Sequence[RestorePlan], class_name: str | None
+) -> list[Any]:
+    """Take the values that all ranks have saved; none if they are not restored.
+
+    Args:
+        path: Of what is restored.
+        plans: One for each rank that has saved.
+        class_name: Of the object that they are the states of; None: plain values.
+    """
     selecting = [plan for plan in plans if plan.selects(path)]
+    here = class_name or "a plain value"
     for plan in selecting:
         if not plan.saved.has_value(path):
-            plan.missing(path, what)
+            plan.missing(path, here)
+            return []
+        saved = plan.saved.class_of(path)
+        if (saved is None) == (class_name is not None) and saved != "":
+            there = f"the state of {saved}" if saved else "a plain value"
+            plan.problems.append(f"{path}: {here} here, {there} in the checkpoint")
             return []
     return [plan.take_value(path) for plan in selecting]

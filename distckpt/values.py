@@ -12,7 +12,11 @@ starts with ``$``:
 ``$float``          "inf", "-inf" or "nan" (one NaN is like another)
 ``$numpy``          [dtype, base64] of a numpy scalar
 ``$tensor``         name of a tensor that is stored beside
+``$object``         [class name, value]: the value is the state of an object
 ==================  ==========================================================
+
+``$object`` stands at the top only, and decoding leaves it out. Its class name is empty if
+nothing tells whether the value is the state of an object.
 
 Anything else is refused with its path in the tree: a value that comes back as another
 type is a bug that shows weeks later.
@@ -38,6 +42,7 @@ _PAIR_TAGS: dict[str, Callable[[Iterable[tuple[Any, Any]]], Any]] = {
     "$ordered": OrderedDict,
     "$counter": lambda pairs: Counter(dict(pairs)),
 }
+_OBJECT = "$object"
 _NUMPY_KINDS = "biufc"
 # What numpy's ``dtype.str`` is for these kinds; its parser understands far more.
 _NUMPY_DTYPE = re.compile(rf"[<>|][{_NUMPY_KINDS}][0-9]{{1,2}}")
@@ -71,7 +76,30 @@ def decode(encoded: object) -> Any:
     Raises:
         FormatError: Not something that ``encode`` returns.
     """
+    if isinstance(encoded, dict) and encoded.keys() == {_OBJECT}:
+        body = encoded[_OBJECT]
+        if not (isinstance(body, list) and len(body) == 2 and isinstance(body[0], str)):
+            _refuse("$object without a class name and a value")
+        encoded = body[1]
     return _decode(encoded, 0)
+
+
+def as_state(class_name: str, encoded: object) -> Any:
+    """Mark an encoded value as the state of an object.
+
+    Args:
+        class_name: Name of the object's class; empty: it may be an object's or not.
+        encoded: The state, as ``encode`` returns it.
+    """
+    return {_OBJECT: [class_name, encoded]}
+
+
+def class_of_state(encoded: Any) -> str | None:
+    """Return the class name of an object's state; None for a plain value."""
+    if isinstance(encoded, dict) and encoded.keys() == {_OBJECT}:
+        class_name: str = encoded[_OBJECT][0]
+        return class_name
+    return None
 
 
 def _encode(value: object, path: str, depth: int) -> Any:

@@ -15,7 +15,16 @@ from distckpt import names, strict_json
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.formats.dcp_metadata import Path
 from distckpt.formats.dcp_write import Item
-from distckpt.formats.optimizers import EMPTY_GROUPS, SETTINGS, STATE, StoredOptimizer, find
+from distckpt.formats.optimizers import (
+    CLASS,
+    EMPTY_GROUPS,
+    EXTRA,
+    GROUP,
+    SETTINGS,
+    STATE,
+    StoredOptimizer,
+    find,
+)
 from distckpt.opened import OpenedCheckpoint
 from distckpt.stored_tensor import StoredTensor
 
@@ -65,6 +74,8 @@ def _leaves(opened: OpenedCheckpoint) -> Iterator[tuple[Path, Any, bool]]:
     settings: set[str] = set()
     for optimizer in found:
         start = names.keys_of(optimizer.path)
+        path_of[f"{optimizer.path}/{EXTRA}"] = start
+        settings.add(f"{optimizer.path}/{CLASS}")
         for full, short in optimizer.parameters.items():
             path_of[f"{optimizer.path}/{STATE}/{full}"] = (*start, STATE, short)
             settings.add(f"{optimizer.path}/{SETTINGS}/{full}")
@@ -94,14 +105,15 @@ def _settings(
 ) -> Iterator[tuple[Path, Any, bool]]:
     """Walk an optimizer's settings, group by group and parameter by parameter.
 
-    Parameters with equal settings make a group: which groups there were is not stored.
+    Parameters with equal settings make a group, where their group's number is not stored.
     """
     start = names.keys_of(optimizer.path)
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for full, short in optimizer.parameters.items():
         name = f"{optimizer.path}/{SETTINGS}/{full}"
         text = strict_json.dumps(opened.manifest.values[name])
-        groups.setdefault(text, (opened.plain_values[name], []))[1].append(short)
+        values = {k: v for k, v in opened.plain_values[name].items() if k != GROUP}
+        groups.setdefault(text, (values, []))[1].append(short)
     listed = [*groups.values()]
     prefix = f"{optimizer.path}/{EMPTY_GROUPS}/"
     listed += [(v, []) for n, v in opened.plain_values.items() if n.startswith(prefix)]

@@ -16,7 +16,7 @@ from distckpt import names, values
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.formats.foreign import Tensor
 from distckpt.formats.optimizers import SETTINGS, STATE
-from distckpt.values import TensorRef
+from distckpt.values import TensorRef, as_state
 
 _GROUPS = "param_groups"
 _EXTRA = "_extra_state"
@@ -101,7 +101,10 @@ def _name_objects(
             owner = _owner_of(state, key, modules, module)
             _add_optimizer(found, path, state, names.part_of(renamed.get(owner, owner)))
         else:
-            found.values[path] = _encoded(found, path, value)
+            encoded = _encoded(found, path, value)
+            # It may have been the state of an object; nothing tells.
+            is_dict = isinstance(value, dict)
+            found.values[path] = as_state("", encoded) if is_dict else encoded
 
 
 def _is_tensor(value: Any) -> bool:

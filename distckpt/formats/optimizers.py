@@ -3,6 +3,8 @@
 Its state is ``<optimizer>/state/<parameter>/<key>``, its settings are
 ``<optimizer>/settings/<parameter>``, where ``<parameter>`` is the full name of a tensor of
 a module. torch, and what is written with it, knows parameters by their name in the module.
+``<optimizer>/class`` is the name of its class, and ``<optimizer>/extra/<key>`` a further
+entry of its ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,10 @@ from distckpt import names
 STATE = "state"
 SETTINGS = "settings"
 EMPTY_GROUPS = "empty_groups"
+CLASS = "class"
+EXTRA = "extra"
+# Among the settings of a parameter, the number of its group.
+GROUP = "params"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import distckpt
 LAYERS = {
     -1: {"_version", "errors"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open"},
+    | {"rendezvous", "collector", "few_open", "parts"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
@@ -29,9 +29,10 @@ LAYERS = {
     4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
     | {"watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
-    6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"},
-    7: {"opened", "module_node", "repair", "doctor"},
-    8: {"optimizer_node", "diff"},
+    6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
+    | {"module_loading"},
+    7: {"opened", "module_node", "repair", "doctor", "optimizers"},
+    8: {"optimizer_node", "diff", "schedulers"},
     9: {"tracked"},
     10: {"loading"},
     11: {"checkpoint"},

@@ -157,7 +157,7 @@ def test_opened_checkpoint_has_what_was_in_memory(golden, directory):
         wanted = expected["checkpoints"][name]
         with distckpt.open(path) as opened:
             assert tensors_in(opened) == wanted["tensors"]
-            assert values_in(opened) == wanted["values"]
+            assert _of_objects(values_in(opened)) == wanted["values"]
             assert (opened.step, opened.world_size) == (
                 wanted["step"],
                 len(wanted["per_rank"]),
@@ -167,10 +167,21 @@ def test_opened_checkpoint_has_what_was_in_memory(golden, directory):
             for rank, own in enumerate(wanted["per_rank"]):
                 one = opened.per_rank(rank)
                 assert tensors_in(one) == own["tensors"]
-                assert values_in(one) == own["values"]
+                assert _of_objects(values_in(one)) == own["values"]
         shown = run_ok("show", path)["tensors"]
         ties = {one["name"]: one["same_as"] for one in shown if one["same_as"]}
         assert ties == wanted["same_as"]
+
+
+def _of_objects(values):
+    """Leave out what a checkpoint holds of optimizers that no object has as a value."""
+    return {
+        name: {key: item for key, item in value.items() if key != "params"}
+        if "/settings/" in name
+        else value
+        for name, value in values.items()
+        if not name.endswith("/class")
+    }
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

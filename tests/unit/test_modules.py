@@ -145,6 +145,7 @@ def test_every_wrapping_has_the_same_names_and_reads_all_others(tmp_path):
         path = save(directory, model=wrapped, optimizer=optimizer)
         assert list(rows_of(path)) == expected_names, wrap.__name__
         settings = [n for n in manifest_of(path).values if n.startswith("optimizer/")]
+        assert settings.pop() == "optimizer/class"
         assert settings == [
             f"optimizer/settings/model/{name}".replace("a/b", "a~1b")
             for name, _ in plain.named_parameters()
@@ -283,10 +284,11 @@ class Overridden(nn.Module):
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         self.loaded = state_dict
+        super().load_state_dict({"weight": state_dict["w"]})
 
 
 def test_overridden_state_dict_is_what_is_saved(run_dir):
-    """Live tensors are filled in place; the rest goes to ``load_state_dict``."""
+    """A restore makes one like it and gives it to the module's ``load_state_dict``."""
     path = save(run_dir, model=Overridden(1.0))
     assert sorted(stored(path)) == ["model/copy", "model/w"]
     live = Overridden(0.0)

@@ -520,6 +520,7 @@ def test_values_of_an_optimizer_are_few_and_named(run_dir):
     model = _model()
     path = save(run_dir, model=model, optimizer=torch.optim.SGD(model.parameters()))
     assert sorted(manifest_of(path).values) == [
+        "optimizer/class",
         *sorted(f"optimizer/settings/model/{name}" for name, _ in model.named_parameters()),
         "save_counter",
     ]
