@@ -143,12 +143,14 @@ ROWS = [
         "StatefulDataLoader, shuffled",
         lambda seed: _loader(seed, shuffle=True),
         _next_batches,
+        lazy=True,
     ),
     Row(
         "torchdata",
         "StatefulDataLoader, shuffled, 2 workers",
         lambda seed: _loader(seed, shuffle=True, num_workers=2),
         _next_batches,
+        lazy=True,
     ),
     Row(
         "torchdata",

@@ -172,6 +172,11 @@ def _sam(base: Any, **settings: Any) -> Callable[[int], Bundle]:
     return bundle
 
 
+def _sam_and_base(seed: int) -> Bundle:
+    bundle = _sam(torch.optim.AdamW, lr=0.1)(seed)
+    return {**bundle, "inner_optimizer": bundle["optimizer"].base_optimizer}
+
+
 def _fit_with_sam(bundle: Bundle, steps: range) -> list[torch.Tensor]:
     model, optimizer = bundle["model"], bundle["optimizer"]
     outputs = []
@@ -429,8 +434,16 @@ ROWS = [
         "SAM of SGD with momentum",
         _sam(torch.optim.SGD, lr=0.1, momentum=0.9),
         _fit_with_sam,
+        expected=r"base_optimizer: SGD\), whose state its state_dict\(\) does not have",
     ),
-    Row(LIBRARY, "SAM of AdamW", _sam(torch.optim.AdamW, lr=0.1), _fit_with_sam),
+    Row(
+        LIBRARY,
+        "SAM of AdamW",
+        _sam(torch.optim.AdamW, lr=0.1),
+        _fit_with_sam,
+        expected=r"base_optimizer: AdamW\), whose state its state_dict\(\) does not have",
+    ),
+    Row(LIBRARY, "SAM of AdamW, both tracked", _sam_and_base, _fit_with_sam),
     Row(LIBRARY, "Lookahead, own state dict", _own_lookahead, fit),
     Row(LIBRARY, "a container of two", _container, fit),
     Row(LIBRARY, "state in attributes, own state dict", _own_state, fit),

@@ -30,6 +30,7 @@ class Row:
         ranks: Whether a process group of one rank is needed.
         exact: Whether what was saved is what is right, and not what the object's own
             ``load_state_dict`` makes of it.
+        lazy: Whether what was loaded shows in the objects only when they are used next.
     """
 
     library: str
@@ -41,6 +42,7 @@ class Row:
     warm: int = 0
     ranks: bool = False
     exact: bool = False
+    lazy: bool = False
 
     def is_expected(self, verdict: str) -> bool:
         """Tell whether a verdict is the expected one."""

@@ -149,7 +149,8 @@ def _verdict(row: Row, result: Result) -> str:
 def _compare(row: Row, result: Result, saved: Bundle, reference: Bundle, ours: Bundle) -> str:
     expected = reach(_tracked(reference))
     result.tensors, result.attributes = count(expected)
-    if found := differences(expected, reach(_tracked(ours))):
+    found = [] if row.lazy else differences(expected, reach(_tracked(ours)))
+    if found:
         return _other("restored", found)
     steps = range(row.before, row.before + FURTHER)
     torch.manual_seed(7)
@@ -170,8 +171,6 @@ def _compare(row: Row, result: Result, saved: Bundle, reference: Bundle, ours: B
 
 
 def _other(when: str, found: list[str]) -> str:
-    if os.environ.get("CLIENTS_VERBOSE"):
-        print(*found, sep="\n")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"other: {when}: {found[0]}{more}"
 
