@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from distckpt.gate import Decision
     from distckpt.manager import CheckpointManager
     from distckpt.opened import OpenedCheckpoint, open
-    from distckpt.per_rank import PerRank, RngState
+    from distckpt.parts import Parts
+    from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, RngState
     from distckpt.policy import (
         CheckpointInfo,
         best,
@@ -88,12 +89,16 @@ __all__ = [
     "ManifestError",
     "MismatchError",
     "NewerFormatError",
+    "OneRank",
     "OpenedCheckpoint",
     "OutcomeUnknown",
+    "Parts",
     "PeerLost",
     "PeerTimeout",
+    "PerGroup",
     "PerRank",
     "RanksFailed",
+    "Replicated",
     "RestoreFailed",
     "RestoreOptions",
     "RngState",
@@ -130,8 +135,12 @@ _HOMES = {
     "CheckpointState": "readers",
     "Decision": "gate",
     "Event": "events",
+    "OneRank": "per_rank",
     "OpenedCheckpoint": "opened",
+    "Parts": "parts",
+    "PerGroup": "per_rank",
     "PerRank": "per_rank",
+    "Replicated": "per_rank",
     "RestoreOptions": "restore_names",
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",

@@ -41,6 +41,7 @@ from distckpt.cli_requests import (
 from distckpt.cli_transfer import export_command, import_command
 from distckpt.cli_watch import watch_command
 from distckpt.errors import CheckpointNotFound, DistckptError
+from distckpt.layout import ONE
 from distckpt.record import Entry, Record
 from distckpt.state import read_head
 from distckpt.terminal import (
@@ -307,6 +308,7 @@ def _manifest_to_json(manifest: Manifest) -> dict[str, Any]:
                 "shape": list(row.shape),
                 "size_bytes": row.size_bytes,
                 "same_as": row.same_as or None,
+                "of_one_rank": row.kind == ONE,
             }
             for row in manifest.assignment.rows.values()
         ],
@@ -318,9 +320,11 @@ def _ranks_of(manifest: Manifest, name: str) -> str:
     row = manifest.assignment.rows[name]
     if row.same_as:
         return f"= {row.same_as}"
+    mark = " (one rank's)" if row.kind == ONE else ""
     ranks = sorted({piece.rank for piece in manifest.assignment.pieces_of(name)})
     text = ", ".join(map(str, ranks[:4]))
-    return text if len(ranks) <= 4 else f"{text}, ... ({len(ranks)})"
+    more = "" if len(ranks) <= 4 else f", ... ({len(ranks)})"
+    return f"{text}{more}{mark}"
 
 
 def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -> None:

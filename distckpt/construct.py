@@ -43,6 +43,7 @@ from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.record import digest
+from distckpt.replica_digests import ALWAYS, SAMPLED, UNCHECKED, Replicas
 from distckpt.retention import Retention
 from distckpt.sinks import History, say_line
 from distckpt.waiting import Whereabouts
@@ -74,6 +75,7 @@ class Arguments:
     timeout: Any
     takeover: Any
     read_replicated: Any = AUTO
+    replicas: Any = SAMPLED
     on_event: Any = ()
 
     @property
@@ -107,6 +109,7 @@ class Arguments:
             spelled(self.checkpoint_interval),
             bool(self.takeover),
             self.read_replicated,
+            self.replicas,
         ]
         return bytes.fromhex(digest(strict_json.dumps(values.encode(fields)).encode()))
 
@@ -247,6 +250,12 @@ def _make_job(
             f"{arguments.read_replicated!r:.100}."
         )
         raise ConfigError(msg)
+    if arguments.replicas not in (SAMPLED, ALWAYS, UNCHECKED):
+        msg = (
+            f"replicas must be {SAMPLED!r}, {ALWAYS!r} or {UNCHECKED!r}, got "
+            f"{arguments.replicas!r:.100}."
+        )
+        raise ConfigError(msg)
     retention = arguments.retention()
     gate = IntervalGate(arguments.checkpoint_interval)
     needs_steps = gate.when.interval is not None or retention.needs_steps
@@ -254,6 +263,7 @@ def _make_job(
         msg = "step_counter must be given if checkpoint_interval or max_to_keep has steps."
         raise ConfigError(msg)
     return Job(
+        replicas=Replicas(arguments.replicas),
         checkpoint=arguments.checkpoint,
         directory=readers.checked_path(arguments.directory),
         decisions=decisions,

@@ -37,6 +37,12 @@ _DTYPES: dict[str, tuple[str | None, int]] = {
     **{f"{sign}int{bits}": (None, 1) for sign in ("", "u") for bits in range(1, 8)},
 }
 
+# Those whose values can be converted into each other's, rounded.
+FLOATS = frozenset(
+    {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    | {"float8_e4m3fnuz", "float8_e5m2fnuz"}
+)
+
 _ITEM_SIZES = {code: size for code, size in _DTYPES.values() if code is not None}
 
 

@@ -21,7 +21,7 @@ from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.events import Events
 from distckpt.flight import Flight
 from distckpt.gate import NOT_CALLED, Decision, IntervalGate, Pace
-from distckpt.layout import Layouts
+from distckpt.layout import Layouts, Table
 from distckpt.liveness import Liveness
 from distckpt.lookout import Lookout
 from distckpt.mailbox import Request
@@ -30,6 +30,7 @@ from distckpt.own_file import OwnFile
 from distckpt.paths import Attempt
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
+from distckpt.replica_digests import Replicas
 from distckpt.shard_header import Draft
 from distckpt.waiting import broken_by
 
@@ -90,6 +91,8 @@ class Job:
         requests: What other processes ask for; on the chief, if saves are made for that.
         requested: Who asked for a save when the ranks asked last; on the chief.
         calls_left: After how many more calls of ``save()`` to ask about all this.
+        replicas: What is compared between ranks.
+        warned_of_stateless: Paths of the optimizers whose missing state has been logged.
     """
 
     checkpoint: Checkpoint
@@ -120,6 +123,8 @@ class Job:
     requests: Lookout[list[Request]] | None = None
     requested: list[Request] = field(default_factory=list)
     calls_left: int = 1
+    replicas: Replicas = field(default_factory=Replicas)
+    warned_of_stateless: set[str] = field(default_factory=set)
 
     @property
     def rank(self) -> int:
@@ -138,6 +143,13 @@ class Job:
     def step(self) -> int | None:
         """Return the training step; None without a step counter."""
         return None if self.read_step is None else self.read_step()
+
+    def layouts_with(self, table: Table) -> Layouts | None:
+        """Return the tables of all ranks at the last save, if this rank's was this one."""
+        if self.layouts is None:
+            return None
+        own = self.layouts.tables[self.layouts.table_of_rank[self.rank]]
+        return self.layouts if own is table or own.digest == table.digest else None
 
     def check_alive(self) -> None:
         """Raise ``PeerLost`` or ``PeerTimeout`` if another rank is known to be gone."""

@@ -6,7 +6,7 @@ manifest holds one table for all ranks that share it: O(ranks) + O(tensors).
 
 The rules are part of the on-disk format (docs/format.md):
 
-* ``whole``: the lowest rank whose table names the tensor writes all of it.
+* ``whole``, ``one``: the lowest rank whose table names the tensor writes all of it.
 * ``split``: every rank whose table names it holds all of it, in equal copies.
 * ``sharded``: every rank of its mesh holds one box of it (``sharding.py``). Rows that
   differ only in their meshes, which then share no rank, are copies of each other.
@@ -36,6 +36,8 @@ from distckpt.sharding import Mesh, Sharding
 SPLIT = "split"
 WHOLE = "whole"
 SHARDED = "sharded"
+# Like "whole": the tensors that other ranks have under this name may be different.
+ONE = "one"
 
 # A cut falls on whole sub-arrays of at most this size, so that a border costs little
 # balance and a small tensor is never cut at all.
@@ -66,7 +68,7 @@ class Row(_RowFields):
         name: Full name, for example ``model/layers.0.weight``.
         dtype: torch's name of the element type.
         shape: Global shape.
-        kind: ``"split"``, ``"whole"`` or ``"sharded"``.
+        kind: ``"split"``, ``"whole"``, ``"one"`` or ``"sharded"``.
         same_as: The earlier row whose memory this one shares; "" for none.
         sharding: Of a sharded tensor; the mesh's ranks are those of the manager.
     """
@@ -113,7 +115,7 @@ class Row(_RowFields):
         return prod(self.shape) * dtypes.item_size_bytes(self.dtype)
 
 
-_KINDS = frozenset((SPLIT, WHOLE, SHARDED))
+_KINDS = frozenset((SPLIT, WHOLE, SHARDED, ONE))
 
 
 def _check_name(name: str) -> None:
@@ -273,7 +275,7 @@ def _decode_row(fields: list[Any], same_as: str, shardings: Sequence[Sharding]) 
     name, dtype, shape, lies = fields[:4]
     if type(dtype) is not str or not all(type(length) is int for length in shape):
         _refuse(f"not a table row: {fields!r:.200}")
-    if lies in (SPLIT, WHOLE):
+    if lies in (SPLIT, WHOLE, ONE):
         return Row(name, dtype, tuple(shape), lies, same_as)
     if type(lies) is not int or not 0 <= lies < len(shardings):
         _refuse(f"not a table row: {fields!r:.200}")
@@ -483,7 +485,7 @@ class Assignment:
     @staticmethod
     def _is_written_whole(row: Row) -> bool:
         # Boxes without elements are written by nobody, but the tensor must be there.
-        return row.kind == WHOLE or (row.kind == SHARDED and 0 in row.shape)
+        return row.kind in (WHOLE, ONE) or (row.kind == SHARDED and 0 in row.shape)
 
     def _whole_piece(self, row: Row) -> Piece:
         place = self._place_of_name[row.name]

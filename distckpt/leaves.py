@@ -62,6 +62,10 @@ class Leaves:
         numbering: What the manager calls the ranks of a sharded tensor's mesh.
         known: What is known of the tensors from earlier.
         optimized: Ids of tensors that only the step of an optimizer changes.
+        buffers: Names of modules' buffers.
+        counts: Names of optimizers' tensors that one rank writes whole.
+        one_rank: Names of what one rank's is stored of, without a comparison.
+        copies: Names of what is declared to have copies on other meshes.
         stateless: Paths of optimizers that have no state, and may have some after a step.
     """
 
@@ -71,6 +75,10 @@ class Leaves:
     numbering: Numbering = field(default_factory=Numbering)
     known: KnownTensors = field(default_factory=KnownTensors)
     optimized: set[int] = field(default_factory=set)
+    buffers: set[str] = field(default_factory=set)
+    counts: set[str] = field(default_factory=set)
+    one_rank: set[str] = field(default_factory=set)
+    copies: set[str] = field(default_factory=set)
     stateless: list[str] = field(default_factory=list)
 
     def add_parameter(

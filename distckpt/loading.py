@@ -15,6 +15,7 @@ from distckpt import tensors
 from distckpt.boxes import contiguous_runs, overlap, whole
 from distckpt.collector import collector_paused
 from distckpt.comm import check_nothing_adrift
+from distckpt.dtypes import item_size_bytes
 from distckpt.errors import FormatError, MismatchError
 from distckpt.exchange_plan import ExchangePlan, Parcel, wants_digest
 from distckpt.known import KnownTensor, KnownTensors, window
@@ -30,6 +31,7 @@ from distckpt.ring import Ring
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
 from distckpt.stamp import FIRST_FORMAT
+from distckpt.torch_versions import dtype_of_name
 from distckpt.tracked import Nodes
 
 
@@ -211,8 +213,9 @@ class Loading:
         names, live = [*self._shared.reads], [*self._shared.reads.values()]
         # What all ranks read together follows from how it was saved, too.
         saved = self.manifest.assignment if exchange else None
+        also = (names, saved, self._names.cast)
         return self._remembered.known.recall(
-            ("reads", exchange), live, (names, saved), lambda: self._list_wants(exchange)
+            ("reads", exchange), live, also, lambda: self._list_wants(exchange)
         )
 
     def _list_wants(self, exchange: bool) -> _Wants:
@@ -230,7 +233,7 @@ class Loading:
 
         The same on all ranks of its mesh, whatever they hold of it.
         """
-        if known.box is None or 0 in known.shape:
+        if known.box is None or 0 in known.shape or self._is_converted(name, known):
             return False
         if not known.is_sharded or not tensors.is_cut(tensor):
             return True
@@ -238,6 +241,9 @@ class Loading:
         saved = self.manifest.assignment.rows[name].sharding
         as_saved = saved and (saved.mesh.shape, saved.placements)
         return tensors.is_cut_inside(tensor) and as_saved != tensors.layout_of(tensor)
+
+    def _is_converted(self, name: str, known: KnownTensor) -> bool:
+        return self.manifest.assignment.rows[name].dtype != known.dtype
 
     def _exchange_plan(self, common: list[Wanted]) -> ExchangePlan:
         assignment = self.manifest.assignment
@@ -381,7 +387,8 @@ class Loading:
         for one in placed.located:
             stored, (_, name, start) = one
             target = self._wants.known[name]
-            if start is None or not target.is_row_major:
+            is_converted = stored.dtype != target.dtype
+            if start is None or not target.is_row_major or is_converted:
                 placed.pieces.append(one)
             elif not target.address:
                 placed.on_device.append(one)
@@ -440,7 +447,7 @@ class Loading:
         for name, tensor in plan.reads.items():
             known = self._remembered.known.describe(name, tensor)
             stored = reader.header.entries.per_rank[name]
-            if known.address and stored.size_bytes:
+            if known.address and stored.size_bytes and stored.dtype == known.dtype:
                 parts.append(Part(stored, window(known.address, stored.size_bytes)))
                 # Kept until all is read, as in ``_memory_kept``.
                 owners.append(known.memory_of(tensor).untyped_storage())
@@ -458,10 +465,37 @@ class Loading:
         with tensors.writable_bytes(tensor) as buffer:
             for rank, stored in sources:
                 region = overlap(stored.box, target)
-                if region is not None:
-                    with _blamed_on(rank):
-                        runs = contiguous_runs(region, stored.box, target)
+                if region is None:
+                    continue
+                runs = contiguous_runs(region, stored.box, target)
+                with _blamed_on(rank):
+                    if stored.dtype == tensors.dtype_name(tensor.dtype):
                         self._readers[rank].read_runs(stored, runs, buffer)
+                    else:
+                        self._convert_runs(rank, stored, runs, buffer, tensor.dtype)
+
+    def _convert_runs(
+        self,
+        rank: int,
+        stored: Stored,
+        runs: Iterable[tuple[int, int, int]],
+        buffer: memoryview,
+        dtype: torch.dtype,
+    ) -> None:
+        """Read runs block by block, and convert each to the dtype of the tensor."""
+        reader = self._readers[rank]
+        saved = dtype_of_name(stored.dtype)
+        item = item_size_bytes(stored.dtype)
+        block = max(reader.header.block_bytes // item, 1)
+        for source, target, length in runs:
+            done = 0
+            while done < length:
+                first = source + done
+                count = min(block - first % block, length - done)
+                data = bytearray(count * item)
+                reader.read_runs(stored, [(first, 0, count)], memoryview(data))
+                tensors.convert_into(buffer, dtype, target + done, data, saved)
+                done += count
 
     def finish(self) -> None:
         """Set plain values and states; runs user code (``load_state_dict``)."""

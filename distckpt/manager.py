@@ -77,6 +77,12 @@ class CheckpointManager:
         timeout: How long to wait for a rank that shows no sign of progress; a call into
             the filesystem may take three quarters of it.
         takeover: Fence another live job that holds the directory.
+        replicas: What a save compares of the state that several ranks hold alike. It fails,
+            naming tensors and ranks, if they differ. ``"sampled"``: everything at the first
+            save and at the first after a restore, later all that is small (neither
+            parameters nor optimizer state) and blocks of the rest, in turn. ``"always"``:
+            everything at each save. ``"unchecked"``: nothing. Buffers that differ are
+            logged once.
         read_replicated: How a restore reads what all ranks have use for: what all want
             whole, and tensors that are cut along an inner dimension otherwise than when
             they were saved. ``"each"``: every rank for itself; ranks of one host find it
@@ -108,6 +114,7 @@ class CheckpointManager:
         timeout: timedelta = DEFAULT_TIMEOUT,
         takeover: bool = False,
         read_replicated: Literal["auto", "each", "once"] = "auto",
+        replicas: Literal["sampled", "always", "unchecked"] = "sampled",
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
         self._unusable: DistckptError | None = None
@@ -123,6 +130,7 @@ class CheckpointManager:
             timeout=timeout,
             takeover=takeover,
             read_replicated=read_replicated,
+            replicas=replicas,
             on_event=on_event,
         )
         self._job = construct(arguments, process_group)

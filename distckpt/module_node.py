@@ -159,6 +159,7 @@ class ModuleNode:
         self._add_versions(leaves)
         names, known, kinds = self._own
         leaves.add_described(names, values, known, kinds)
+        leaves.buffers.update(compress(names, map(WHOLE.__eq__, kinds)))
         memories: set[object] | None = None
         for _, name, value, owner in self._other_entries(leaves.known):
             if owner is not None:

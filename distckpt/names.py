@@ -1,7 +1,7 @@
 """How the name of a tensor or a plain value is put together from the keys on its way.
 
 Parts are joined by ``/``; ``~`` and ``/`` inside a part are written ``~0`` and ``~1``
-(RFC 6901), an integer key ``7`` is written ``~i7``.
+(RFC 6901), an integer key ``7`` is written ``~i7``, the group 3 of ``PerGroup`` ``~g3``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _INTEGER = "~i"
+_GROUP = "~g"
 _INTEGER_PART = re.compile(rf"{_INTEGER}-?[0-9]{{1,1000}}")
 
 
@@ -27,6 +28,18 @@ def key_of(part: str) -> str | int:
     if _INTEGER_PART.fullmatch(part):
         return int(part[len(_INTEGER) :])
     return part.replace("~1", "/").replace("~0", "~")
+
+
+def group_part(group: int) -> str:
+    """Spell the number of a group as one part of a name."""
+    return f"{_GROUP}{group}"
+
+
+def group_of(part: str) -> int | None:
+    """Return the number of a group that one part of a name spells; None: it does not."""
+    number = part.removeprefix(_GROUP)
+    is_group = part.startswith(_GROUP) and number.isascii() and number.isdecimal()
+    return int(number) if is_group else None
 
 
 def keys_of(name: str) -> tuple[str | int, ...]:

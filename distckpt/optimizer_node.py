@@ -117,6 +117,7 @@ class OptimizerNode:
         states = self._states_of(everything)
         live, described = self._live(leaves.known, everything, states)
         leaves.add_described(described.names, live, described.known, described.kinds)
+        leaves.counts.update(compress(described.names, map(WHOLE.__eq__, described.kinds)))
         self._add_optimized(leaves, everything, states)
         if len(live) < sum(map(len, states)):
             for full, value, parameter in self._walk(everything, states):

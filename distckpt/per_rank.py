@@ -1,4 +1,4 @@
-"""What each rank has of its own: ``PerRank`` and ``RngState``."""
+"""What ranks have otherwise than others: ``PerRank``, ``PerGroup``, ``OneRank``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,76 @@ class PerRank:
 
     def __repr__(self) -> str:
         return f"PerRank({self.value!r})"
+
+
+class PerGroup:
+    """Mark what is equal within a group of ranks and differs between groups.
+
+    Experts, or the stages of a pipeline, whose tensors have the same names on all ranks.
+    Each group is saved under its number (``path/~g0``, ``path/~g1``). It is restored by as
+    many groups, whatever number of ranks each of them has. An optimizer of such a module
+    needs no mark: its entries follow the names of the parameters.
+
+    Args:
+        value: Anything that a ``Checkpoint`` can track.
+        mesh: The ``DeviceMesh`` along which the values differ, such as ``mesh["ep"]``. This
+            rank's coordinate in it is the number of its group; ranks with the same
+            coordinate hold equal values.
+
+    Raises:
+        ConfigError: This rank is not in the mesh.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "ep"))
+        >>> Checkpoint(experts=PerGroup(experts, mesh["ep"]))
+    """
+
+    def __init__(self, value: Any, mesh: Any) -> None:
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            msg = f"PerGroup: this rank is not in the mesh {mesh!r:.200}."
+            raise ConfigError(msg)
+        self.value = value
+        self.num_groups = int(mesh.size())
+        self.group = 0
+        for index, length in zip(coordinate, mesh.shape, strict=True):
+            self.group = self.group * int(length) + int(index)
+
+    def __repr__(self) -> str:
+        return f"PerGroup({self.value!r}, group {self.group} of {self.num_groups})"
+
+
+class OneRank:
+    """Mark what may differ between ranks and of which the lowest rank's is stored.
+
+    It is not compared, and every rank gets it back. ``distckpt show`` says so.
+
+    Args:
+        value: Anything that a ``Checkpoint`` can track, but for sharded tensors.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"OneRank({self.value!r})"
+
+
+class Replicated:
+    """Mark sharded tensors of which other groups of ranks hold copies, on other meshes.
+
+    Several groups of ranks train the same model, each on a mesh without the other groups.
+    The values of all groups are compared, and each group writes a share.
+
+    Args:
+        value: Anything that a ``Checkpoint`` can track.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Replicated({self.value!r})"
 
 
 class RngState:

@@ -25,6 +25,7 @@ from distckpt.modules import unwrap
 from distckpt.names import escaped
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import RestorePlan, Saved, mismatch
+from distckpt.torch_versions import dtype_of_name
 
 
 def from_pretrained(
@@ -148,15 +149,30 @@ def _fill_from(
         finish()
 
 
+# So many elements are read and converted at a time.
+_CONVERTED_ELEMENTS = 2**20
+
+
 def _fill(known: KnownTensor, tensor: Any, stored: FileTensor) -> None:
     if known.box is None or known.size_bytes == 0:
         return
-    item = item_size_bytes(known.dtype)
+    item = item_size_bytes(stored.dtype)
+    is_converted = stored.dtype != known.dtype
     with tensors.writable_bytes(tensor) as buffer:
         for start, index, length in contiguous_runs(
             known.box, whole(known.shape), known.box
         ):
-            part = buffer[index * item : (index + length) * item]
-            if stored.file.read_into(stored.start + start * item, part) < len(part):
-                msg = f"{stored.file.path}: ends inside a tensor."
-                raise ShardFileError(msg)
+            piece = _CONVERTED_ELEMENTS if is_converted else length
+            for done in range(0, length, piece):
+                count = min(piece, length - done)
+                data = bytearray(count * item) if is_converted else b""
+                at = index + done
+                part = memoryview(data) or buffer[at * item : (at + count) * item]
+                if stored.file.read_into(stored.start + (start + done) * item, part) < len(
+                    part
+                ):
+                    msg = f"{stored.file.path}: ends inside a tensor."
+                    raise ShardFileError(msg)
+                if is_converted:
+                    saved = dtype_of_name(stored.dtype)
+                    tensors.convert_into(buffer, tensor.dtype, at, bytearray(part), saved)

@@ -371,6 +371,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     answer = agree(job.decisions, Phase.APPLY, finished, decide)
     job.take_lists(answer)
     job.undefined = ""
+    job.replicas.is_first = True  # what was read may be other bytes on some rank
     if trial.min_counter is not None:
         # A newer checkpoint could not be read just now; its number stays its own.
         job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)

@@ -108,7 +108,7 @@ class Names:
         if self._within is not None and not f"{name}/".startswith(self._within):
             return False
         # All patterns are tried: each notes whether it has ever matched.
-        parameter = _parameter_of(name)
+        parameter = parameter_of(name)
         excluded = [pattern.excludes(name, parameter) for pattern in self._exclude]
         included = [True]
         if self._include is not None:
@@ -125,7 +125,7 @@ class Names:
         An optimizer's entry that is only included because its parameter is need not: there
         may be no optimizer here.
         """
-        if self._include is None or _parameter_of(name) is None:
+        if self._include is None or parameter_of(name) is None:
             return True
         return any(pattern.includes(name, None) for pattern in self._include)
 
@@ -191,7 +191,7 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
     return get_close_matches(pattern, names, n=3, cutoff=0.0)
 
 
-def _parameter_of(name: str) -> str | None:
+def parameter_of(name: str) -> str | None:
     """Return what follows the parameter's name in an optimizer's entry, with that name."""
     for before in _BEFORE_PARAMETER:
         _, found, parameter = name.partition(before)

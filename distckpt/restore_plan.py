@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from distckpt import tensors, torch_versions, values
+from distckpt.dtypes import FLOATS
 from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
-from distckpt.layout import SHARDED, SPLIT, WHOLE, Row
+from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
 from distckpt.restore_names import Names, near_names
 from distckpt.values import TensorRef
 
@@ -258,7 +259,9 @@ class RestorePlan:
         )
         if is_simple:
             self.saved.take_rows(names)
-            self.reads.update(zip(names, live, strict=True))
+            # Its own name, which is another one in a file of safetensors'.
+            saved_names = [row.name for row in rows if row is not None]
+            self.reads.update(zip(saved_names, live, strict=True))
             self._names.update(
                 (one.identity, name) for one, name in zip(known, names, strict=True)
             )
@@ -273,13 +276,20 @@ class RestorePlan:
         if row is None:
             kind = "a plain value" if self.saved.has_value(name) else "not there"
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
-        elif not _fits(row, known):
+        elif not _fits(row, known) and not self._can_convert(row, known):
             self.problems.append(
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
                 f"{known.dtype} {list(known.shape)} here"
             )
         elif not self._is_read_already(name, row, identity):
             self.reads[row.name] = tensor
+
+    def _can_convert(self, row: Row, known: KnownTensor) -> bool:
+        return (
+            self.saved.names.cast
+            and row.shape == known.shape
+            and {row.dtype, known.dtype} <= FLOATS
+        )
 
     def _is_read_already(self, name: str, row: Row, identity: object) -> bool:
         """Read memory that has two names once, if the checkpoint says so too."""
@@ -523,7 +533,7 @@ def _in_a_job() -> bool:
 
 def _is_plain(row: Row, parameter: torch.Tensor, is_count: bool) -> bool:
     """Tell whether what was saved is a plain tensor beside a sharded parameter, too."""
-    if row.kind == WHOLE:
+    if row.kind in (WHOLE, ONE):
         # Saved beside a sharded one. With more elements it cannot be kept beside one that
         # is cut: there, each rank's would be another part.
         return prod(row.shape) <= 1 or not tensors.is_cut(parameter)

@@ -32,7 +32,6 @@ from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.remarks import Remarks
-from distckpt.replicas import compare_replicas
 from distckpt.save_plan import SavePlan, decide_and_plan
 
 _logger = logging.getLogger(__name__)
@@ -56,8 +55,9 @@ class CheckpointOptions:
             waits for it. Whatever else changes these must call ``wait_staged()`` first.
         when_busy: What to do while an earlier save is still under way: ``"wait"`` for it,
             or ``"skip"`` this one.
-        validate_replicas: Compare first, by digests, what ranks believe to be replicated,
-            and fail the save, naming tensors and ranks, if it differs.
+        validate_replicas: Compare all that ranks believe to be replicated, as with
+            ``replicas="always"``, and fail the save, naming tensors and ranks, if it
+            differs.
     """
 
     enable_async: bool = False
@@ -158,11 +158,11 @@ def _save(job: Job, given: Call) -> str | None:
         # The saved state holds the counter of the save itself, as in TensorFlow.
         job.checkpoint.save_counter = counter + 1
         begin = partial(_begin, job, request, counter)
-        attempt, captured, plan = decide_and_plan(job, call, begin)  # S1 to S3
+        attempt, captured, plan = decide_and_plan(  # S1 to S3
+            job, call, begin, lambda: request.result.options.validate_replicas
+        )
         step, options = request.result.step, request.result.options
         saving = Saving(attempt, step, request.result.remarks, tuple(reasons), began)
-        if options.validate_replicas and job.world_size > 1:
-            compare_replicas(job, attempt, captured)
         if options.enable_async:
             flight = Flight(saving, counter, last_step)
             take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4

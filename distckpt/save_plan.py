@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from distckpt import paths, strict_json
@@ -24,6 +25,20 @@ from distckpt.layout import Layouts, Table
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
+from distckpt.replica_digests import Report, report_all
+from distckpt.replicas import (
+    asked_of,
+    detail_of,
+    differing,
+    judge,
+    note_drifting,
+    report_of,
+)
+from distckpt.restore_names import parameter_of
+from distckpt.sharding import Sharding
+from distckpt.values import is_of_one_rank
+
+_logger = logging.getLogger(__name__)
 
 
 class SavePlan(NamedTuple):
@@ -58,46 +73,64 @@ class _State(NamedTuple):
     captured: Captured
     table: Table
     call: Vote
+    report: Report | None
 
     @property
     def values(self) -> dict[str, Any]:
         return self.captured.shared.values
 
     def vote(self) -> Vote:
-        values = _digest_of_values(self.values)
-        return self.call._replace(digest_a=self.table.digest, digest_b=values)
+        values = _digest_of_values(self.values, self.captured.shared.one_rank)
+        detail = b"" if self.report is None else self.report.packed
+        return self.call._replace(
+            digest_a=self.table.digest, digest_b=values, detail=detail
+        )
 
 
-def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> Planned:
+def decide_and_plan(
+    job: Job,
+    call: Ran[Vote],
+    begin: Callable[[], Attempt],
+    validates: Callable[[], bool],
+) -> Planned:
     """S1 to S3: collect this rank's state; agree on the save, and on who writes what.
 
-    Equal digests of tables and values, the usual case, settle everything, and so do tables
-    that differ as they did at the last save; else what differs is exchanged once.
+    Equal digests of tables, values and replicas, the usual case, settle everything, and so
+    do tables that differ as they did at the last save; else what differs is exchanged once.
 
-    Called by: every rank. Collectives: one round, or two.
+    Called by: every rank. Collectives: one round; another one if tables or values differ,
+    and one more where replicas differ or tables are new.
 
     Args:
         job: The manager's.
         call: What this rank's call of ``save()`` says of itself, to be compared.
         begin: Makes a new attempt's pending directory; called on the chief.
+        validates: Tells whether this save compares all that is replicated.
 
     Raises:
         UnsupportedError, ConfigError: Something cannot be stored, or differs between
             ranks; names it.
-        SaveFailed: User code failed on some ranks, or the chief could not begin.
+        SaveFailed: User code failed on some ranks, the chief could not begin, or replicas
+            differ.
     """
 
     def body() -> _State:
         asked = call.value()
         with collector_paused():
             captured = capture(job.checkpoint, job.decisions.members)
-            return _State(captured, captured.shared.table(), asked)
+            table = captured.shared.table()
+            known = job.layouts_with(table)
+            report = report_of(job, captured, table, validates(), known)
+            return _State(captured, table, asked, report)
 
     digests: list[Vote] = []  # the chief's
+    judged: dict[str, list[list[int]]] = {}  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
         digests.extend(votes)
-        return _decide(job, votes, begin)
+        answer = _decide(job, votes, begin)
+        judged.update(differing(votes))
+        return {**answer, "asked": asked_of(judged)}
 
     ran = Ran(body)
     began = time.monotonic()
@@ -108,14 +141,90 @@ def decide_and_plan(job: Job, call: Ran[Vote], begin: Callable[[], Attempt]) -> 
     job.events.tell(CAPTURE, seconds=ran.seconds, **about)
     job.events.tell(DECIDE, seconds=time.monotonic() - began, **about)
     state = ran.result
+    _warn_of_stateless(job, state)
     key = bytes.fromhex(answer["key"])
     values = state.values
+    if answer["asked"]:
+        _name_differing(job, attempt, state, answer["asked"], judged)
     if answer["table_senders"] or answer["value_senders"]:
         values = _exchange(job, attempt, state, answer, digests)
     elif job.layouts is None or job.layouts.key != key:
         job.layouts = Layouts(key, [state.table], [0] * job.world_size)
     assert job.layouts is not None and job.layouts.key == key
+    if state.report is not None:
+        if answer["table_senders"] and len(job.layouts.tables) > 1:
+            _compare_across_tables(job, attempt, state)
+        job.replicas.is_first = False
     return Planned(attempt, state.captured, SavePlan(job.layouts, values))
+
+
+def _name_differing(
+    job: Job,
+    attempt: Attempt,
+    state: _State,
+    asked: Mapping[str, Sequence[int]],
+    judged: Mapping[str, list[list[int]]],
+) -> None:
+    """Refuse the save for what differs between replicas, or note the buffers: one round."""
+    assert state.report is not None
+    classes, path = state.report.classes, job.path(attempt.prefix)
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        return judge(path, judged, votes)
+
+    detail = detail_of(job, state.captured, classes, asked)
+    answer = job.decisions.consult(
+        Vote(Phase.REPLICAS, detail=detail), or_abandon(job, attempt, decide)
+    )
+    note_drifting(job, answer)
+
+
+def _compare_across_tables(job: Job, attempt: Attempt, state: _State) -> None:
+    """Compare what ranks with different tables have under one name: a round, or two.
+
+    Which names those are is known only now.
+    """
+    replicas = job.replicas
+    ran = Ran(
+        lambda: report_all(
+            state.captured,
+            replicas.classes(state.captured, state.table, job.layouts, job.rank),
+        )
+    )
+    judged: dict[str, list[list[int]]] = {}  # the chief's
+
+    def decide(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "replicas could not be compared", SaveFailed)
+        judged.update(differing(votes))
+        return {"asked": asked_of(judged)}
+
+    answer = agree(
+        job.decisions,
+        Phase.REPLICAS,
+        ran,
+        or_abandon(job, attempt, decide),
+        says=lambda report: Vote(Phase.REPLICAS, detail=report.packed),
+    )
+    if answer["asked"]:
+        again = state._replace(report=ran.result)
+        _name_differing(job, attempt, again, answer["asked"], judged)
+
+
+def _warn_of_stateless(job: Job, state: _State) -> None:
+    """Say once that an optimizer has no state: after a step that is hardly meant so."""
+    if not state.call.step:
+        return
+    for leaves in state.captured:
+        for path in leaves.stateless:
+            if path not in job.warned_of_stateless:
+                job.warned_of_stateless.add(path)
+                _logger.warning(
+                    "%s has no state at step %s. If it has made steps, its state is kept "
+                    "where its state_dict() does not look; track the optimizer that has "
+                    "it. A job that is restored would begin with fresh moments.",
+                    path,
+                    state.call.step,
+                )
 
 
 def _decide(job: Job, votes: Sequence[Vote], begin: Callable[[], Attempt]) -> Answer:
@@ -160,6 +269,7 @@ def _exchange(
     detail: dict[str, Any] = {}
     if job.rank in asked["table_senders"]:
         detail["table"] = state.table.text
+        detail["copies"] = sorted(state.captured.shared.copies)
     if job.rank in asked["value_senders"]:
         detail["values"] = state.values
     vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode() if detail else b"")
@@ -195,15 +305,42 @@ def _unite_tables(
     key: bytes, details: Mapping[int, Any], digests: Sequence[Vote]
 ) -> Layouts:
     tables: list[Table] = []
+    copies: set[str] = set()
     index_of: dict[bytes, int] = {}
     for vote in digests:
         if vote.digest_a not in index_of:
             index_of[vote.digest_a] = len(tables)
             tables.append(Table.from_text(details[vote.rank]["table"]))
+            copies.update(details[vote.rank]["copies"])
+    _check_meshes(tables, copies)
     try:
         return Layouts(key, tables, [index_of[vote.digest_a] for vote in digests])
     except ManifestError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_meshes(tables: Sequence[Table], copies: Set[str]) -> None:
+    """Refuse one name on several meshes, whatever the values, unless it is declared."""
+    placed: dict[str, Sharding] = {}
+    for row in (row for table in tables for row in table if row.sharding is not None):
+        assert row.sharding is not None
+        other = placed.setdefault(row.name, row.sharding)
+        if other is row.sharding or other == row.sharding:
+            continue
+        # The state of an optimizer lies as its parameter does.
+        parameter = (parameter_of(row.name) or "").rpartition("/")[0]
+        if copies.isdisjoint((row.name, parameter)):
+            where = row.name.partition("/")[0]
+            msg = (
+                f"tensor {row.name!r} lies on ranks {other.mesh.ranks[:8]} and, by itself, "
+                f"on ranks {row.sharding.mesh.ranks[:8]} (placements "
+                f"{[*other.placements]} and {[*row.sharding.placements]}). If these are "
+                "two tensors (experts, stages), declare "
+                f"Checkpoint({where}=PerGroup({where}, mesh)), with the mesh along which "
+                "they differ; if they are copies of one tensor, "
+                f"Checkpoint({where}=Replicated({where}))."
+            )
+            raise ConfigError(msg)
 
 
 def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[str, Any]:
@@ -215,7 +352,7 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
         sender = sender_of.setdefault(vote.digest_b, vote.rank)
         for name, value in details[sender]["values"].items():
             united.setdefault(name, value)
-            text = strict_json.dumps(value)
+            text = "" if is_of_one_rank(value) else strict_json.dumps(value)
             spelled.setdefault(name, {}).setdefault(text, []).append(vote.rank)
     differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
     if differing:
@@ -251,8 +388,13 @@ def or_abandon(
     return decide_or_abandon
 
 
-def _digest_of_values(values: Mapping[str, Any]) -> bytes:
-    """Digest plain values; the settings of an optimizer are one object under many names."""
+def _digest_of_values(values: Mapping[str, Any], one_rank: Collection[str]) -> bytes:
+    """Digest plain values; the settings of an optimizer are one object under many names.
+
+    Of what one rank's is stored only the names are compared.
+    """
+    if one_rank:
+        values = {k: None if k in one_rank else v for k, v in values.items()}
     text_of: dict[int, str] = {}
     for value in values.values():
         if id(value) not in text_of:

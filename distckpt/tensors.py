@@ -431,6 +431,23 @@ def writable_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         target.copy_(copy)
 
 
+def convert_into(
+    buffer: memoryview, dtype: torch.dtype, start: int, data: bytearray, saved: torch.dtype
+) -> None:
+    """Convert elements of one dtype to those of another, into memory.
+
+    Args:
+        buffer: Of a tensor, row-major.
+        dtype: The tensor's.
+        start: Index of the first element that is set.
+        data: The bytes of the elements.
+        saved: Their dtype.
+    """
+    values = torch.frombuffer(data, dtype=torch.uint8).view(saved)
+    target = torch.frombuffer(buffer, dtype=torch.uint8).view(dtype)
+    target[start : start + values.numel()].copy_(values)
+
+
 # What is allocated outlives the restore, so the caller's modes must not decide: a default
 # device, or inference mode, whose tensors cannot be trained on.
 

@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from distckpt import modules, schedulers
 from distckpt.errors import UnsupportedError
 from distckpt.leaves import Leaves, join, key_text
+from distckpt.marked_nodes import CopiesNode, GroupsNode, OneRankNode
 from distckpt.module_node import ModuleNode, Owners
+from distckpt.names import group_part
 from distckpt.node import Node, Resized, live_tensors
 from distckpt.optimizer_node import OptimizerNode, OwnOptimizerNode
 from distckpt.optimizers import (
@@ -33,7 +35,7 @@ from distckpt.optimizers import (
     tensors_in_any,
 )
 from distckpt.parts import NamesOfParts, Parts
-from distckpt.per_rank import PerRank, Resize
+from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, Resize
 from distckpt.restore_plan import RestorePlan
 
 _MAX_DEPTH = 64
@@ -101,6 +103,9 @@ class _Walker:
             inner = partial(setattr, value, "value")
             self.visit(path, value.value, inner, value, depth + 1)
             return
+        if isinstance(value, (OneRank, PerGroup, Replicated)):
+            self._visit_marked(path, value, mark, depth)
+            return
         per_rank = mark is not None
         nodes = self.per_rank if per_rank else self.shared
         if mark is not None:
@@ -129,6 +134,31 @@ class _Walker:
             raise UnsupportedError(msg)
         else:
             nodes.append(ValueNode(path, value, assign))
+
+    def _visit_marked(
+        self,
+        path: str,
+        value: OneRank | PerGroup | Replicated,
+        mark: PerRank | None,
+        depth: int,
+    ) -> None:
+        kind = type(value).__name__
+        if mark is not None:
+            msg = f"{path}: {kind} inside PerRank: what each rank has is not shared."
+            raise UnsupportedError(msg)
+        inner = partial(setattr, value, "value")
+        begins = len(self.shared)
+        if isinstance(value, PerGroup):
+            self.shared.append(GroupsNode(path, value.num_groups))
+            path = f"{path}/{group_part(value.group)}"
+            self.visit(path, value.value, inner, None, depth + 1)
+            return
+        self.visit(path, value.value, inner, None, depth + 1)
+        if len(self.per_rank) and any(node.path.startswith(path) for node in self.per_rank):
+            msg = f"{path}: PerRank inside {kind}: mark one of both."
+            raise UnsupportedError(msg)
+        node_class = OneRankNode if isinstance(value, OneRank) else CopiesNode
+        self.shared[begins:] = [node_class(node) for node in self.shared[begins:]]
 
     def _visit_modules(
         self, path: str, parts: Sequence[nn.Module], nodes: list[Node], per_rank: bool
@@ -171,6 +201,9 @@ class _Walker:
         self._optimizers.append(node)
 
 
+_MARKS = (PerRank, PerGroup, OneRank, Replicated)
+
+
 def _is_stateful(value: Any) -> bool:
     return (
         not isinstance(value, type)
@@ -180,7 +213,7 @@ def _is_stateful(value: Any) -> bool:
 
 
 def _holds_tracked(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (PerRank, Parts, torch.Tensor)) or _is_stateful(value):
+    if isinstance(value, (*_MARKS, Parts, torch.Tensor)) or _is_stateful(value):
         return True
     if depth > _MAX_DEPTH:
         return False  # the encoder refuses it with a better message

@@ -13,10 +13,11 @@ starts with ``$``:
 ``$numpy``          [dtype, base64] of a numpy scalar
 ``$tensor``         name of a tensor that is stored beside
 ``$object``         [class name, value]: the value is the state of an object
+``$one``            value of one rank, which others may have otherwise
 ==================  ==========================================================
 
-``$object`` stands at the top only, and decoding leaves it out. Its class name is empty if
-nothing tells whether the value is the state of an object.
+``$one`` and ``$object`` stand at the top only, in this order, and decoding leaves them out.
+The class name is empty if nothing tells whether the value is the state of an object.
 
 Anything else is refused with its path in the tree: a value that comes back as another
 type is a bug that shows weeks later.
@@ -31,7 +32,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from distckpt.errors import FormatError, UnsupportedError
 
@@ -43,6 +44,7 @@ _PAIR_TAGS: dict[str, Callable[[Iterable[tuple[Any, Any]]], Any]] = {
     "$counter": lambda pairs: Counter(dict(pairs)),
 }
 _OBJECT = "$object"
+_ONE = "$one"
 _NUMPY_KINDS = "biufc"
 # What numpy's ``dtype.str`` is for these kinds; its parser understands far more.
 _NUMPY_DTYPE = re.compile(rf"[<>|][{_NUMPY_KINDS}][0-9]{{1,2}}")
@@ -76,6 +78,8 @@ def decode(encoded: object) -> Any:
     Raises:
         FormatError: Not something that ``encode`` returns.
     """
+    if is_of_one_rank(encoded):
+        encoded = cast("dict[str, object]", encoded)[_ONE]
     if isinstance(encoded, dict) and encoded.keys() == {_OBJECT}:
         body = encoded[_OBJECT]
         if not (isinstance(body, list) and len(body) == 2 and isinstance(body[0], str)):
@@ -94,8 +98,20 @@ def as_state(class_name: str, encoded: object) -> Any:
     return {_OBJECT: [class_name, encoded]}
 
 
+def of_one_rank(encoded: object) -> Any:
+    """Mark an encoded value as that of one rank."""
+    return {_ONE: encoded}
+
+
+def is_of_one_rank(encoded: Any) -> bool:
+    """Tell whether an encoded value is that of one rank."""
+    return isinstance(encoded, dict) and encoded.keys() == {_ONE}
+
+
 def class_of_state(encoded: Any) -> str | None:
     """Return the class name of an object's state; None for a plain value."""
+    if is_of_one_rank(encoded):
+        encoded = encoded[_ONE]
     if isinstance(encoded, dict) and encoded.keys() == {_OBJECT}:
         class_name: str = encoded[_OBJECT][0]
         return class_name

@@ -110,7 +110,7 @@ def test_user_code_that_raises_on_one_rank_is_the_same_error_on_all(
     for what, kind, text in (
         ("init_fn", "RestoreFailed", "ValueError: cannot initialize"),
         ("state_dict", "SaveFailed", "ValueError: cannot save"),
-        ("load_state_dict", "RestoreFailed", "ValueError: cannot load"),
+        ("load_state_dict", "RestoreFailed", "trap: ValueError: cannot load"),
     ):
         for rank, found in enumerate(results):
             assert found[what].kind == kind
@@ -118,6 +118,8 @@ def test_user_code_that_raises_on_one_rank_is_the_same_error_on_all(
             assert found[what].text == results[0][what].text
             assert f"rank {culprit}: {text}" in found[what].text
             original = text.replace("ValueError: ", "ValueError('") + "')"
+            if what == "load_state_dict":
+                original = f"RestoreFailed('{text}')"
             assert found[what].cause == (original if rank == culprit else "")
             assert found[what].net_seconds < 5
     for found in results:

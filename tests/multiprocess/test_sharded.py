@@ -23,7 +23,14 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, loading, readers
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    PerRank,
+    Replicated,
+    loading,
+    readers,
+)
 from distckpt.layout import SHARDED
 
 # What is saved is made from these alone, so that each process knows what must come back.
@@ -531,7 +538,8 @@ def _save_two_dimensional(rank, directory, lengths, shape):
         model = _parallel(0, length, shape)
         placements = {n: str(p.placements) for n, p in model.named_parameters()}
         assert "_StridedShard" in placements["up.weight"], placements
-        with _manager(Checkpoint(model=model), f"{directory}/{length}") as manager:
+        tracked = Checkpoint(model=Replicated(model))
+        with _manager(tracked, f"{directory}/{length}") as manager:
             paths[length] = manager.save()
         live = _parallel(1, length, shape)
         _restore(Checkpoint(model=live), f"{directory}/{length}", paths[length])
@@ -713,9 +721,9 @@ def _in_separate_halves(rank, directory):
         }
 
     saved, live = objects(torch.clone), objects(torch.zeros_like)
-    with _manager(Checkpoint(tensors=saved), directory) as manager:
+    with _manager(Checkpoint(tensors=Replicated(saved)), directory) as manager:
         path = manager.save()
-    _restore(Checkpoint(tensors=live), directory, path)
+    _restore(Checkpoint(tensors=Replicated(live)), directory, path)
     for name, tensor in saved.items():
         assert torch.equal(live[name].to_local(), tensor.to_local())
     # A model that only some ranks have, and of which the others know nothing.

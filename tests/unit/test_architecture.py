@@ -31,20 +31,20 @@ LAYERS = {
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
     | {"module_loading"},
-    7: {"opened", "module_node", "repair", "doctor", "optimizers"},
+    7: {"opened", "module_node", "marked_nodes", "repair", "doctor", "optimizers"},
     8: {"optimizer_node", "diff", "schedulers"},
     9: {"tracked"},
     10: {"loading"},
     11: {"checkpoint"},
-    12: {"own_file", "pretrained"},
+    12: {"own_file", "pretrained", "replica_digests"},
     13: {"job", "snapshot"},
-    14: {"claim", "construct", "save_plan", "exchange", "asking"},
-    15: {"commit", "restore", "replicas"},
-    16: {"background"},
-    17: {"save", "cli_paths"},
-    18: {"manager", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"}
+    14: {"claim", "construct", "exchange", "asking", "replicas"},
+    15: {"restore", "save_plan"},
+    16: {"commit"},
+    17: {"background", "cli_paths"},
+    18: {"save", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"}
     | {"cli_completion", "cli_bench", "cli_requests", "cli_report"},
-    19: {"cli"},
+    19: {"cli", "manager"},
 }
 # Those of ``formats`` stand between these: the same numbers.
 FORMATS = {

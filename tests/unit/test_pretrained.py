@@ -226,3 +226,12 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path):
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(FormatError, match="weights"):
         start(tmp_path / "new", from_pretrained(path), model=Tied())
+
+
+def test_a_module_without_ties_begins_with_a_file(tmp_path):
+    """All its tensors are read in one go."""
+    base, model = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = tmp_path / "weights.safetensors"
+    save_file(base.state_dict(), path)
+    start(tmp_path / "run", from_pretrained(path), model=model)
+    assert torch.equal(model.weight, base.weight)
