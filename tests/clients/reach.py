@@ -45,6 +45,8 @@ IGNORED = (
     re.compile(r"^__composable_api_state_key"),
     # How much the workers of a loader have sent by now.
     re.compile(r"^_task_info$|^_tasks_outstanding$"),
+    # Drawn anew by each iterator of a loader.
+    re.compile(r"^_base_seed$"),
     # The address of the object itself.
     re.compile(r"^_torchdynamo_wrapper_id$"),
 )

@@ -160,7 +160,9 @@ ROWS = [
     ),
     Row("torchdata", "StatefulDataLoader of a stream with state", _stream, _next_batches),
     Row("torchdata", "nodes.Loader", _nodes, _next_batches),
-    Row("torchmetrics", "MeanMetric", _metric(lambda m: m.MeanMetric()), _update_with_values),
+    Row(
+        "torchmetrics", "MeanMetric", _metric(lambda m: m.MeanMetric()), _update_with_values
+    ),
     Row(
         "torchmetrics",
         "MeanMetric, persistent",

@@ -223,17 +223,37 @@ ROWS = [
         _of(_peft("LoraConfig", r=2, modules_to_save=["lm_head"], **_TARGETS)),
         fit_language,
     ),
-    Row("peft", "DoRA", _of(_peft("LoraConfig", r=2, use_dora=True, **_TARGETS)), fit_language),
+    Row(
+        "peft",
+        "DoRA",
+        _of(_peft("LoraConfig", r=2, use_dora=True, **_TARGETS)),
+        fit_language,
+    ),
     Row("peft", "two adapters", _of(_two_adapters), fit_language),
-    Row("peft", "VeRA", _of(_peft("VeraConfig", r=2, target_modules=["q_proj"])), fit_language),
+    Row(
+        "peft",
+        "VeRA",
+        _of(_peft("VeraConfig", r=2, target_modules=["q_proj"])),
+        fit_language,
+    ),
     Row(
         "peft",
         "IA3",
-        _of(_peft("IA3Config", feedforward_modules=["down_proj"],
-                  target_modules=["k_proj", "down_proj"])),
+        _of(
+            _peft(
+                "IA3Config",
+                feedforward_modules=["down_proj"],
+                target_modules=["k_proj", "down_proj"],
+            )
+        ),
         fit_language,
     ),
-    Row("peft", "prompt tuning", _of(_peft("PromptTuningConfig", num_virtual_tokens=3)), fit_language),
+    Row(
+        "peft",
+        "prompt tuning",
+        _of(_peft("PromptTuningConfig", num_virtual_tokens=3)),
+        fit_language,
+    ),
     Row(
         "accelerate",
         "prepared model, optimizer, scheduler",

@@ -38,7 +38,9 @@ def _alone(make: Callable[[], nn.Module], **more: Any) -> Callable[[int], Bundle
 
 def _tokens_shape(vocabulary: int, *shape: int) -> Callable[..., list[torch.Tensor]]:
     def train(bundle: Bundle, steps: range) -> list[torch.Tensor]:
-        return fit_on(bundle, steps, lambda model, step: model(tokens(step, vocabulary, shape)))
+        return fit_on(
+            bundle, steps, lambda model, step: model(tokens(step, vocabulary, shape))
+        )
 
     return train
 
@@ -401,8 +403,6 @@ class ExpectsTuple(nn.Module):
         return self.module(x)[0]
 
 
-
-
 _IMAGE = {"_shape": (4, 6, 5)}
 
 ROWS = [
@@ -411,7 +411,9 @@ ROWS = [
     Row(
         LIBRARY,
         "BatchNorm1d",
-        _trained(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))),
+        _trained(
+            lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        ),
         fit,
     ),
     Row(
@@ -435,7 +437,9 @@ ROWS = [
     Row(
         LIBRARY,
         "InstanceNorm1d with statistics",
-        _trained(lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True), **_IMAGE),
+        _trained(
+            lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True), **_IMAGE
+        ),
         fit,
     ),
     Row(
@@ -460,7 +464,13 @@ ROWS = [
         _trained(lambda: nn.Sequential(nn.Embedding(20, 6, max_norm=1.0), nn.Linear(6, 3))),
         _tokens_shape(20, 2, 5),
     ),
-    Row(LIBRARY, "LazyLinear into one that was used", _alone(lambda: nn.LazyLinear(3)), forward, warm=1),
+    Row(
+        LIBRARY,
+        "LazyLinear into one that was used",
+        _alone(lambda: nn.LazyLinear(3)),
+        forward,
+        warm=1,
+    ),
     Row(
         LIBRARY,
         "LazyLinear into a fresh one",
@@ -486,7 +496,13 @@ ROWS = [
     Row(LIBRARY, "hook after the load packs the weight", _alone(Packed), forward),
     Row(LIBRARY, "own _load_from_state_dict, buffer grows", _trained(LoadsItself), fit),
     Row(LIBRARY, "own _load_from_state_dict reads the version", _trained(Versioned), fit),
-    Row(LIBRARY, "saves an entry that it does not load", _trained(SavesMore), fit, expected="factor"),
+    Row(
+        LIBRARY,
+        "saves an entry that it does not load",
+        _trained(SavesMore),
+        fit,
+        expected="factor",
+    ),
     Row(LIBRARY, "own state_dict and load_state_dict", _alone(OwnStateDict), forward),
     Row(LIBRARY, "own load_state_dict", _trained(OwnLoadOnly), fit),
     Row(LIBRARY, "keeps references to its weight", _trained(Assigned), fit),
@@ -530,7 +546,9 @@ ROWS = [
         _trained(lambda: nn.DataParallel(nn.Linear(6, 3))),
         fit,
     ),
-    Row(LIBRARY, "MinMaxObserver", _alone(_quantized(_observer("MinMaxObserver"))), forward),
+    Row(
+        LIBRARY, "MinMaxObserver", _alone(_quantized(_observer("MinMaxObserver"))), forward
+    ),
     Row(
         LIBRARY,
         "MovingAverageMinMaxObserver",
@@ -551,7 +569,12 @@ ROWS = [
     ),
     Row(LIBRARY, "FakeQuantize", _trained(_quantized(_fake)), fit),
     Row(LIBRARY, "FakeQuantize, per channel", _trained(_quantized(_per_channel)), fit),
-    Row(LIBRARY, "prepare_qat: conv, norm and relu fused", _trained(_qat_model, **_IMAGE), fit),
+    Row(
+        LIBRARY,
+        "prepare_qat: conv, norm and relu fused",
+        _trained(_qat_model, **_IMAGE),
+        fit,
+    ),
     Row(
         LIBRARY,
         "quantize_dynamic",

@@ -65,7 +65,9 @@ def _qat_config(seed: int) -> Bundle:
 
     model = _wide(seed)
     config = QATConfig(
-        activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+        activation_config=IntxFakeQuantizeConfig(
+            torch.int8, "per_token", is_symmetric=False
+        ),
         weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32),
         step="prepare",
     )
@@ -127,7 +129,13 @@ def _qlora(seed: int) -> Bundle:
 
 ROWS = [
     *(
-        Row("torchao", name, _torchao(name), _fit_uncompiled, expected=r"optimizer/state/.*exp_avg")
+        Row(
+            "torchao",
+            name,
+            _torchao(name),
+            _fit_uncompiled,
+            expected=r"optimizer/state/.*exp_avg",
+        )
         for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit")
     ),
     Row(
@@ -172,7 +180,9 @@ ROWS = [
         "bitsandbytes",
         "Linear4bit, FP4, not nested",
         _layer(
-            "Linear4bit", quant_type="fp4", compress_statistics=False,
+            "Linear4bit",
+            quant_type="fp4",
+            compress_statistics=False,
             compute_dtype=torch.float32,
         ),
         forward,
@@ -184,7 +194,9 @@ ROWS = [
         _layer("Linear8bitLt", has_fp16_weights=False),
         forward,
     ),
-    Row("bitsandbytes", "Linear8bitLt, weights of sixteen", _layer("Linear8bitLt"), forward),
+    Row(
+        "bitsandbytes", "Linear8bitLt, weights of sixteen", _layer("Linear8bitLt"), forward
+    ),
     Row(
         "bitsandbytes",
         "LoRA beside Linear4bit (QLoRA)",

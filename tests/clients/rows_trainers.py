@@ -119,10 +119,16 @@ def _fit_lightning(bundle: Bundle, steps: range) -> list[torch.Tensor]:
 
 
 ROWS = [
-    Row("torchtitan", "OptimizersContainer, LRSchedulersContainer", lambda s: _titan(s), fit),
-    Row("torchtitan", "the same of two parts of a model", lambda s: _titan(s, 2), _fit_parts),
+    Row(
+        "torchtitan", "OptimizersContainer, LRSchedulersContainer", lambda s: _titan(s), fit
+    ),
+    Row(
+        "torchtitan", "the same of two parts of a model", lambda s: _titan(s, 2), _fit_parts
+    ),
     Row("torchtitan", "the same, amsgrad", lambda s: _titan(s, amsgrad=True), fit),
-    Row("torchtitan", "the same into ones that have state", lambda s: _titan(s), fit, warm=2),
+    Row(
+        "torchtitan", "the same into ones that have state", lambda s: _titan(s), fit, warm=2
+    ),
     Row("lightning", "Fabric: what setup returned", _fabric, _fit_with_fabric),
     Row("lightning", "Fabric: what setup was given", _fabric_inner, _fit_inner),
     Row("lightning", "LightningModule, EarlyStopping", _lightning, _fit_lightning),

@@ -242,7 +242,9 @@ class Container(torch.optim.Optimizer):
 
     def __init__(self, optimizers: list[Any]) -> None:
         self.optimizers = optimizers
-        super().__init__([p for o in optimizers for g in o.param_groups for p in g["params"]], {})
+        super().__init__(
+            [p for o in optimizers for g in o.param_groups for p in g["params"]], {}
+        )
 
     def step(self, closure: Any = None) -> None:
         for optimizer in self.optimizers:

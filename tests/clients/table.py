@@ -61,7 +61,9 @@ def batch(step: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(step))
 
 
-def tokens(step: int, vocabulary: int = 50, shape: tuple[int, int] = (2, 8)) -> torch.Tensor:
+def tokens(
+    step: int, vocabulary: int = 50, shape: tuple[int, int] = (2, 8)
+) -> torch.Tensor:
     """Make a batch of tokens."""
     return torch.randint(0, vocabulary, shape, generator=seeded(step))
 

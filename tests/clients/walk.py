@@ -125,7 +125,9 @@ def _verdict(row: Row, result: Result) -> str:
     # In memory: what the disk takes to sync is not the question here.
     with tempfile.TemporaryDirectory(dir=_IN_MEMORY) as folder:
         try:
-            with CheckpointManager(Checkpoint(**_tracked(saved)), folder + "/run", 1) as manager:
+            with CheckpointManager(
+                Checkpoint(**_tracked(saved)), folder + "/run", 1
+            ) as manager:
                 manager.save()
         except DistckptError as error:
             return f"refused at the save: {_short(error)}"
@@ -146,7 +148,9 @@ def _verdict(row: Row, result: Result) -> str:
     return _compare(row, result, saved, reference, ours)
 
 
-def _compare(row: Row, result: Result, saved: Bundle, reference: Bundle, ours: Bundle) -> str:
+def _compare(
+    row: Row, result: Result, saved: Bundle, reference: Bundle, ours: Bundle
+) -> str:
     expected = reach(_tracked(reference))
     result.tensors, result.attributes = count(expected)
     found = [] if row.lazy else differences(expected, reach(_tracked(ours)))
