@@ -40,7 +40,7 @@ trap "say_what_was_not_run ${1:-}" EXIT
 # With one seed both processes of pytest list the tests in one order.
 export PYTHONHASHSEED=0
 one_process=(tests/unit tests/scale tests/gpu)
-with_ranks=(tests/multiprocess tests/crash/ranks)
+with_ranks=(tests/multiprocess tests/crash/ranks tests/clients)
 # First those without torch: they fork thousands of processes, and with torch in it each fork
 # takes twenty times as long.
 without_torch=(tests/crash --ignore tests/crash/ranks)
@@ -53,6 +53,8 @@ files_with() {
 }
 
 if [ "${1:-}" = all ]; then
+    # The libraries of tests/clients; without them its tests skip.
+    launch/clients_env.sh || echo "the environment of tests/clients could not be made" >&2
     # With all examples of hypothesis, of which the default classes draw a fifth.
     export DISTCKPT_ALL_EXAMPLES=1
     "$python" -m pytest -n 2 -m "full and not alone" "${one_process[@]}"

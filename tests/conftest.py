@@ -47,6 +47,7 @@ _CLASS_OF_FOLDER = {
     "multiprocess": "ranks",
     "gpu": "ranks",
     "crash": "durability",
+    "clients": "full",
 }
 # Who plays more than a part of the campaigns, or a mutant, knows that it takes longer.
 _LONGER = ("DISTCKPT_EVERY_CRASH", "DISTCKPT_EVERY_RESHARD", "DISTCKPT_MUTANT")
