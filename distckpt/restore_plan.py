@@ -327,6 +327,9 @@ class RestorePlan:
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
             if not tensors.is_sharded(parameter) or _is_plain(row, parameter, is_count):
+                if row.shape == tuple(parameter.shape) and device == parameter.device:
+                    # As torch makes it, with the parameter's memory format.
+                    return tensors.empty_like(parameter, dtype)
                 return tensors.empty_plain(row.shape, dtype, device)
             if row.shape == tuple(parameter.shape):
                 return tensors.empty_like(parameter, dtype)
