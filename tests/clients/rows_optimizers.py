@@ -114,8 +114,7 @@ def _fit_with_closure(bundle: Bundle, steps: range) -> list[torch.Tensor]:
         loss.backward()
         return loss
 
-    for step in steps:
-        outputs.append(optimizer.step(partial(closure, step)).detach())
+    outputs += [optimizer.step(partial(closure, step)).detach() for step in steps]
     return outputs
 
 

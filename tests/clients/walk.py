@@ -7,9 +7,9 @@ Run it in the environment of the libraries (``launch/clients_env.sh`` makes it):
     .venv-clients/bin/python tests/clients/walk.py --write docs/clients.md  the page
 
 For each row objects are trained. Fresh ones take their state dicts by their own
-``load_state_dict``; other fresh ones are restored from a checkpoint. Compared are all tensors
-and plain attributes that can be reached from both, then what both compute in three further
-steps, then again all tensors and attributes. A row that compares nothing fails.
+``load_state_dict``; other fresh ones are restored from a checkpoint. Compared are all
+tensors and plain attributes that can be reached from both, then what both compute in three
+further steps, then again all tensors and attributes. A row that compares nothing fails.
 """
 
 from __future__ import annotations
@@ -270,13 +270,14 @@ def _short(error: object) -> str:
 
 HEAD = """# Real objects of real libraries
 
-Each row is saved and restored by distckpt and by the object's own `load_state_dict`, and both
-results are compared: all tensors and plain attributes that can be reached, then three further
-steps. `launch/clients_env.sh && .venv-clients/bin/python tests/clients/walk.py --write docs/clients.md`
-makes this page; class `full` of the tests holds it true ([tests](../tests/README.md)).
+Each row is saved and restored by distckpt and by the object's own `load_state_dict`, and
+both results are compared: all tensors and plain attributes that can be reached, then three
+further steps. After `launch/clients_env.sh`, this makes the page:
+`.venv-clients/bin/python tests/clients/walk.py --write docs/clients.md`. Class `full` of
+the tests holds it true.
 
 - **right**: nothing differs from what the object's own protocol gives.
-- **refused**: an error names the object, at the save or at the restore; nothing was changed.
+- **refused**: an error names the object, at the save or at the restore.
 - **other** would be anything else; there is none.
 
 The columns say how many tensors and how many plain attributes were compared. The last one
