@@ -56,7 +56,7 @@ def _drift(rank, directory, drifted, options):
     return failed, unnoticed
 
 
-@pytest.mark.parametrize("drifted", [[1], [0, 2]])
+@pytest.mark.parametrize("drifted", [pytest.param([1], marks=pytest.mark.full), [0, 2]])
 @pytest.mark.parametrize("options", [COMPARED, BEHIND], ids=["sync", "async"])
 def test_replicas_that_differ_fail_the_save_and_are_named(tmp_path, drifted, options):
     """By tensor and by rank; nothing is left of the save, and its number is free."""

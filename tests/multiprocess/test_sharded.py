@@ -681,6 +681,7 @@ def _balanced(rank, directory):
     return path, hybrid, fully, halved, opened
 
 
+@pytest.mark.full
 def test_hybrid_shards_are_balanced_and_only_files_with_something_are_opened(tmp_path):
     """Replicas write half of what they share; nobody opens a file without need."""
     found = values_of(run_ranks(_balanced, 4, str(tmp_path / "run")))
@@ -816,6 +817,7 @@ def _with_average(rank, directory):
     return path, found
 
 
+@pytest.mark.full
 def test_average_of_sharded_parameters_comes_back_as_the_live_one_lies(tmp_path):
     """An object's own state dict says how its tensors lie; one that does not is told."""
     results = values_of(run_ranks(_with_average, 2, str(tmp_path / "run")))

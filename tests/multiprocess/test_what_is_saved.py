@@ -95,10 +95,8 @@ def _excess(sizes):
     return max(sizes) / (sum(sizes) / len(sizes)) - 1
 
 
-@pytest.mark.parametrize(
-    "world_size",
-    [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_replicated_bytes_of_a_gpt_are_balanced_within_3_percent(tmp_path, world_size):
     """Every rank writes its share of parameters and optimizer state, and all of it fits."""
     directory = str(tmp_path / "run")
@@ -195,7 +193,7 @@ def _save_with_own(rank, directory):
     return path
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_each_rank_gets_back_its_own_and_the_lowest_rank_s_buffers(tmp_path, world_size):
     """PerRank values never mix; buffers and plain tensors are the lowest rank's, whole."""
     directory = str(tmp_path / "run")
