@@ -154,6 +154,7 @@ def _save_and_restore_both_ways(rank, directory):
     return path, told
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "world_size",
     [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)],
@@ -502,6 +503,7 @@ def test_a_slow_reader_is_waited_for_while_it_gets_on(tmp_path):
         assert found.seconds > DEADLINE_SECONDS
 
 
+@pytest.mark.full
 def test_a_read_that_hangs_is_reported_by_all(tmp_path):
     """The rank gives up in time, sends on, and votes."""
     for found, _ in values_of(run_ranks(_read_slowly, 3, str(tmp_path / "run"), 30)):

@@ -657,7 +657,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("mark", [lambda value: value, PerRank], ids=["shared", "per rank"])
+@pytest.mark.parametrize(
+    "mark",
+    [lambda value: value, pytest.param(PerRank, marks=pytest.mark.full)],
+    ids=["shared", "per rank"],
+)
 @pytest.mark.parametrize("saved", KINDS)
 @pytest.mark.parametrize("live", KINDS)
 def test_a_value_and_an_object_are_different_kinds(run_dir, saved, live, mark):
