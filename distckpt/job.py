@@ -21,7 +21,7 @@ from distckpt.errors import DistckptError, ManagerBroken
 from distckpt.events import Events
 from distckpt.flight import Flight
 from distckpt.gate import NOT_CALLED, Decision, IntervalGate, Pace
-from distckpt.layout import Layouts, Table
+from distckpt.layout import Layouts
 from distckpt.liveness import Liveness
 from distckpt.lookout import Lookout
 from distckpt.mailbox import Request
@@ -143,13 +143,6 @@ class Job:
     def step(self) -> int | None:
         """Return the training step; None without a step counter."""
         return None if self.read_step is None else self.read_step()
-
-    def layouts_with(self, table: Table) -> Layouts | None:
-        """Return the tables of all ranks at the last save, if this rank's was this one."""
-        if self.layouts is None:
-            return None
-        own = self.layouts.tables[self.layouts.table_of_rank[self.rank]]
-        return self.layouts if own is table or own.digest == table.digest else None
 
     def check_alive(self) -> None:
         """Raise ``PeerLost`` or ``PeerTimeout`` if another rank is known to be gone."""

@@ -406,7 +406,9 @@ class Assignment:
                     rows[name] = row
                 else:
                     known = rows[name]
-                    if known is not row and not _agree(known, row):
+                    # Of what one rank's is stored others may have another shape.
+                    is_free = known.kind == row.kind == ONE
+                    if known is not row and not is_free and not _agree(known, row):
                         ranks = self._ranks_of_table
                         _refuse_differing(known, row, ranks[before.tables[0]], ranks[index])
                 key = (id(before), id(mesh))

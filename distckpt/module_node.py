@@ -133,6 +133,13 @@ class ModuleNode:
         ]
         return Described(names, described, kinds)
 
+    def _is_buffer(self, value: torch.Tensor) -> bool:
+        """Tell whether a tensor that an overridden ``state_dict()`` made is a buffer's."""
+        if not tensors.held(value).memory.numel():
+            return False
+        buffers = modules.buffers(self._module.modules())
+        return _storage(value) in {_storage(buffer) for buffer in buffers}
+
     def _memories(self) -> set[object]:
         parameters = modules.parameters(self._module.modules())
         return {tensors.identity_of(parameter) for parameter in parameters}
@@ -171,8 +178,10 @@ class ModuleNode:
                 memories = self._memories() if memories is None else memories
                 if tensors.identity_of(value) in memories:
                     leaves.add_parameter(name, value)
-                else:
-                    leaves.add_tensor(name, value)
+                    continue
+                leaves.add_tensor(name, value)
+                if self._is_buffer(value):
+                    leaves.buffers.add(name)
 
     def never_loaded(self) -> list[str]:
         """Return the entries of its state dict that it would not take back.

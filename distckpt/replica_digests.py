@@ -7,8 +7,17 @@ buffers, and one for each way in which its sharded tensors have replicas.
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,9 +32,8 @@ from distckpt.leaves import Leaf
 
 SAMPLED, ALWAYS, UNCHECKED = "sampled", "always", "unchecked"
 
-KEY_BYTES = 8
-DIGEST_BYTES = 16
 LEAF_DIGEST_BYTES = 8
+_PACKED = struct.Struct("<8s16sI")
 
 # A later save compares so many blocks of what is large, and as much of what is small.
 _BLOCK_BYTES = 64 * 1024
@@ -34,6 +42,8 @@ _SMALL_BYTES = 64 * 1024
 _MOST_SMALL_BYTES = _BLOCKS * _BLOCK_BYTES
 _MOST_SMALL = 256
 _MOST_PIECES = 600
+
+_SALT = 0x2545F4914F6CDD1D
 
 # Elements of a device's memory that are summed at a time.
 _CHUNK = 2**22
@@ -76,24 +86,39 @@ class Replicas:
     drifting: frozenset[str] = frozenset()
     _made_of: Hashable = None
     _classes: list[ReplicaClass] = field(default_factory=list)
+    _compared: set[str] = field(default_factory=set)
 
-    def classes(
-        self, captured: Captured, table: Table, layouts: Layouts | None, rank: int
-    ) -> list[ReplicaClass]:
-        """List the classes that this rank is in.
+    def classes(self, captured: Captured, table: Table, rank: int) -> list[ReplicaClass]:
+        """List the classes that this rank is in, as its own table tells.
 
         Args:
             captured: What this rank has to save.
             table: Its table.
-            layouts: The tables of all ranks, if they are known; else each table is taken
-                to be that of all ranks.
             rank: This rank.
         """
-        made_of = (id(table), id(layouts), self.drifting)
+        made_of = (table.digest, self.drifting)
         if made_of != self._made_of:
-            self._classes = _classes(captured, table, layouts, rank, self.drifting)
+            self._classes = _classes(captured, table, None, rank, self.drifting)
             self._made_of = made_of
         return self._classes
+
+    def classes_across(
+        self, captured: Captured, table: Table, layouts: Layouts, rank: int
+    ) -> list[ReplicaClass]:
+        """List the classes of what ranks with different tables have under one name."""
+        return _classes(captured, table, layouts, rank, self.drifting)
+
+    def is_new(self, one: ReplicaClass) -> bool:
+        """Tell whether a class has names that were never compared in full."""
+        return self.is_first or not self._compared.issuperset(one.names)
+
+    def note_compared(self, classes: Iterable[ReplicaClass]) -> None:
+        """Remember that classes have been compared, once a save has found them equal."""
+        if self.is_first:
+            self._compared.clear()
+        for one in classes:
+            self._compared.update(one.names)
+        self.is_first = False
 
 
 class _Member(NamedTuple):
@@ -119,7 +144,7 @@ def _classes(
         is_buffer = name in shared.buffers
         if is_buffer and name in drifting:
             continue
-        where = _replicated_where(row, rank, tables_of.get(name, ()))
+        where = _replicated_where(row, rank, tables_of.get(name, ()), shared.copies)
         if where is None:
             continue
         at = "" if leaf.known.is_whole else str([*_offset_of(leaf)])
@@ -147,18 +172,22 @@ def _tables_of(layouts: Layouts | None) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _replicated_where(row: Row, rank: int, tables: tuple[int, ...]) -> Hashable | None:
+def _replicated_where(
+    row: Row, rank: int, tables: tuple[int, ...], copies: Collection[str]
+) -> Hashable | None:
     """Return what is equal for tensors that the same ranks hold; None: no other rank."""
     if row.sharding is None:
         return tables
     coordinate = row.sharding.coordinate_of(rank)
     lengths = row.sharding.mesh.shape
+    if coordinate is not None and row.name in copies:
+        # Copies on other meshes have the same coordinate there.
+        return ("copies", coordinate, lengths)
     if coordinate is None or all(
         index is not None or length == 1
         for index, length in zip(coordinate, lengths, strict=True)
     ):
-        # Copies on other meshes are declared, and on the same coordinate there.
-        return ("copies", coordinate, lengths) if tables and len(tables) > 1 else None
+        return None
     return tuple(row.sharding.mesh.ranks_at(coordinate))
 
 
@@ -172,7 +201,7 @@ def _make_class(
 ) -> ReplicaClass:
     names = [member.name for member in members]
     every = [*leaves.values()]
-    kinds = ((every[m.leaf].known.dtype, every[m.leaf].known.shape) for m in members)
+    kinds = (_kind_of(every[member.leaf]) for member in members)
     # Tensors of other shapes are no replicas: comparing tables refuses them.
     text = "\n".join([repr(where), str(is_buffer), *names, *map(repr, kinds)])
     small: list[int] = []
@@ -198,6 +227,35 @@ def _make_class(
     )
 
 
+def _kind_of(leaf: Leaf) -> tuple[Any, ...]:
+    known = leaf.known
+    strides = known.memory_of(leaf.tensor).stride() if _is_dense(leaf) else ()
+    return known.dtype, known.shape, strides
+
+
+def _is_dense(leaf: Leaf) -> bool:
+    """Tell whether memory has the elements in another order, and nothing else."""
+    known = leaf.known
+    if known.is_row_major or known.device != "cpu":
+        return False
+    memory = known.memory_of(leaf.tensor)
+    if memory.is_conj() or memory.is_neg():
+        return False
+    expected = 1
+    for stride, length in sorted(zip(memory.stride(), memory.shape, strict=True)):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _address_of(leaf: Leaf) -> int:
+    """Return where the bytes lie that are compared; 0: they must be copied."""
+    if leaf.known.address or not _is_dense(leaf):
+        return leaf.known.address
+    return leaf.known.memory_of(leaf.tensor).data_ptr()
+
+
 class Report(NamedTuple):
     """Digests of this rank's classes.
 
@@ -213,22 +271,23 @@ class Report(NamedTuple):
     def packed(self) -> bytes:
         """The keys and digests, one class after the other."""
         pairs = zip(self.classes, self.digests, strict=True)
-        return b"".join(one.key + digest for one, digest in pairs)
+        return b"".join(
+            _PACKED.pack(one.key, digest, len(one.names)) for one, digest in pairs
+        )
 
 
-def unpacked(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Walk what ``Report.packed`` holds."""
-    size = KEY_BYTES + DIGEST_BYTES
-    for start in range(0, len(packed), size):
-        yield packed[start : start + KEY_BYTES], packed[start + KEY_BYTES : start + size]
+def unpacked(packed: bytes) -> Iterator[tuple[bytes, bytes, int]]:
+    """Walk what ``Report.packed`` holds: keys, digests, numbers of tensors."""
+    return _PACKED.iter_unpack(packed)
 
 
 def report_all(captured: Captured, classes: list[ReplicaClass]) -> Report:
     """Digest everything."""
-    return Report(
-        classes,
-        [xxhash.xxh3_128_digest(b"".join(leaf_digests(captured, one))) for one in classes],
-    )
+    return Report(classes, [_all_of(captured, one) for one in classes])
+
+
+def _all_of(captured: Captured, one: ReplicaClass) -> bytes:
+    return xxhash.xxh3_128_digest(b"".join(leaf_digests(captured, one)))
 
 
 def leaf_digests(captured: Captured, one: ReplicaClass) -> list[bytes]:
@@ -243,16 +302,26 @@ def leaf_digests(captured: Captured, one: ReplicaClass) -> list[bytes]:
     return [digest for digest in digests if digest is not None]
 
 
-def report_sampled(captured: Captured, classes: list[ReplicaClass], turn: int) -> Report:
+def report_sampled(
+    captured: Captured,
+    classes: list[ReplicaClass],
+    turn: int,
+    is_new: Callable[[ReplicaClass], bool] = lambda _: False,
+) -> Report:
     """Digest what is small, and blocks of all else that change from save to save.
 
     Args:
         captured: What this rank has to save.
         classes: Its classes.
         turn: Number of the save: after ``num_turns`` of them every byte has had its turn.
+        is_new: Tells of which classes everything is to be compared.
     """
     every = [*captured.shared.tensors.values()]
-    return Report(classes, [_sampled(every, one, turn) for one in classes])
+    digests = [
+        _all_of(captured, one) if is_new(one) else _sampled(every, one, turn)
+        for one in classes
+    ]
+    return Report(classes, digests)
 
 
 def num_turns(one: ReplicaClass) -> int:
@@ -299,8 +368,9 @@ def _add_range(
     digest: Any, device: list[torch.Tensor], leaf: Leaf, start: int, stop: int
 ) -> None:
     known = leaf.known
-    if known.address:
-        digest.update(window(known.address + start, stop - start))
+    address = _address_of(leaf)
+    if address:
+        digest.update(window(address + start, stop - start))
     elif known.device != "cpu" and known.is_row_major:
         memory = tensors.flat_bytes(known.memory_of(leaf.tensor))
         device.append(positional_sum(memory[start:stop]))
@@ -312,8 +382,9 @@ def _add_range(
 
 def _host_digest(leaf: Leaf) -> bytes | None:
     known = leaf.known
-    if known.address:
-        return xxhash.xxh3_64_digest(window(known.address, known.size_bytes))
+    address = _address_of(leaf)
+    if address:
+        return xxhash.xxh3_64_digest(window(address, known.size_bytes))
     if known.device != "cpu" and known.is_row_major:
         return None
     assert known.box is not None
@@ -333,11 +404,11 @@ def _device_digests(leaves: Sequence[Leaf]) -> list[bytes]:
 
 
 def positional_sum(data: torch.Tensor) -> torch.Tensor:
-    """Sum bytes, each 8 as an integer times an odd number of its position, modulo 2**64.
+    """Sum bytes, each 8 as an integer that is mixed with its position, modulo 2**64.
 
-    On the device that has them, with bounded memory. An odd factor loses no bit, so one
-    changed integer always changes the sum. An XOR, or a sum without positions, would not
-    see that two blocks have changed places.
+    On the device that has them, with bounded memory. Mixed as in splitmix64 (Steele, Lea
+    and Flood, 2014), so that changes do not cancel out: of an XOR, or of a sum of products,
+    two changes of the highest bits would.
 
     Args:
         data: Bytes, contiguous.
@@ -347,18 +418,34 @@ def positional_sum(data: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     num_whole = data.numel() // 8 * 8
-    # An unaligned view would be refused; a copy of the part is not.
     for start in range(0, num_whole, 8 * _CHUNK):
         part = data[start : min(start + 8 * _CHUNK, num_whole)]
+        # An unaligned view would be refused; a copy of the part is not.
         aligned = part if part.data_ptr() % 8 == 0 else part.clone()
-        numbers = aligned.view(torch.int64)
-        first = start // 8
-        factors = torch.arange(first, first + numbers.numel(), device=data.device)
-        # Mixed, so that close positions have unlike factors; odd, so that none is lost.
-        factors = factors * -7046029254386353131 + 1442695040888963407
-        total += (numbers * (factors | 1)).sum()
+        total += _mixed(aligned.view(torch.int64), start // 8).sum()
     if num_whole < data.numel():
         rest = torch.zeros(8, dtype=torch.uint8, device=data.device)
         rest[: data.numel() - num_whole] = data[num_whole:]
-        total += rest.view(torch.int64)[0] * (2 * num_whole + 1)
+        total += _mixed(rest.view(torch.int64), num_whole // 8)[0]
     return total + data.numel()
+
+
+def _mixed(numbers: torch.Tensor, first: int) -> torch.Tensor:
+    positions = torch.arange(
+        first + 1, first + 1 + numbers.numel(), dtype=torch.int64, device=numbers.device
+    )
+    # Twice: a position and a number must not make up for each other.
+    mixed = _finalized(positions.mul_(-7046029254386353131))
+    return _finalized(mixed.bitwise_xor_(numbers).add_(_SALT))
+
+
+def _finalized(values: torch.Tensor) -> torch.Tensor:
+    for shift, factor in (
+        (30, -4658895280553007687),
+        (27, -7723592293110705685),
+        (31, 1),
+    ):
+        # int64 is shifted with its sign, which the mask takes off.
+        shifted = (values >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        values = values.bitwise_xor_(shifted).mul_(factor)
+    return values

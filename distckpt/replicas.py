@@ -9,19 +9,19 @@ The digests travel with the question of a save, so no round is added where all i
 
 from __future__ import annotations
 
-import base64
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
 
 from distckpt import strict_json
 from distckpt.checkpoint import Captured
-from distckpt.comm import Answer
+from distckpt.comm import Answer, Decide, Shipment
 from distckpt.errors import SaveFailed
-from distckpt.job import Job
-from distckpt.layout import Layouts, Table
-from distckpt.messages import Vote
+from distckpt.job import Job, Ran, agree
+from distckpt.layout import Table
+from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.replica_digests import (
     ALWAYS,
     LEAF_DIGEST_BYTES,
@@ -38,13 +38,9 @@ _logger = logging.getLogger(__name__)
 
 
 _MAX_NAMED = 8
-# So many ranks of a class say which of its tensors are others than those of most.
-_MAX_ASKED = 8
 
 
-def report_of(
-    job: Job, captured: Captured, table: Table, validates: bool, layouts: Layouts | None
-) -> Report | None:
+def report_of(job: Job, captured: Captured, table: Table, validates: bool) -> Report | None:
     """Digest what this rank believes others to hold, too; None if nothing is compared.
 
     Args:
@@ -52,112 +48,131 @@ def report_of(
         captured: What this rank has to save.
         table: Its table.
         validates: Whether this save compares everything.
-        layouts: The tables of all ranks, if they are known.
     """
     replicas = job.replicas
     if job.world_size == 1 or (replicas.mode == UNCHECKED and not validates):
         return None
-    classes = replicas.classes(captured, table, layouts, job.rank)
-    if validates or replicas.mode == ALWAYS or replicas.is_first:
+    classes = replicas.classes(captured, table, job.rank)
+    if validates or replicas.mode == ALWAYS:
         return report_all(captured, classes)
-    return report_sampled(captured, classes, job.checkpoint.save_counter)
+    turn = job.checkpoint.save_counter
+    return report_sampled(captured, classes, turn, replicas.is_new)
 
 
-def differing(votes: Sequence[Vote]) -> dict[str, list[list[int]]]:
-    """Find the classes whose ranks have not all the same digest (chief).
+# By key of a class: a rank that agrees with most, and how many tensors the class has.
+Asked: TypeAlias = dict[str, list[int]]
 
-    Returns:
-        By key of a class, the ranks that agree with most, and all others.
-    """
+
+def differing(votes: Sequence[Vote]) -> Asked:
+    """Find the classes whose ranks have not all the same digest (chief)."""
     found: dict[bytes, dict[bytes, list[int]]] = {}
+    num_of: dict[bytes, int] = {}
     for vote in votes:
-        for key, digest in unpacked(vote.detail):
+        for key, digest, num_tensors in unpacked(vote.detail):
             found.setdefault(key, {}).setdefault(digest, []).append(vote.rank)
-    judged: dict[str, list[list[int]]] = {}
-    for key, ranks_of in found.items():
-        if len(ranks_of) > 1:
-            # Of two that differ nobody knows which is right: the second one is named.
-            usual = max(ranks_of.values(), key=lambda ranks: (len(ranks), -ranks[0]))
-            others = sorted(
-                rank for ranks in ranks_of.values() if ranks is not usual for rank in ranks
-            )
-            judged[key.hex()] = [usual, others]
-    return judged
-
-
-def asked_of(judged: Mapping[str, list[list[int]]]) -> dict[str, list[int]]:
-    """Choose the ranks that say more of the classes that differ: first one of most."""
+            num_of[key] = num_tensors
+    # Of two that differ nothing tells which is right: the second one is named.
     return {
-        key: [usual[0], *others[:_MAX_ASKED]] for key, (usual, others) in judged.items()
+        key.hex(): [
+            max(ranks_of.values(), key=lambda ranks: (len(ranks), -ranks[0]))[0],
+            num_of[key],
+        ]
+        for key, ranks_of in found.items()
+        if len(ranks_of) > 1
     }
 
 
-def detail_of(
+def name_differing(
     job: Job,
+    path: str,
     captured: Captured,
     classes: Sequence[ReplicaClass],
-    asked: Mapping[str, Sequence[int]],
-) -> bytes:
-    """Say what this rank has been asked for: a digest of each tensor of a class.
+    asked: Asked,
+    guarded: Callable[[Decide], Decide],
+) -> None:
+    """Refuse the save for what differs between replicas, or note the buffers.
 
-    The names come from one rank of each class.
-    """
-    told: dict[str, Any] = {}
-    for one in classes:
-        ranks = asked.get(one.key.hex(), ())
-        if job.rank in ranks:
-            digests = b"".join(leaf_digests(captured, one))
-            fields: dict[str, Any] = {"digests": base64.b64encode(digests).decode()}
-            if job.rank == ranks[0]:
-                fields |= {"names": one.names, "are_buffers": one.are_buffers}
-            told[one.key.hex()] = fields
-    return strict_json.dumps(told).encode() if told else b""
+    One rank of each class sends the digests of its tensors to all; those that have others
+    say which. So the chief gets a few names, however many ranks and tensors there are.
 
-
-def judge(
-    path: str, judged: Mapping[str, list[list[int]]], votes: Sequence[Vote]
-) -> Answer:
-    """Refuse the save, or say which buffers differ (chief).
+    Called by: every rank. Collectives: two rounds, and a broadcast for each class.
 
     Args:
+        job: The manager's.
         path: What is saved.
-        judged: What ``differing`` has found.
-        votes: With what ``detail_of`` has said.
+        captured: What this rank has to save.
+        classes: Of this rank.
+        asked: What ``differing`` has found.
+        guarded: Makes the chief give up the save if it is refused.
 
     Raises:
         SaveFailed: Names the tensors and the ranks.
     """
-    told = {v.rank: strict_json.loads(v.detail) for v in votes if v.detail}
-    names_of: dict[int, list[str]] = {}
-    drifting: list[str] = []
-    stored_from = 0
-    for key, (usual, others) in judged.items():
-        said = told.get(usual[0], {}).get(key)
-        if said is None:
-            continue
-        right = _split(said["digests"])
-        named = []
-        for rank in others:
-            digests = told.get(rank, {}).get(key)
-            if digests is None:
-                continue
-            pairs = zip(said["names"], right, _split(digests["digests"]), strict=True)
-            names = [name for name, one, other in pairs if one != other]
-            named += names
-            if not said["are_buffers"]:
-                names_of.setdefault(rank, []).extend(names)
-        if said["are_buffers"]:
-            drifting += named
-            stored_from = min(*usual, *others)
-    if names_of:
-        every = {
-            rank
-            for key, (usual, others) in judged.items()
-            for rank in others
-            if not told.get(usual[0], {}).get(key, {}).get("are_buffers")
-        }
-        raise _refusal(path, {rank: names_of.get(rank, []) for rank in sorted(every)})
-    return {"drifting": [*dict.fromkeys(drifting)], "stored_from": stored_from}
+    of_key = {one.key.hex(): one for one in classes if one.key.hex() in asked}
+    digested = Ran(
+        lambda: {key: b"".join(leaf_digests(captured, one)) for key, one in of_key.items()}
+    )
+
+    def can_go_on(votes: Sequence[Vote]) -> Answer:
+        raise_failures(votes, "replicas could not be compared", SaveFailed)
+        return {}
+
+    agree(job.decisions, Phase.REPLICAS, digested, guarded(can_go_on))
+    received: dict[str, torch.Tensor] = {}
+
+    def shipments() -> Iterator[Shipment]:
+        for key, (root, num_tensors) in asked.items():
+            memory = torch.empty(LEAF_DIGEST_BYTES * num_tensors, dtype=torch.uint8)
+            if root == job.rank:
+                memory = torch.frombuffer(
+                    bytearray(digested.result[key]), dtype=torch.uint8
+                )
+            received[key] = memory
+            yield Shipment(root, memory, lambda: None)
+
+    job.decisions.exchange(Phase.REPLICAS, shipments())
+    told = {
+        key: _told_of(one, digested.result[key], received[key].numpy().tobytes())
+        for key, one in of_key.items()
+    }
+    told = {key: fields for key, fields in told.items() if fields["count"]}
+    detail = strict_json.dumps(told).encode() if told else b""
+    answer = job.decisions.consult(
+        Vote(Phase.REPLICAS, detail=detail), guarded(lambda votes: _judge(path, votes))
+    )
+    note_drifting(job, answer)
+
+
+def _told_of(one: ReplicaClass, own: bytes, right: bytes) -> dict[str, Any]:
+    size = LEAF_DIGEST_BYTES
+    names = [
+        name
+        for at, name in enumerate(one.names)
+        if own[at * size : (at + 1) * size] != right[at * size : (at + 1) * size]
+    ]
+    most = len(names) if one.are_buffers else _MAX_NAMED
+    return {"names": names[:most], "count": len(names), "are_buffers": one.are_buffers}
+
+
+def _judge(path: str, votes: Sequence[Vote]) -> Answer:
+    """Refuse the save, or say which buffers differ (chief).
+
+    Raises:
+        SaveFailed: Names the tensors and the ranks.
+    """
+    failures: dict[int, str] = {}
+    drifting: dict[str, None] = {}
+    for vote in votes:
+        for fields in strict_json.loads(vote.detail).values() if vote.detail else ():
+            if fields["are_buffers"]:
+                drifting.update(dict.fromkeys(fields["names"]))
+            else:
+                before = failures.get(vote.rank)
+                text = _told(fields["names"], fields["count"])
+                failures[vote.rank] = text if before is None else f"{before}, {text}"
+    if failures:
+        raise _refusal(path, failures)
+    return {"drifting": [*drifting]}
 
 
 def note_drifting(job: Job, answer: Answer) -> None:
@@ -173,24 +188,12 @@ def note_drifting(job: Job, answer: Answer) -> None:
             "batch normalization: SyncBatchNorm); if each rank needs its own, track them "
             "in PerRank.",
             len(names),
-            answer["stored_from"],
-            _told(names),
+            0,
+            _told(names, len(names)),
         )
 
 
-def _split(digests: str) -> list[bytes]:
-    data = base64.b64decode(digests)
-    size = LEAF_DIGEST_BYTES
-    return [data[start : start + size] for start in range(0, len(data), size)]
-
-
-def _refusal(path: str, names_of: Mapping[int, Sequence[str]]) -> SaveFailed:
-    usual = Counter(_told(names) for names in names_of.values() if names)
-    ((most, _),) = usual.most_common(1)
-    failures = {
-        rank: _told(names) if names else f"not asked; others: {most}"
-        for rank, names in names_of.items()
-    }
+def _refusal(path: str, failures: Mapping[int, str]) -> SaveFailed:
     lines = "; ".join(f"rank {rank}: {text}" for rank, text in [*failures.items()][:16])
     msg = (
         f"saving {path}: replicas differ between ranks; no checkpoint was made. Other than "
@@ -199,9 +202,9 @@ def _refusal(path: str, names_of: Mapping[int, Sequence[str]]) -> SaveFailed:
         "each rank has its own, PerGroup(x, mesh) if groups of ranks do (experts, stages), "
         "OneRank(x) if one rank's is to be stored."
     )
-    return SaveFailed(msg, failures)
+    return SaveFailed(msg, dict(failures))
 
 
-def _told(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+def _told(names: Sequence[str], count: int) -> str:
+    more = f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 from distckpt import paths, strict_json
@@ -26,14 +27,7 @@ from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.replica_digests import Report, report_all
-from distckpt.replicas import (
-    asked_of,
-    detail_of,
-    differing,
-    judge,
-    note_drifting,
-    report_of,
-)
+from distckpt.replicas import Asked, differing, name_differing, report_of
 from distckpt.restore_names import parameter_of
 from distckpt.sharding import Sharding
 from distckpt.values import is_of_one_rank
@@ -119,18 +113,14 @@ def decide_and_plan(
         with collector_paused():
             captured = capture(job.checkpoint, job.decisions.members)
             table = captured.shared.table()
-            known = job.layouts_with(table)
-            report = report_of(job, captured, table, validates(), known)
+            report = report_of(job, captured, table, validates())
             return _State(captured, table, asked, report)
 
     digests: list[Vote] = []  # the chief's
-    judged: dict[str, list[list[int]]] = {}  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
         digests.extend(votes)
-        answer = _decide(job, votes, begin)
-        judged.update(differing(votes))
-        return {**answer, "asked": asked_of(judged)}
+        return {**_decide(job, votes, begin), "asked": differing(votes)}
 
     ran = Ran(body)
     began = time.monotonic()
@@ -145,7 +135,7 @@ def decide_and_plan(
     key = bytes.fromhex(answer["key"])
     values = state.values
     if answer["asked"]:
-        _name_differing(job, attempt, state, answer["asked"], judged)
+        _name_differing(job, attempt, state, answer["asked"])
     if answer["table_senders"] or answer["value_senders"]:
         values = _exchange(job, attempt, state, answer, digests)
     elif job.layouts is None or job.layouts.key != key:
@@ -154,50 +144,37 @@ def decide_and_plan(
     if state.report is not None:
         if answer["table_senders"] and len(job.layouts.tables) > 1:
             _compare_across_tables(job, attempt, state)
-        job.replicas.is_first = False
+        job.replicas.note_compared(state.report.classes)
     return Planned(attempt, state.captured, SavePlan(job.layouts, values))
 
 
-def _name_differing(
-    job: Job,
-    attempt: Attempt,
-    state: _State,
-    asked: Mapping[str, Sequence[int]],
-    judged: Mapping[str, list[list[int]]],
-) -> None:
-    """Refuse the save for what differs between replicas, or note the buffers: one round."""
+def _name_differing(job: Job, attempt: Attempt, state: _State, asked: Asked) -> None:
+    """Refuse the save for what differs between replicas, or note the buffers."""
     assert state.report is not None
     classes, path = state.report.classes, job.path(attempt.prefix)
-
-    def decide(votes: Sequence[Vote]) -> Answer:
-        return judge(path, judged, votes)
-
-    detail = detail_of(job, state.captured, classes, asked)
-    answer = job.decisions.consult(
-        Vote(Phase.REPLICAS, detail=detail), or_abandon(job, attempt, decide)
-    )
-    note_drifting(job, answer)
+    guarded = partial(or_abandon, job, attempt)
+    name_differing(job, path, state.captured, classes, asked, guarded)
 
 
 def _compare_across_tables(job: Job, attempt: Attempt, state: _State) -> None:
-    """Compare what ranks with different tables have under one name: a round, or two.
+    """Compare what ranks with different tables have under one name: a round.
 
     Which names those are is known only now.
     """
-    replicas = job.replicas
-    ran = Ran(
-        lambda: report_all(
-            state.captured,
-            replicas.classes(state.captured, state.table, job.layouts, job.rank),
+    layouts = job.layouts
+    assert layouts is not None
+
+    def report() -> Report:
+        classes = job.replicas.classes_across(
+            state.captured, state.table, layouts, job.rank
         )
-    )
-    judged: dict[str, list[list[int]]] = {}  # the chief's
+        return report_all(state.captured, classes)
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "replicas could not be compared", SaveFailed)
-        judged.update(differing(votes))
-        return {"asked": asked_of(judged)}
+        return {"asked": differing(votes)}
 
+    ran = Ran(report)
     answer = agree(
         job.decisions,
         Phase.REPLICAS,
@@ -206,8 +183,7 @@ def _compare_across_tables(job: Job, attempt: Attempt, state: _State) -> None:
         says=lambda report: Vote(Phase.REPLICAS, detail=report.packed),
     )
     if answer["asked"]:
-        again = state._replace(report=ran.result)
-        _name_differing(job, attempt, again, answer["asked"], judged)
+        _name_differing(job, attempt, state._replace(report=ran.result), answer["asked"])
 
 
 def _warn_of_stateless(job: Job, state: _State) -> None:

@@ -20,6 +20,7 @@ from distckpt import (
     OneRank,
     PerGroup,
     Replicated,
+    RestoreOptions,
 )
 from distckpt.cli import main
 
@@ -360,3 +361,94 @@ def test_what_some_stages_of_a_pipeline_share_is_compared(tmp_path):
         assert [found.kind for found in both] == ["ok", "ok"], both
     for first, _ in values_of(run_ranks(_tied_stages, 3, tmp_path / "b", True)):
         assert first.failures == {2: "model/embedding"}
+
+
+# State that comes later, and tables that change
+
+
+def _state_that_comes_later(rank, directory):
+    torch.manual_seed(0)
+    model = nn.Linear(2048, 2048, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint = Checkpoint(model=model, optimizer=optimizer)
+    with CheckpointManager(checkpoint, directory, max_to_keep=None) as manager:
+        manager.save()
+        moment = torch.zeros(2048, 2048)
+        moment[1000, 3] += rank
+        optimizer.state[model.weight] = {"step": torch.tensor(1.0), "exp_avg": moment}
+        return outcome(manager.save)
+
+
+def test_state_that_comes_later_is_compared_in_full(tmp_path):
+    """A sample of 16 MiB would miss one number."""
+    for found in values_of(run_ranks(_state_that_comes_later, 2, tmp_path)):
+        assert found.failures == {1: "optimizer/state/model/weight/exp_avg"}
+
+
+def _tables_that_become_equal(rank, directory):
+    tensors = {"a": torch.zeros(3), **({"b": torch.zeros(4)} if rank == 0 else {})}
+    checkpoint = Checkpoint(x=tensors)
+    with CheckpointManager(checkpoint, directory, max_to_keep=None) as manager:
+        assert manager.save()
+        if rank == 1:
+            tensors["b"] = torch.ones(4)
+        return outcome(manager.save)
+
+
+def test_tables_that_become_equal_are_compared(tmp_path):
+    """By the rank whose table has changed, and by the one whose table has not."""
+    for found in values_of(run_ranks(_tables_that_become_equal, 2, tmp_path)):
+        assert found.failures == {1: "x/b"}
+
+
+class _Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def state_dict(self, *args, **kwargs):
+        return super().state_dict(*args, **kwargs)
+
+
+def _buffers_of_an_overridden_state_dict(rank, directory):
+    model = _Own()
+    model.norm.running_mean.fill_(float(rank))
+    return _outcome_of(Checkpoint(model=model), directory)
+
+
+def test_buffers_are_known_where_a_state_dict_is_overridden(tmp_path):
+    """By their memory: they are no error there either."""
+    for both in values_of(run_ranks(_buffers_of_an_overridden_state_dict, 2, tmp_path)):
+        assert [found.kind for found in both] == ["ok", "ok"], both
+
+
+def _one_rank_of_other_shapes(rank, directory):
+    mark = OneRank({"t": torch.full((rank + 1,), float(rank))})
+    return _outcome_of(Checkpoint(x=mark), directory)
+
+
+def test_tensors_of_one_rank_may_have_another_shape_on_others(tmp_path):
+    """The lowest rank's is stored."""
+    for both in values_of(run_ranks(_one_rank_of_other_shapes, 2, tmp_path)):
+        assert [found.kind for found in both] == ["ok", "ok"], both
+    live = Checkpoint(x=OneRank({"t": torch.zeros(1)}))
+    live.restore(f"{tmp_path}/ckpt-1", RestoreOptions(include="x"))
+    assert live.x.value["t"].tolist() == [0.0]
+
+
+def _error_while_naming(rank, directory):
+    from distckpt import replicas
+
+    if rank == 1:
+
+        def fails(*_):
+            raise MemoryError("no room")
+
+        replicas.leaf_digests = fails
+    return _outcome_of(Checkpoint(x=torch.full((3,), float(rank))), directory)[0]
+
+
+def test_an_error_while_it_is_found_out_what_differs_is_a_vote(tmp_path):
+    """No rank waits for one that failed."""
+    for found in values_of(run_ranks(_error_while_naming, 2, tmp_path)):
+        assert found.kind == "SaveFailed" and "no room" in found.text
