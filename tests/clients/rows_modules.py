@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from table import Bundle, Row, batch, fit, fit_on, forward, tokens
+from table import Bundle, Row, fit, fit_on, forward, tokens
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
