@@ -331,6 +331,8 @@ class ModuleNode:
         for name in plan.saved.names_under(prefix):
             if not loading.covers(name) or self._is_of_other_part(name):
                 continue
+            if "/" in name.removeprefix(prefix):
+                continue  # a tensor in a value, which brings it
             key = key_of.get(name) or make_key(str(key_of_part(name.removeprefix(prefix))))
             like = live.get(name)
             if name not in plan.saved.rows:

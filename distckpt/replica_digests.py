@@ -171,8 +171,10 @@ def _make_class(
     where: Hashable, is_buffer: bool, members: Sequence[_Member], leaves: Mapping[str, Leaf]
 ) -> ReplicaClass:
     names = [member.name for member in members]
-    text = "\n".join([repr(where), str(is_buffer), *names])
     every = [*leaves.values()]
+    kinds = ((every[m.leaf].known.dtype, every[m.leaf].known.shape) for m in members)
+    # Tensors of other shapes are no replicas: comparing tables refuses them.
+    text = "\n".join([repr(where), str(is_buffer), *names, *map(repr, kinds)])
     small: list[int] = []
     large: list[int] = []
     starts, size = [0], 0

@@ -327,6 +327,11 @@ class RestorePlan:
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
             if not tensors.is_sharded(parameter) or _is_plain(row, parameter, is_count):
+                is_alike = row.shape == tuple(parameter.shape)
+                is_there = device == parameter.device and not tensors.is_sharded(parameter)
+                if is_alike and is_there:
+                    # As torch makes it, with the parameter's memory format.
+                    return tensors.empty_like(parameter, dtype)
                 return tensors.empty_plain(row.shape, dtype, device)
             if row.shape == tuple(parameter.shape):
                 return tensors.empty_like(parameter, dtype)

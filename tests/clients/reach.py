@@ -1,8 +1,8 @@
 """Everything that can be reached from an object: tensors and plain attributes, by path.
 
 Two objects are compared by what this finds in both. Of a tensor it is class, dtype, shape,
-strides, ``requires_grad``, attributes and bits; of everything else its plain values. What
-is reached twice is noted as the same as its first path, so ties are compared, too.
+strides, ``requires_grad``, attributes and bits; of everything else its plain values. A
+thing that is reached twice is noted as the same as its first path: ties are compared, too.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _is_freed(tensor: torch.Tensor) -> bool:
 
 
 def _holds_only_plain(value: Any) -> bool:
-    """Tell whether it is a list or a dict of numbers: of two equal ones either will do."""
+    """Tell whether it is a list or a dict of numbers: equal ones are as good."""
     if type(value) is dict:
         value = [*value.values()]
     return type(value) in (list, tuple) and all(isinstance(item, PLAIN) for item in value)

@@ -89,7 +89,7 @@ def _fit_and_evaluate(bundle: Bundle, steps: range) -> list[torch.Tensor]:
 
 
 def _timm(name: str) -> Any:
-    """Import a module of ``timm.optim`` without all of timm, which needs torchvision."""
+    """Import a module of ``timm.optim`` without ``timm``, which needs torchvision."""
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         msg = "No module named 'timm'"

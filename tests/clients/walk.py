@@ -270,27 +270,26 @@ def _short(error: object) -> str:
 
 HEAD = """# Real objects of real libraries
 
-Each row shows whether distckpt restores objects of a library just as their own
-`load_state_dict` does, or refuses them. This page is made by
-`launch/clients_env.sh && .venv-clients/bin/python tests/clients/walk.py --write docs/clients.md`.
+Each row is saved and restored by distckpt and by the object's own `load_state_dict`, and
+both results are compared: all tensors and plain attributes that can be reached, then three
+further steps. After `launch/clients_env.sh`, this makes the page:
+`.venv-clients/bin/python tests/clients/walk.py --write docs/clients.md`. Class `full` of
+the tests holds it true.
 
-Both results are compared: all tensors and plain attributes that can be reached, what three
-further steps compute, and again all tensors and attributes. The walk is a test of class
-`full`: it fails where a row shows something else than here.
-
-- **right**: nothing differs from what the object's own `load_state_dict` gives.
+- **right**: nothing differs from what the object's own protocol gives.
 - **refused**: an error names the object, at the save or at the restore.
-- **other**: something differs. This is a defect.
+- **other** would be anything else; there is none.
 
-The columns say how many tensors and plain attributes were compared. The last one says whether
-the restored objects compute what the saved ones compute next, though they were made from
-another seed. "no" means that the library's own state dict leaves something out.
-"""  # noqa: E501
+The columns say how many tensors and how many plain attributes were compared. The last one
+says whether the restored objects compute what the saved ones compute next: "no" means that
+the library's own state dict leaves something out, so nobody can restore it from that.
+
+"""
 
 
 def page(results: list[Result]) -> str:
     """Return the page of documentation, in Markdown."""
-    text = HEAD + f"\nVersions: {versions()}.\n"
+    text = HEAD + f"Versions: {versions()}.\n"
     for library in dict.fromkeys(result.library for result in results):
         text += f"\n## {library}\n\n"
         text += "| object | result | tensors | attributes | goes on as saved |\n"

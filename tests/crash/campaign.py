@@ -185,6 +185,11 @@ class Part:
     each: int
     is_sample: bool
 
+    @property
+    def share(self) -> float:
+        """Which part of all points it is, about."""
+        return 1 / self.each if self.is_sample else 1 - 1 / self.each
+
     def of(self, points: Sequence[Point]) -> list[Point]:
         """Return what belongs to this part."""
         is_sample = self.is_sample

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,28 @@ from power import EXT4, LOG_LOST, XFS, NoPowerSwitch, mounted_disk
 _MEMORY = "/dev/shm"
 
 
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[str]:
-    """Make an empty directory, in memory where there is one: crash points are many."""
+@contextmanager
+def _empty_directory(otherwise: Path) -> Iterator[str]:
     if not os.access(_MEMORY, os.W_OK):
-        yield str(tmp_path)
+        yield str(otherwise)
         return
     directory = tempfile.mkdtemp(prefix="distckpt-crash-", dir=_MEMORY)
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[str]:
+    """Make an empty directory, in memory where there is one: crash points are many."""
+    with _empty_directory(tmp_path) as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def shared_scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Make one for all tests of a module."""
+    with _empty_directory(tmp_path_factory.mktemp("shared")) as directory:
+        yield directory
 
 
 @pytest.fixture

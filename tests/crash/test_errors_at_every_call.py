@@ -237,7 +237,7 @@ def _open_files() -> set[str]:
 CAMPAIGN = Errors()
 
 
-@in_two_parts(SIZE, range(100))
+@in_two_parts(SIZE, range(50))
 def test_errors_harm_only_that_save(
     scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):

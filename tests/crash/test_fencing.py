@@ -48,7 +48,7 @@ def _num_calls(scratch: str) -> dict[str, int]:
     return contest.baton.num_calls
 
 
-@part_of_every(4)
+@part_of_every(8)
 @pytest.mark.parametrize("kept_records", [64, 2] if EVERYTHING else [2])
 def test_old_chief_stopped_at_every_call_is_fenced(
     scratch: str,

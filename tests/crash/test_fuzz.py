@@ -335,7 +335,7 @@ def _max_rss_kib() -> int:
 CAMPAIGN = Fuzz()
 
 
-@in_two_parts(SIZE, range(5_000))
+@in_two_parts(SIZE, range(2_500))
 def test_any_input_is_read_right_or_refused_in_our_words(
     scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):

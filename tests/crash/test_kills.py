@@ -12,14 +12,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
 import campaign
 import pytest
-from campaign import Campaign, in_two_parts
+from campaign import Campaign
 from elastic_job import NUM_RANKS, ElasticJob, Told, Worker, is_running
 from figures import Figures, Hung, Lost, Torn, Wrong
 
@@ -186,14 +186,13 @@ def _number(prefix: str) -> int:
 CAMPAIGN = Kills()
 
 
-# A kill of a rank and one of the agent. In the rest there is another of the agent.
-@in_two_parts(SIZE, range(3, 5))
+@pytest.mark.full
 def test_kills_at_random_moments_lose_nothing(
-    scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
+    scratch: str, report_figures: Callable[[str], None]
 ):
     """It comes back each time, and goes on from the newest that was acknowledged."""
     kills = Kills()
-    figures = campaign.run(kills, scratch, indexes)
+    figures = campaign.run(kills, scratch, range(SIZE))
     report_figures(
         f"{figures}; {median(kills.seconds):.1f} s (median) from a kill to a training step"
     )

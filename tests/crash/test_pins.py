@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from campaign import Part, part_of_every
 from figures import Figures, Lost, Torn, demand
 from harness import EVERYTHING
 from scenario import (
@@ -127,9 +128,10 @@ class Life:
         check_content(self.directory, saved)
 
 
+@part_of_every(2)
 @pytest.mark.parametrize("leases", [False, True], ids=["pinned", "leased"])
 def test_kill_at_every_call_loses_nothing_that_is_kept(
-    scratch: str, report_figures: Callable[[str], None], leases: bool
+    scratch: str, report_figures: Callable[[str], None], leases: bool, part: Part
 ):
     """And when it is let go, it is deleted as if nothing had happened."""
     life = Life(scratch, leases)
@@ -138,7 +140,7 @@ def test_kill_at_every_call_loses_nothing_that_is_kept(
         life.go_on()
     life.check()
     points = [i for i, call in enumerate(counter.calls) if call.name not in LOOKING]
-    points = points[:: 1 if EVERYTHING else 3]
+    points = part.of(points[:: 1 if EVERYTHING else 3])
     figures = Figures()
     for index in points:
         life.again()
@@ -157,4 +159,4 @@ def test_kill_at_every_call_loses_nothing_that_is_kept(
             figures.check(where, step)
     report_figures(f"{'leased' if leases else 'pinned'}: {figures}")
     figures.demand_zeros()
-    assert figures.tried > (100 if EVERYTHING else 30)
+    assert figures.tried > (50 if EVERYTHING else 15)

@@ -186,7 +186,7 @@ def _cut(stage: Stage, cutter: Killer, body: Callable[[], None]) -> bool:
 CAMPAIGN = PowerCuts()
 
 
-@in_two_parts(SIZE, range(40))
+@in_two_parts(SIZE, range(24))
 def test_power_cuts_lose_nothing(
     scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):
@@ -247,6 +247,7 @@ def _wait_until_held(pid: int, file: str) -> None:
 # The tests themselves: what is not synced must be found out.
 
 
+@pytest.mark.full
 def test_power_cut_without_file_fsync_is_found(
     scratch: str, report_figures: Callable[[str], None], monkeypatch
 ):
@@ -257,7 +258,8 @@ def test_power_cut_without_file_fsync_is_found(
     assert figures.lost or figures.torn or figures.unopenable
 
 
-@pytest.mark.parametrize("kind", [EXT4, pytest.param(XFS, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [EXT4, XFS])
 def test_power_cut_without_directory_sync_is_found(
     scratch: str, report_figures: Callable[[str], None], monkeypatch, kind: str
 ):

@@ -93,7 +93,7 @@ class Schedules(Campaign[Schedule]):
 CAMPAIGN = Schedules()
 
 
-@in_two_parts(SIZE, range(300))
+@in_two_parts(SIZE, range(60))
 def test_incarnations_at_random_calls_stay_in_line(
     scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):

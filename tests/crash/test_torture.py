@@ -57,6 +57,7 @@ def test_what_tries_the_protocol_alone_does_without_torch():
     )
 
 
+@pytest.mark.full
 def test_a_campaign_goes_on_where_it_was(tmp_path):
     """And says so; what it has found before counts."""
     arguments = (str(TORTURE), "fuzz", "--directory", str(tmp_path), "--size")

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import PerRank, StoredTensor
+from distckpt import PerRank, Replicated, StoredTensor
 
 # The list of the files in a format's folder, with their digests.
 SUMS = "sha256.json"
@@ -137,6 +137,8 @@ def _owners(objects, per_rank):
     found = {}
 
     def visit(path, value, is_own):
+        if isinstance(value, Replicated):
+            value = value.value
         if isinstance(value, PerRank):
             visit(path, value.value, True)
         elif isinstance(value, nn.Module):
@@ -163,6 +165,8 @@ def _inner(module):
 
 def _visit(found, path, value, owners, *, wanted, is_own):
     """Describe what is below a path, if it is the rank's own or the job's, as wanted."""
+    if isinstance(value, Replicated):
+        value = value.value
     if isinstance(value, PerRank):
         _visit(found, path, value.value, owners, wanted=wanted, is_own=True)
     elif isinstance(value, (dict, list)) and _holds_tracked(value):

@@ -51,6 +51,7 @@ from distckpt import (
     Checkpoint,
     CheckpointManager,
     CheckpointOptions,
+    Replicated,
     best,
     every,
     latest,
@@ -77,6 +78,10 @@ HIGHEST = 9 * 10**18  # a number of as many digits as a name may have
 # On the ranks of a job
 
 
+# Case and object.
+_COPIES = {("fsdp-over-tp", "model"), ("meshes", "tensors")}
+
+
 class Job:
     """One job in a run directory, as a rank of it sees it.
 
@@ -95,7 +100,12 @@ class Job:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         seed_all(SAVED + 10 * self.rank)
         self.objects = build(self.case, SAVED, as_job=dist.is_initialized())
-        self.checkpoint = Checkpoint(**self.objects)
+        # On separate meshes there are copies: of what tensor parallelism has left alone.
+        tracked = {
+            name: Replicated(one) if (self.case, name) in _COPIES else one
+            for name, one in self.objects.items()
+        }
+        self.checkpoint = Checkpoint(**tracked)
         self.name = more.get("checkpoint_name", "ckpt")
         self.step = self.objects.get("step")
         if self.step is not None:

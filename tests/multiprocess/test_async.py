@@ -186,7 +186,7 @@ def _change_too_early(rank, directory, kind):
 
 
 @pytest.mark.covers("asynchronous saves: S4 (behind)")
-@pytest.mark.parametrize("kind", ["plain", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.full), "fsdp2"])
 def test_lazily_saved_tensor_changed_too_early_is_named_and_never_saved(tmp_path, kind):
     """However it is changed, and though the change outlasts the copy; later it may be."""
     directory = str(tmp_path / "run")
@@ -381,7 +381,7 @@ def _call_until_it_shows(manager, step):
 @pytest.mark.covers(
     "asynchronous saves: S5 to S8 (behind)", "asynchronous saves: L3 (caller's)"
 )
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_failure_behind_the_loop_shows_on_all_ranks_at_the_same_call(tmp_path, victim):
     """In save, sync, restore, a call that saves nothing, close; and then all is well."""
     directory = str(tmp_path / "run")
@@ -419,7 +419,8 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_process_that_ends_waits_for_its_save_within_bounds(tmp_path, world_size):
     """By its end, an exit, Ctrl-C or an error: committed or invisible, and no crash."""
     endings = ENDINGS[world_size]
@@ -541,9 +542,9 @@ class Told(Exception):
 @pytest.mark.parametrize(
     ("victim", "how", "where"),
     [
-        (2, "kill", "staging"),
+        pytest.param(2, "kill", "staging", marks=pytest.mark.full),
         (1, "stop", "write"),
-        (0, "stop", "vote"),
+        pytest.param(0, "stop", "vote", marks=pytest.mark.full),
         (0, "kill", "commit"),
     ],
 )
@@ -703,7 +704,7 @@ def _change_structure(rank, directory, world_size):
     return True
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_structure_that_changes_from_save_to_save_is_saved_as_it_is(tmp_path, world_size):
     """Also with tied, strided and empty tensors, two managers, and saves of both kinds."""
     directory = str(tmp_path / "run")

@@ -35,7 +35,9 @@ from distckpt import Checkpoint, CheckpointManager, ConfigError, PerRank, reader
 from distckpt.shard_header import Draft
 from distckpt.stamp import Stamp
 
-WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
+WORLD_SIZES = pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.full), 2]
+)
 
 
 def _manager(checkpoint, directory, **more):
@@ -215,7 +217,13 @@ def _write_as_nobody(rank, directory, unprivileged):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "unprivileged"), [(1, (0,)), (2, (0, 1)), (2, (1,)), (2, (0,))]
+    ("world_size", "unprivileged"),
+    [
+        pytest.param(1, (0,), marks=pytest.mark.full),
+        pytest.param(2, (0, 1), marks=pytest.mark.full),
+        (2, (1,)),
+        (2, (0,)),
+    ],
 )
 def test_directory_that_cannot_be_written_is_found_at_the_claim(
     open_path, world_size, unprivileged

@@ -54,7 +54,13 @@ def _live(rank, directory, options):
     return told
 
 
-@pytest.mark.parametrize("options", [None, EAGER], ids=["at-once", "behind"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(None, id="at-once", marks=pytest.mark.full),
+        pytest.param(EAGER, id="behind"),
+    ],
+)
 def test_every_phase_is_told_and_the_slowest_rank_is_named(tmp_path, options):
     directory = str(tmp_path / "run")
     told = values_of(run_ranks(_live, 2, directory, options))

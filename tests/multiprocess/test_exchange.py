@@ -154,6 +154,7 @@ def _save_and_restore_both_ways(rank, directory):
     return path, told
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "world_size",
     [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)],
@@ -451,9 +452,14 @@ def _lose_in_exchange(rank, directory, how, victim):
     return found, ended - struck, later
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
-    ("world_size", "victim"), [(2, 1), (3, 0), pytest.param(4, 2, marks=pytest.mark.full)]
+    ("world_size", "victim"),
+    [
+        (2, 1),
+        pytest.param(3, 0, marks=pytest.mark.full),
+        pytest.param(4, 2, marks=pytest.mark.full),
+    ],
 )
 def test_a_rank_lost_in_the_exchange_is_named_in_time(tmp_path, how, world_size, victim):
     """Killed: within a second; stopped: within a second of the deadline."""
@@ -488,6 +494,7 @@ def _read_slowly(rank, directory, seconds):
     return found, found.kind == "ok" and state.raw() == raws[1]
 
 
+@pytest.mark.full
 def test_a_slow_reader_is_waited_for_while_it_gets_on(tmp_path):
     """However long it takes: each call that comes back counts."""
     results = values_of(run_ranks(_read_slowly, 3, str(tmp_path / "run"), 0.2))
@@ -496,6 +503,7 @@ def test_a_slow_reader_is_waited_for_while_it_gets_on(tmp_path):
         assert found.seconds > DEADLINE_SECONDS
 
 
+@pytest.mark.full
 def test_a_read_that_hangs_is_reported_by_all(tmp_path):
     """The rank gives up in time, sends on, and votes."""
     for found, _ in values_of(run_ranks(_read_slowly, 3, str(tmp_path / "run"), 30)):
@@ -519,6 +527,7 @@ def _interrupt(rank, directory):
     return outcome(manager.restore_or_initialize)
 
 
+@pytest.mark.full
 def test_a_rank_that_is_interrupted_is_named_by_the_others(tmp_path):
     """It cannot leave an exchange quietly."""
     results = values_of(run_ranks(_interrupt, 3, str(tmp_path / "run")))
@@ -575,6 +584,7 @@ def _restore_out_of_reach(rank, directory):
     assert state.raw() == raws[1]
 
 
+@pytest.mark.full
 def test_memory_out_of_the_hosts_reach_is_filled_by_way_of_a_copy(tmp_path):
     """Piece by piece, as it arrives."""
     values_of(run_ranks(_restore_out_of_reach, 3, str(tmp_path / "run")))
@@ -603,7 +613,7 @@ def _restore_whole(rank, directory, in_reach):
     return reads.num_bytes
 
 
-@pytest.mark.parametrize("in_reach", [True, False])
+@pytest.mark.parametrize("in_reach", [pytest.param(True, marks=pytest.mark.full), False])
 def test_columns_that_were_saved_apart_are_read_once_and_put_together(tmp_path, in_reach):
     """What does not go to its place in one run, cut into parcels."""
     directory = str(tmp_path / "run")
@@ -651,7 +661,14 @@ def _make_with(rank, directory, how):
     return outcome(_manager, checkpoint, directory, how[rank]).kind
 
 
-@pytest.mark.parametrize("how", [("once", "each"), ("auto", "once"), ("once", "twice")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("once", "each"),
+        pytest.param(("auto", "once"), marks=pytest.mark.full),
+        pytest.param(("once", "twice"), marks=pytest.mark.full),
+    ],
+)
 def test_arguments_that_differ_or_are_bad_are_refused(tmp_path, how):
     """On every rank."""
     results = values_of(run_ranks(_make_with, 2, str(tmp_path / "run"), how))
@@ -669,7 +686,10 @@ def _choose(rank, directory, num_hosts):
     return asked, manager._job.reads_once
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_hosts",
+    [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)],
+)
 def test_auto_decides_by_the_numbers_of_ranks_and_hosts(tmp_path, num_hosts):
     """Told apart by what the kernel calls itself, and by name."""
     results = values_of(run_ranks(_choose, 3, str(tmp_path / "run"), num_hosts))

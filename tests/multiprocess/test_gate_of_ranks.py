@@ -105,7 +105,7 @@ def _call_while_gated(_, directory):
     return gated, counts, min(medians)
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 4])
 def test_gated_save_makes_no_collective_and_takes_microseconds(tmp_path, world_size):
     """A call that the interval rules out can be made at every step of training."""
     for gated, counts, seconds in values_of(
@@ -214,7 +214,7 @@ def _pass_a_bad_argument_on_one(rank, directory, at_fault):
     return told
 
 
-@pytest.mark.parametrize("at_fault", [0, 1])
+@pytest.mark.parametrize("at_fault", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_bad_argument_on_one_rank_is_refused_on_all(tmp_path, at_fault):
     """A rank with an argument that no rank may pass does not leave the others waiting."""
     one, other = values_of(
@@ -323,7 +323,7 @@ def _drop_something_large(_, directory):
     return early, late, manager.latest_checkpoint
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_sync_waits_for_deletions_and_leaves_ranks_alike(tmp_path, world_size):
     """save() does not wait for what it drops; sync() does, on every rank."""
     values = values_of(run_ranks(_drop_something_large, world_size, str(tmp_path)))

@@ -39,7 +39,9 @@ from distckpt import (
 )
 from distckpt.record import Record
 
-both_sizes = pytest.mark.parametrize("world_size", [1, 2])
+both_sizes = pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.full), 2]
+)
 
 
 def _verify_all(directory, record):
@@ -121,7 +123,10 @@ def _fail_then_retry(rank, directory, failing):
     return second
 
 
-@pytest.mark.parametrize(("world_size", "failing"), [(1, [0]), (2, [1]), (2, [0, 1])])
+@pytest.mark.parametrize(
+    ("world_size", "failing"),
+    [(1, [0]), (2, [1]), pytest.param(2, [0, 1], marks=pytest.mark.full)],
+)
 def test_save_after_a_failed_one_has_its_step_and_number(tmp_path, world_size, failing):
     """A save that failed on some rank leaves no trace, so a retry takes its place."""
     values_of(run_ranks(_fail_then_retry, world_size, str(tmp_path), failing))
@@ -261,12 +266,12 @@ def _restore_and_save(_, directory):
 @pytest.mark.parametrize(
     ("world_size", "harm", "number"),
     [
-        (1, "flipped", 3),
+        pytest.param(1, "flipped", 3, marks=pytest.mark.full),
         (2, "flipped", 3),
-        (1, "cut off", 3),
+        pytest.param(1, "cut off", 3, marks=pytest.mark.full),
         (1, "no shard", 4),
         (1, "no manifest", 4),
-        (2, "no directory", 4),
+        pytest.param(2, "no directory", 4, marks=pytest.mark.full),
     ],
 )
 def test_restore_falls_back_to_the_newest_that_verifies(tmp_path, world_size, harm, number):
@@ -541,7 +546,7 @@ def _start_again(_, directory):
 @pytest.mark.parametrize(
     ("world_size", "where", "leaves", "survivor"),
     [
-        (1, "open", ".ckpt-3", 2),
+        pytest.param(1, "open", ".ckpt-3", 2, marks=pytest.mark.full),
         (2, "open", ".ckpt-3", 2),
         (1, "os.link", "ckpt-3", 2),
         (1, "os.rename", "ckpt-2", 3),
@@ -677,7 +682,14 @@ def _limit_badly(_, directory, bad_limits):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("bad_limits", [(0, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize(
+    "bad_limits",
+    [
+        pytest.param((0, 0), marks=pytest.mark.full),
+        (2, 0),
+        pytest.param((2, 3), marks=pytest.mark.full),
+    ],
+)
 def test_max_to_keep_that_is_bad_on_one_rank_is_refused_on_all(tmp_path, bad_limits):
     """All ranks raise the same, and the next manager works."""
     one, other = values_of(run_ranks(_limit_badly, 2, str(tmp_path), bad_limits))

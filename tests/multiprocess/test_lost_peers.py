@@ -53,7 +53,9 @@ def test_lost_rank_is_named_in_time_by_all_others(tmp_path, how, phase, victim):
     "lost",
     [
         pytest.param(1, marks=_covers("it is stopped, or cut off")),
-        pytest.param(0, marks=_covers("it is the chief, stopped or cut off")),
+        pytest.param(
+            0, marks=[*_covers("it is the chief, stopped or cut off"), pytest.mark.full]
+        ),
     ],
 )
 def test_rank_that_is_cut_off_is_named_in_time_by_all_others(tmp_path, lost):

@@ -79,11 +79,14 @@ def _save_on_request(rank, directory, when, options, trains):
 @pytest.mark.parametrize(
     ("when", "options"),
     [
-        (_RARELY | on_request(), EAGER),
-        (_RARELY | on_request() | on_signal("SIGTERM") | every(hours=1), None),
-        (on_request(), None),
+        pytest.param(_RARELY | on_request(), EAGER, id="behind", marks=pytest.mark.full),
+        pytest.param(
+            _RARELY | on_request() | on_signal("SIGTERM") | every(hours=1),
+            None,
+            id="beside-others",
+        ),
+        pytest.param(on_request(), None, id="alone"),
     ],
-    ids=["behind", "beside-others", "alone"],
 )
 def test_job_saves_when_it_is_asked_and_says_when_it_is_committed(tmp_path, when, options):
     directory = str(tmp_path / "run")
@@ -160,7 +163,13 @@ def _save_and_delete(rank, directory, options):
                 return len(manager.checkpoints)
 
 
-@pytest.mark.parametrize("options", [None, EAGER], ids=["at-once", "behind"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(None, id="at-once"),
+        pytest.param(EAGER, id="behind", marks=pytest.mark.full),
+    ],
+)
 def test_what_is_read_is_whole_beside_a_job_that_deletes_at_once(tmp_path, options):
     """And without a lease it is not, so there is something to be shown."""
     directory = str(tmp_path / "run")

@@ -153,7 +153,7 @@ def _restore_and_train(rank, directory, name):
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        ("container", 2),
+        pytest.param("container", 2, marks=pytest.mark.full),
         pytest.param("container", 3, marks=pytest.mark.full),
         pytest.param("hooks", 2, marks=pytest.mark.full),
         ("hooks", 3),
@@ -186,7 +186,7 @@ def _restore_hooked(rank, directory, kind, options):
     return [_full(parameter).tolist() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", [Block, Renamed])
+@pytest.mark.parametrize("kind", [pytest.param(Block, marks=pytest.mark.full), Renamed])
 def test_load_hooks_run_where_the_parameters_are_sharded(tmp_path, kind):
     """Those before the load see sharded tensors, if that is what they become."""
     (expected, *_) = values_of(run_ranks(_save_model, 2, tmp_path, torch.float32))
@@ -194,6 +194,7 @@ def test_load_hooks_run_where_the_parameters_are_sharded(tmp_path, kind):
         assert found == expected
 
 
+@pytest.mark.full
 def test_half_precision_becomes_full_precision_on_other_ranks(tmp_path):
     """Each rank converts what it holds."""
     (expected, *_) = values_of(run_ranks(_save_model, 2, tmp_path, torch.bfloat16))

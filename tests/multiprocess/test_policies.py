@@ -66,7 +66,13 @@ def _keep_the_best(rank, directory, is_async):
     return kept
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["at-once", "behind"])
+@pytest.mark.parametrize(
+    "is_async",
+    [
+        pytest.param(False, id="at-once"),
+        pytest.param(True, id="behind", marks=pytest.mark.full),
+    ],
+)
 def test_the_best_and_the_newest_are_kept_over_restarts(tmp_path, is_async):
     """A NaN displaces none that has a number; all ranks see the same lists."""
     directory = str(tmp_path / "run")
@@ -143,6 +149,7 @@ def _save_by_the_clock(rank, directory, when):
     return saved
 
 
+@pytest.mark.full
 def test_a_rule_of_time_saves_by_the_chiefs_clock_at_one_step_on_all(tmp_path):
     when = every(seconds=1.5) | on_signal("SIGUSR1")
     one, other = values_of(run_ranks(_save_by_the_clock, 2, str(tmp_path), when))

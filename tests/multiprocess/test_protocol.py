@@ -100,7 +100,14 @@ def _raise_in_user_code(rank, directory, culprit):
     return found
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(2, 0), (4, 2), (8, 7)])
+@pytest.mark.parametrize(
+    ("world_size", "culprit"),
+    [
+        pytest.param(2, 0, marks=pytest.mark.full),
+        (4, 2),
+        pytest.param(8, 7, marks=pytest.mark.full),
+    ],
+)
 def test_user_code_that_raises_on_one_rank_is_the_same_error_on_all(
     tmp_path, world_size, culprit
 ):
@@ -171,7 +178,7 @@ def _leave_by_an_error(rank, directory):
         return found, time.monotonic() - started
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.covers("waiting: it leaves by an error, Ctrl-C included")
 def test_who_leaves_by_an_error_is_not_waited_for(tmp_path, world_size):
     """The others learn at once who has left, and why."""
@@ -198,7 +205,7 @@ def _interrupt(rank, directory, kind):
     return first, second, outcome(manager.close), leftovers(directory)
 
 
-@pytest.mark.parametrize("kind", ["int", "exit"])
+@pytest.mark.parametrize("kind", ["int", pytest.param("exit", marks=pytest.mark.full)])
 @pytest.mark.covers("waiting: it leaves by an error, Ctrl-C included")
 def test_interrupt_in_user_code_stays_one_and_fails_the_save_elsewhere(tmp_path, kind):
     """Ctrl-C and exit are not swallowed, and the other ranks do not wait for them."""
@@ -246,7 +253,9 @@ def _save_again(rank, directory):
         return manager.restore_or_initialize(), manager.save(), leftovers(directory)
 
 
-@pytest.mark.parametrize("enable_async", [False, True])
+@pytest.mark.parametrize(
+    "enable_async", [pytest.param(False, marks=pytest.mark.full), True]
+)
 def test_interrupt_while_the_chief_begins_ends_the_save_before_it_writes(
     tmp_path, enable_async
 ):
@@ -363,15 +372,8 @@ def _lose_and_restart(directory, world_size, phase, victim, how):
     assert_all_whole(directory)
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
-        pytest.param("before", marks=pytest.mark.full),
-        pytest.param("capture", marks=pytest.mark.full),
-        "write",
-        pytest.param("restore", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("phase", ["before", "capture", "write", "restore"])
 @pytest.mark.parametrize("world_size", [2, 3, 4] if EVERYTHING else [3])
 def test_lost_rank_ends_every_wait_and_a_restart_goes_on(tmp_path, world_size, phase):
     """Killed or stopped, the chief or another: errors in time, silence after, no loss."""
@@ -471,14 +473,20 @@ def _disagree(rank, directory, calls):
 @pytest.mark.parametrize(
     "calls",
     [
-        ("save", "sync"),
-        ("sync", "save"),
-        ("restore_or_initialize", "save"),
-        ("close", "save"),
-        ("save", "close"),
-        ("sync", "sync", "save", "sync"),
+        pytest.param(
+            calls,
+            id="-".join(calls),
+            marks=() if is_default else pytest.mark.full,
+        )
+        for calls, is_default in [
+            (("save", "sync"), True),
+            (("sync", "save"), False),
+            (("restore_or_initialize", "save"), False),
+            (("close", "save"), True),
+            (("save", "close"), False),
+            (("sync", "sync", "save", "sync"), True),
+        ]
     ],
-    ids="-".join,
 )
 def test_ranks_in_different_calls_are_a_desync_on_all(tmp_path, calls):
     """The error names who is where; the manager is broken, nothing is written."""
@@ -577,7 +585,13 @@ def _new_job(rank, directory, signals, takeover):
         return restored, saved, seconds, manager.save()
 
 
-@pytest.mark.parametrize("same_run", [True, False], ids=["restart", "takeover"])
+@pytest.mark.parametrize(
+    "same_run",
+    [
+        pytest.param(True, id="restart", marks=pytest.mark.full),
+        pytest.param(False, id="takeover"),
+    ],
+)
 def test_job_whose_directory_was_taken_over_is_fenced_on_all_ranks(tmp_path, same_run):
     """A restart of the same job, or ``takeover``, claims at once and ends the old one."""
     directory, signals = str(tmp_path / "run"), str(tmp_path)
@@ -682,7 +696,9 @@ def _with_backend(rank, directory, rendezvous, backend):
     return saved, restored, tensor.item()
 
 
-@pytest.mark.parametrize("backend", ["cpu:gloo", None])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpu:gloo", marks=pytest.mark.full), None]
+)
 def test_default_group_of_another_backend_string_will_do(tmp_path, backend):
     """The manager makes gloo groups of its own, whatever training uses."""
     directory = str(tmp_path / "run")
@@ -754,7 +770,7 @@ def _close_and_leave(rank, directory):
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_closed_left_and_deleted_managers_let_go(tmp_path, world_size):
     """Closing twice is harmless, use after it an error, and no lock or thread stays."""
     directory = str(tmp_path / "run")

@@ -56,7 +56,7 @@ def _drift(rank, directory, drifted, options):
     return failed, unnoticed
 
 
-@pytest.mark.parametrize("drifted", [[1], [0, 2]])
+@pytest.mark.parametrize("drifted", [pytest.param([1], marks=pytest.mark.full), [0, 2]])
 @pytest.mark.parametrize("options", [COMPARED, BEHIND], ids=["sync", "async"])
 def test_replicas_that_differ_fail_the_save_and_are_named(tmp_path, drifted, options):
     """By tensor and by rank; nothing is left of the save, and its number is free."""
@@ -90,6 +90,7 @@ def _sharded(rank, directory, bad_rank):
     return found
 
 
+@pytest.mark.full
 def test_parts_are_compared_with_those_that_hold_the_same(tmp_path):
     """Of a mesh with replicas; what nobody else holds may be what it is."""
     directory = str(tmp_path / "run")
@@ -168,6 +169,7 @@ def test_what_differs_between_ranks_fails_the_first_save(tmp_path, name):
     assert committed(directory) == []
 
 
+@pytest.mark.full
 def test_nothing_is_compared_where_it_is_said_so(tmp_path):
     """The lowest rank's is stored then."""
     options = {"replicas": "unchecked"}
@@ -186,7 +188,9 @@ def _drift_later(rank, directory, mode, size, saves):
         return [outcome(manager.save).kind for _ in range(saves)]
 
 
-@pytest.mark.parametrize("mode", ["sampled", "always"])
+@pytest.mark.parametrize(
+    "mode", ["sampled", pytest.param("always", marks=pytest.mark.full)]
+)
 def test_a_single_number_that_drifts_is_found_within_the_promised_saves(tmp_path, mode):
     """Blocks take turns: of 20 MiB, every byte has its turn in five saves."""
     size, turns = 5 * 2**20, 5 if mode == "sampled" else 1
@@ -312,6 +316,7 @@ def _drifted_group(rank, directory):
     return _outcome_of(checkpoint, directory)[0]
 
 
+@pytest.mark.full
 def test_replicas_of_one_group_are_compared_among_themselves(tmp_path):
     """The error says which rank of the group is another."""
     for found in values_of(run_ranks(_drifted_group, 4, tmp_path)):
@@ -326,6 +331,7 @@ def _on_disjoint_meshes(rank, directory, declared, drifted):
     return _outcome_of(Checkpoint(experts=value), directory)
 
 
+@pytest.mark.full
 def test_one_name_on_disjoint_meshes_must_be_declared(tmp_path):
     """Whatever the values are: they may be experts, or copies."""
     for both in values_of(run_ranks(_on_disjoint_meshes, 4, tmp_path / "a", False, False)):

@@ -23,14 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import (
-    Checkpoint,
-    CheckpointManager,
-    PerRank,
-    Replicated,
-    loading,
-    readers,
-)
+from distckpt import Checkpoint, CheckpointManager, PerRank, Replicated, loading, readers
 from distckpt.layout import SHARDED
 
 # What is saved is made from these alone, so that each process knows what must come back.
@@ -688,6 +681,7 @@ def _balanced(rank, directory):
     return path, hybrid, fully, halved, opened
 
 
+@pytest.mark.full
 def test_hybrid_shards_are_balanced_and_only_files_with_something_are_opened(tmp_path):
     """Replicas write half of what they share; nobody opens a file without need."""
     found = values_of(run_ranks(_balanced, 4, str(tmp_path / "run")))
@@ -721,9 +715,16 @@ def _in_separate_halves(rank, directory):
         }
 
     saved, live = objects(torch.clone), objects(torch.zeros_like)
+    with _manager(Checkpoint(tensors=saved), f"{directory}-undeclared") as manager:
+        undeclared = outcome(manager.save)
     with _manager(Checkpoint(tensors=Replicated(saved)), directory) as manager:
         path = manager.save()
-    _restore(Checkpoint(tensors=Replicated(live)), directory, path)
+        own = saved["cut"].to_local()
+        before = own.clone()
+        own.add_(float(rank == 3))
+        drifted = outcome(manager.save)
+        own.copy_(before)
+    _restore(Checkpoint(tensors=live), directory, path)
     for name, tensor in saved.items():
         assert torch.equal(live[name].to_local(), tensor.to_local())
     # A model that only some ranks have, and of which the others know nothing.
@@ -738,15 +739,23 @@ def _in_separate_halves(rank, directory):
     assert torch.equal(stages[name].to_local(), expected)
     # A rank that does not have what it should hold a part of.
     tensors = {} if rank == 3 else {"x": saved["copied"], "y": saved["cut"]}
-    with _manager(Checkpoint(tensors=tensors), f"{directory}-hole") as manager:
+    with _manager(Checkpoint(tensors=Replicated(tensors)), f"{directory}-hole") as manager:
         found = outcome(manager.save)
-    return path, of_stages, found
+    return path, of_stages, undeclared, drifted, found
 
 
 def test_separate_meshes_are_copies_if_they_hold_one_tensor(tmp_path):
-    """Ranks of different halves share the work; a rank without its part is an error."""
+    """If that is declared: ranks of different halves share the work, and are compared.
+
+    A rank without its part is an error.
+    """
     found = values_of(run_ranks(_in_separate_halves, 4, str(tmp_path / "run")))
-    path, of_stages, _ = found[0]
+    path, of_stages, undeclared, drifted, _ = found[0]
+    assert undeclared.kind == "ConfigError"
+    assert "lies on ranks [0, 1] and, by itself, on ranks [2, 3]" in undeclared.text
+    assert "Checkpoint(tensors=Replicated(tensors))" in undeclared.text
+    assert "Checkpoint(tensors=PerGroup(tensors, mesh))" in undeclared.text
+    assert drifted.failures == {3: "tensors/cut[256, 0]"}
     manifest = readers.read_manifest(attempt_directory(path))
     sizes = [shard.size_bytes for shard in manifest.shards]
     assert max(sizes) <= 1.03 * sum(sizes) / 4
@@ -760,7 +769,7 @@ def test_separate_meshes_are_copies_if_they_hold_one_tensor(tmp_path):
     _assert_same(live, {"stage0": full, "stage1": full * 2})
     kinds = {outcome.kind for *_, outcome in found}
     assert kinds == {"ConfigError"}
-    assert re.search("'tensors/[xy]' is sharded over rank 3", found[1][2].text)
+    assert re.search("'tensors/[xy]' is sharded over rank 3", found[1][-1].text)
 
 
 def _files_open_in(directory):
@@ -808,6 +817,7 @@ def _with_average(rank, directory):
     return path, found
 
 
+@pytest.mark.full
 def test_average_of_sharded_parameters_comes_back_as_the_live_one_lies(tmp_path):
     """An object's own state dict says how its tensors lie; one that does not is told."""
     results = values_of(run_ranks(_with_average, 2, str(tmp_path / "run")))

@@ -150,8 +150,15 @@ def test_second_signal_is_not_passed_on(slurm, script):
     assert slurm.log.count("told") == 2 and slurm.requeued == 1
 
 
-@pytest.mark.parametrize("script_too", [False, True])
-@pytest.mark.parametrize("preempted", [False, True])
+@pytest.mark.parametrize(
+    ("preempted", "script_too"),
+    [
+        (False, False),
+        pytest.param(False, True, marks=pytest.mark.full),
+        pytest.param(True, False, marks=pytest.mark.full),
+        (True, True),
+    ],
+)
 def test_preempted_job_is_queued_again_and_cancelled_one_is_not(
     slurm, script, preempted, script_too
 ):

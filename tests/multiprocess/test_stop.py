@@ -80,13 +80,18 @@ def _come_back(rank, directory):
 @pytest.mark.parametrize(
     ("when", "victim", "how"),
     [
-        (1000 | TERM, 0, "SIGTERM"),
-        (1000 | TERM, 2, "SIGTERM"),
-        (TERM, 1, "SIGTERM"),
-        (None | TERM, 1, "SIGTERM"),
-        (1000 | on_signal("SIGUSR1", "SIGTERM"), 1, "SIGUSR1"),
+        pytest.param(1000 | TERM, 0, "SIGTERM", id="chief", marks=pytest.mark.full),
+        pytest.param(1000 | TERM, 2, "SIGTERM", id="other"),
+        pytest.param(TERM, 1, "SIGTERM", id="signal-alone"),
+        pytest.param(None | TERM, 1, "SIGTERM", id="every-call", marks=pytest.mark.full),
+        pytest.param(
+            1000 | on_signal("SIGUSR1", "SIGTERM"),
+            1,
+            "SIGUSR1",
+            id="usr1",
+            marks=pytest.mark.full,
+        ),
     ],
-    ids=["chief", "other", "signal-alone", "every-call", "usr1"],
 )
 def test_all_ranks_save_once_more_and_stop_at_the_same_step(tmp_path, when, victim, how):
     """Whoever is told; what is saved is the state of that step, committed on return."""
@@ -137,7 +142,11 @@ def _be_told_while_evaluating(rank, directory, is_saved_before):
 
 
 @pytest.mark.parametrize(
-    ("is_saved_before", "made"), [(True, []), (False, ["ckpt-2"])], ids=["saved", "new"]
+    ("is_saved_before", "made"),
+    [
+        pytest.param(True, [], id="saved", marks=pytest.mark.full),
+        pytest.param(False, ["ckpt-2"], id="new"),
+    ],
 )
 def test_evaluation_is_stopped_too_and_saves_only_what_is_new(
     tmp_path, is_saved_before, made
@@ -191,7 +200,11 @@ def _have_one_under_way(rank, directory, is_at_the_same_step):
 
 
 @pytest.mark.parametrize(
-    ("is_at_the_same_step", "expected"), [(True, 1), (False, 2)], ids=["same", "newer"]
+    ("is_at_the_same_step", "expected"),
+    [
+        pytest.param(True, 1, id="same", marks=pytest.mark.full),
+        pytest.param(False, 2, id="newer"),
+    ],
 )
 def test_save_under_way_is_brought_in_first(tmp_path, is_at_the_same_step, expected):
     """What is acknowledged when ``should_stop`` turns true is committed."""
@@ -290,6 +303,7 @@ def _fail_to_read_the_step(rank, directory):
     return sorted(kinds), saved
 
 
+@pytest.mark.full
 def test_step_counter_that_raises_on_one_rank_keeps_the_ranks_in_step(tmp_path):
     """All count the same calls until they ask again, whatever else a call comes to."""
     one, other = values_of(run_ranks(_fail_to_read_the_step, 2, str(tmp_path / "run")))
@@ -376,13 +390,8 @@ def _look_where_nothing_can_be(rank, directory, hangs):
     return saved, len(looked), [text for text in logged.texts if "stop" in text]
 
 
-@pytest.mark.parametrize(
-    "hangs",
-    [
-        pytest.param(False, id="fails"),
-        pytest.param(True, id="hangs", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
 def test_file_that_cannot_be_looked_for_ends_no_job(tmp_path, hangs):
     """It is told of once; where looking hangs, it is not done again."""
     arguments = (str(tmp_path / "run"), hangs)

@@ -35,7 +35,9 @@ from distckpt import (
     latest_checkpoint,
 )
 
-both_sizes = pytest.mark.parametrize("world_size", [1, 2])
+both_sizes = pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.full), 2]
+)
 
 
 @pytest.fixture
@@ -726,7 +728,13 @@ def test_init_fn_runs_each_time_until_something_is_saved(tmp_path, world_size):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "failing"), [(1, [0]), (2, [0]), (2, [1]), (2, [0, 1])]
+    ("world_size", "failing"),
+    [
+        (1, [0]),
+        pytest.param(2, [0], marks=pytest.mark.full),
+        (2, [1]),
+        pytest.param(2, [0, 1], marks=pytest.mark.full),
+    ],
 )
 def test_init_fn_that_raises_is_told_on_all_ranks(tmp_path, world_size, failing):
     """Every rank raises, naming who failed; the manager can be used again."""

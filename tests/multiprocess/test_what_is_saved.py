@@ -20,7 +20,15 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt import Checkpoint, CheckpointManager, PerRank, paths, readers, tensors
+from distckpt import (
+    Checkpoint,
+    CheckpointManager,
+    OneRank,
+    PerRank,
+    paths,
+    readers,
+    tensors,
+)
 from distckpt.comm import GroupChannel
 from distckpt.layout import SPLIT, WHOLE, Assignment
 from distckpt.messages import Phase
@@ -87,10 +95,8 @@ def _excess(sizes):
     return max(sizes) / (sum(sizes) / len(sizes)) - 1
 
 
-@pytest.mark.parametrize(
-    "world_size",
-    [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_replicated_bytes_of_a_gpt_are_balanced_within_3_percent(tmp_path, world_size):
     """Every rank writes its share of parameters and optimizer state, and all of it fits."""
     directory = str(tmp_path / "run")
@@ -155,7 +161,7 @@ def _save_with_own(rank, directory):
     checkpoint = make_checkpoint(
         values=PerRank({"rank": rank, "list": [rank] * (rank + 1)}),
         tensor=PerRank(torch.full((rank + 1,), float(rank))),
-        shared=torch.full((3,), float(rank)),
+        shared=OneRank(torch.full((3,), float(rank))),
         same="for all",
     )
     model = DistributedDataParallel(checkpoint.model)
@@ -171,7 +177,7 @@ def _save_with_own(rank, directory):
         seed=1,
         values=PerRank({}),
         tensor=PerRank(torch.zeros(rank + 1)),
-        shared=torch.zeros(3),
+        shared=OneRank(torch.zeros(3)),
         same="",
     )
     live.model = DistributedDataParallel(live.model)
@@ -179,7 +185,7 @@ def _save_with_own(rank, directory):
         assert manager.restore_or_initialize() == path
     assert live.values.value == {"rank": rank, "list": [rank] * (rank + 1)}
     assert live.tensor.value.tolist() == [rank] * (rank + 1)
-    assert live.shared.tolist() == [0, 0, 0]
+    assert live.shared.value.tolist() == [0, 0, 0]
     assert live.model.module[1].running_mean.tolist() == [10.0] * 8
     assert live.same == "for all"
     assert [p.tolist() for p in live.model.parameters()] == weights
@@ -187,7 +193,7 @@ def _save_with_own(rank, directory):
     return path
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_each_rank_gets_back_its_own_and_the_lowest_rank_s_buffers(tmp_path, world_size):
     """PerRank values never mix; buffers and plain tensors are the lowest rank's, whole."""
     directory = str(tmp_path / "run")

@@ -127,10 +127,16 @@ def parse(module):
     return ast.parse((FOLDER / f"{module.replace('.', '/')}.py").read_text())
 
 
+@cache
+def nodes_of(tree):
+    return list(ast.walk(tree))
+
+
+@cache
 def imports_of(tree):
     """Return every imported name, dotted: ``from a import b`` is ``a.b``."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -157,11 +163,12 @@ def dotted_name(node):
     return ""
 
 
+@cache
 def uses_of(tree):
     """Return every dotted name that the code uses, with its line."""
     return [
         (dotted_name(node), node.lineno)
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, (ast.Attribute, ast.Name))
     ]
 
@@ -200,10 +207,14 @@ def pickling_in(tree):
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_stands_in_the_table_of_layers(module):
+# Each rule is one test of all modules, because hundreds of tests take seconds to collect
+# and to report. What it finds it lists by module.
+
+
+def test_modules_stand_in_the_table_of_layers():
     """Whoever adds a module says where it belongs."""
-    assert module in LAYER_OF, f"add {module!r} to LAYERS in this file"
+    missing = [module for module in MODULES if module not in LAYER_OF]
+    assert not missing, f"add {missing} to LAYERS in this file"
 
 
 def test_table_of_layers_names_each_module_once_and_no_other():
@@ -212,18 +223,21 @@ def test_table_of_layers_names_each_module_once_and_no_other():
     assert sorted(rows) == MODULES
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_from_lower_layers(module):
+def test_modules_import_only_from_lower_layers():
     """Who reads a module needs to know only what is below it."""
-    layer = LAYER_OF.get(module, -2)
-    wrong = {other for other in own_imports_of(module) if LAYER_OF.get(other, 99) >= layer}
-    assert not wrong, f"{module} (layer {layer}) imports {sorted(wrong)}"
+    wrong = [
+        f"{module} (layer {LAYER_OF.get(module)}) imports {other}"
+        for module in MODULES
+        for other in sorted(own_imports_of(module))
+        if LAYER_OF.get(other, 99) >= LAYER_OF.get(module, -2)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", sorted(TORCH_FREE))
-def test_torch_free_module_imports_only_torch_free_ones(module):
+def test_torch_free_modules_import_only_torch_free_ones():
     """The fresh interpreter below only shows that there is some; this names it."""
-    assert own_imports_of(module) <= TORCH_FREE
+    wrong = {module: own_imports_of(module) - TORCH_FREE for module in TORCH_FREE}
+    assert not any(wrong.values()), {m: found for m, found in wrong.items() if found}
 
 
 def test_torch_free_modules_in_a_fresh_interpreter_do_not_import_torch():
@@ -244,22 +258,30 @@ def test_bench_is_imported_only_when_it_is_run():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "storage"])
-def test_module_touches_no_file_but_through_storage(module):
+def test_modules_touch_no_file_but_through_storage():
     """One module touches the filesystem; the lock file is filelock's."""
-    assert {*file_uses_of(parse(module))} <= ON_OPENED_FILES.get(module, set())
+    found = {
+        module: {*file_uses_of(parse(module))} - ON_OPENED_FILES.get(module, set())
+        for module in MODULES
+        if module != "storage"
+    }
+    assert not any(found.values()), {m: uses for m, uses in found.items() if uses}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "lock"])
-def test_module_other_than_lock_does_not_use_filelock(module):
+def test_modules_other_than_lock_do_not_use_filelock():
     """Safety comes from the records; the lock is a courtesy in one place."""
-    assert not {n for n in imports_of(parse(module)) if n.split(".")[0] == "filelock"}
+    using = [
+        module
+        for module in MODULES
+        if any(name.split(".")[0] == "filelock" for name in imports_of(parse(module)))
+    ]
+    assert using == ["lock"]
 
 
-@pytest.mark.parametrize("module", [*MODULES, "__init__"])
-def test_module_never_pickles(module):
+def test_modules_never_pickle():
     """No pickle on disk or between ranks: loading one runs what somebody wrote."""
-    assert not pickling_in(parse(module))
+    found = {module: pickling_in(parse(module)) for module in (*MODULES, "__init__")}
+    assert not any(found.values()), {m: uses for m, uses in found.items() if uses}
 
 
 @pytest.mark.parametrize(

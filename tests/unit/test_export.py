@@ -402,7 +402,13 @@ def test_killed_in_the_middle_leaves_no_target_and_the_next_try_works(run_dir, t
     assert run("export", saved.prefix, "--to", to, "--output", target).exit_code == 0
 
 
-@pytest.mark.parametrize("to", EXPORTED)
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param(to, marks=() if to == "safetensors" else pytest.mark.full)
+        for to in EXPORTED
+    ],
+)
 def test_memory_is_bounded_whatever_the_tensor(run_dir, target, to):
     """A tensor of 64 MiB by way of pieces of 8."""
     table = (Row("model/w", "uint8", (64, 2**20), WHOLE),)

@@ -58,6 +58,7 @@ ALL = [
     for name in FORMATS
     for path in sorted((GOLDEN / name).glob("*.expected.json"))
 ]
+NEWEST_BY_DEFAULT = ("/fsdp", "/crashed-copy")
 BAD, RELEASING = "bad", "releasing"
 # Of the list of checksums of each format that is frozen.
 FROZEN = {"format-1": "54d7bf9f21b559f8d684568aa91fce031468f0e3f8545ed4303f93a3a0a7dc47"}
@@ -77,6 +78,23 @@ def with_records():
 
 def having(field):
     return [golden for golden in ALL if field in expected_of(golden)]
+
+
+def some_in_full(names, *more):
+    """List parameters: those of the newest format, but for two, are of class full.
+
+    All other tests write and read the newest format.
+    """
+    return [
+        pytest.param(
+            name,
+            *more,
+            marks=pytest.mark.full
+            if name.startswith(FORMATS[-1]) and not name.endswith(NEWEST_BY_DEFAULT)
+            else (),
+        )
+        for name in names
+    ]
 
 
 @pytest.fixture
@@ -147,7 +165,7 @@ def test_there_are_golden_directories_of_all_formats():
         assert len([golden for golden in ALL if golden.startswith(f"{name}/")]) >= 24
 
 
-@pytest.mark.parametrize("golden", ALL)
+@pytest.mark.parametrize("golden", some_in_full(ALL))
 def test_opened_checkpoint_has_what_was_in_memory(golden, directory):
     """Every byte of every tensor, all plain values, and what each rank had of its own."""
     expected = expected_of(golden)
@@ -185,7 +203,7 @@ def _of_objects(values):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", some_in_full(FORMATS))
 def test_tensor_of_every_dtype_is_read_as_torch_has_it(name, dtype):
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         pytest.skip(f"torch {torch.__version__} has no dtype {dtype}")
@@ -202,7 +220,7 @@ def test_tensor_of_every_dtype_is_read_as_torch_has_it(name, dtype):
 # Lists
 
 
-@pytest.mark.parametrize("golden", with_records())
+@pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_lists_are_those_that_jobs_have_left(golden, directory):
     expected = expected_of(golden)
     listed = run_ok("list", directory)["checkpoints"]
@@ -235,7 +253,7 @@ def _finite(text):
     return "None" if text in ("nan", "inf", "-inf") else text
 
 
-@pytest.mark.parametrize("golden", with_records())
+@pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_readers_name_the_newest_and_the_managed(golden, directory):
     expected = expected_of(golden)
     live = [os.path.join(directory, n) for n, where in expected["lists"] if where == "live"]
@@ -250,7 +268,7 @@ def test_readers_name_the_newest_and_the_managed(golden, directory):
     iterator.close()
 
 
-@pytest.mark.parametrize("golden", with_records())
+@pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_newest_record_says_what_was_done_last_and_what_is_being_deleted(golden, directory):
     expected = expected_of(golden)
     newest = state.read_head(directory).record
@@ -266,7 +284,7 @@ def test_newest_record_says_what_was_done_last_and_what_is_being_deleted(golden,
         assert newest.number > expected["num_records"]
 
 
-@pytest.mark.parametrize("golden", having("history"))
+@pytest.mark.parametrize("golden", some_in_full(having("history")))
 def test_history_tells_of_all_jobs(golden, directory):
     figures = run_ok("report", directory)
     wanted = expected_of(golden)["history"]
@@ -276,7 +294,7 @@ def test_history_tells_of_all_jobs(golden, directory):
 # Verification
 
 
-@pytest.mark.parametrize("golden", with_records())
+@pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_verification_finds_the_damaged_and_no_others(golden, directory):
     expected = expected_of(golden)
     result = run("verify", directory, "--json")
@@ -294,7 +312,7 @@ def test_verification_finds_the_damaged_and_no_others(golden, directory):
                 tensors_in(opened)
 
 
-@pytest.mark.parametrize("golden", ALL)
+@pytest.mark.parametrize("golden", some_in_full(ALL))
 def test_checkpoint_by_its_path_verifies(golden, directory):
     """Also where there are no records."""
     expected = expected_of(golden)
@@ -362,7 +380,7 @@ def make_live(golden):
     return objects, Checkpoint(**objects)
 
 
-@pytest.mark.parametrize("golden", with_records())
+@pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_job_restores_each_goes_on_and_saves_beside_them(golden, directory):
     """Objects with other values take each checkpoint by its path, then the newest."""
     expected = expected_of(golden)
@@ -410,7 +428,9 @@ def _assert_requests_are_taken_up(expected, listed):
         assert by_name[name]["metrics"] == metrics
 
 
-@pytest.mark.parametrize("golden", [g for g in ALL if not expected_of(g)["has_records"]])
+@pytest.mark.parametrize(
+    "golden", some_in_full(g for g in ALL if not expected_of(g)["has_records"])
+)
 def test_copy_without_records_is_restored_by_its_path(golden, directory):
     """A job does not start afresh in such a directory, and nothing is listed there."""
     expected = expected_of(golden)
@@ -440,8 +460,8 @@ LISTING_MORE = (
 @pytest.mark.parametrize(
     ("golden", "copy"),
     [
-        *((golden, "lost") for golden in ALL),
-        *((golden, "kept") for golden in ALL if golden.endswith(LISTING_MORE)),
+        *some_in_full(ALL, "lost"),
+        *some_in_full((g for g in ALL if g.endswith(LISTING_MORE)), "kept"),
     ],
 )
 def test_repair_of_lost_records_names_all_that_is_whole(golden, directory, copy):
@@ -478,7 +498,7 @@ def _repaired_lists(expected, directory, copy):
     return found | {(name, "live") for name in expected["unrecorded"]}
 
 
-@pytest.mark.parametrize("golden", ALL)
+@pytest.mark.parametrize("golden", some_in_full(ALL))
 def test_doctor_names_what_is_left_over_and_asked_for(golden, directory):
     expected = expected_of(golden)
     result = run("doctor", directory, "--read-only", "--json")
@@ -522,8 +542,8 @@ SPECIAL = ("/values", "/dtypes", "/modules", "/replicated", "/fsdp-over-tp", "/m
 @pytest.mark.parametrize(
     ("golden", "to"),
     [
-        *((golden, "torch") for golden in ALL),
-        *((golden, "safetensors") for golden in ALL if golden.endswith(SPECIAL)),
+        *some_in_full(ALL, "torch"),
+        *some_in_full((g for g in ALL if g.endswith(SPECIAL)), "safetensors"),
     ],
 )
 def test_export_to_a_file_has_every_byte(golden, directory, tmp_path, to):
@@ -552,7 +572,8 @@ def _assert_same_tensors(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "golden", [g for g in ALL if g.endswith(("/modules", "/fsdp", "/fsdp-over-tp"))]
+    "golden",
+    some_in_full(g for g in ALL if g.endswith(("/modules", "/fsdp", "/fsdp-over-tp"))),
 )
 def test_export_to_huggingface_has_the_model(golden, directory, tmp_path):
     made = expected_of(golden)["checkpoints"]["ckpt-1"]
@@ -570,7 +591,8 @@ def test_export_to_huggingface_has_the_model(golden, directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "golden", [g for g in ALL if g.endswith(("/fsdp", "/fsdp-over-tp", "/imported-dcp"))]
+    "golden",
+    some_in_full(g for g in ALL if g.endswith(("/fsdp", "/fsdp-over-tp", "/imported-dcp"))),
 )
 def test_export_to_dcp_has_model_and_optimizer_as_torch_names_them(
     golden, directory, tmp_path

@@ -516,7 +516,13 @@ def test_killed_in_the_middle_leaves_no_run_directory(target, source):
     assert run("import", source, "--from", "torch", "--output", target).exit_code == 0
 
 
-@pytest.mark.parametrize("kind", ["dcp", "torch", "safetensors"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("dcp", "torch")),
+        "safetensors",
+    ],
+)
 def test_memory_is_bounded_whatever_the_tensor(target, source, kind):
     """A tensor of 64 MiB by way of pieces of 8."""
     state = {"w": torch.from_numpy(np.ones((64, 2**20), np.uint8))}

@@ -181,6 +181,7 @@ def test_cycles_and_bottomless_nesting_are_refused(run_dir):
         save(run_dir, x=tracked)
 
 
+@pytest.mark.full  # the compiler takes seconds to import
 def test_two_objects_of_one_name_are_refused(run_dir):
     """A name stands for one thing."""
     model = nn.Module()

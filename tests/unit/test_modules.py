@@ -117,27 +117,37 @@ def _all_at_once(model):
 
 WRAPPINGS = [
     _plain,
+    _data_parallel,
+    _ddp,
+    _checkpointed,
+    _checkpointed_inside,
+]
+COMPILED = [
     _compiled,
     _compiled_inside,
     _compiled_in_place,
-    _data_parallel,
-    _ddp,
     _ddp_of_compiled,
     _compiled_ddp,
-    _checkpointed,
-    _checkpointed_inside,
     _all_at_once,
 ]
 
 
+@pytest.mark.parametrize(
+    "wrappings",
+    [
+        pytest.param(WRAPPINGS, id="not-compiled"),
+        # The compiler takes seconds to import.
+        pytest.param([*WRAPPINGS, *COMPILED], id="all", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.usefixtures("one_rank_group")
-def test_every_wrapping_has_the_same_names_and_reads_all_others(tmp_path):
+def test_every_wrapping_has_the_same_names_and_reads_all_others(tmp_path, wrappings):
     """DDP, DataParallel, compile and activation checkpointing leave no trace on disk."""
     plain = Model(seed=1)
     expected_names = [f"model/{name}".replace("a/b", "a~1b") for name in plain.state_dict()]
     expected = {k: v.clone() for k, v in plain.state_dict().items()}
     directories = []
-    for number, wrap in enumerate(WRAPPINGS):
+    for number, wrap in enumerate(wrappings):
         model = Model(seed=1)
         directory = str(tmp_path / str(number))
         wrapped = wrap(model)
@@ -151,7 +161,7 @@ def test_every_wrapping_has_the_same_names_and_reads_all_others(tmp_path):
             for name, _ in plain.named_parameters()
         ]
         directories.append(directory)
-    for offset, wrap in enumerate(WRAPPINGS):
+    for offset, wrap in enumerate(wrappings):
         # Each reads what the next but three has written; the plain one reads all.
         model = Model(seed=2)
         wrapped = wrap(model)
@@ -363,8 +373,9 @@ def test_fsdp1_and_zero_optimizer_are_refused_by_name(run_dir):
         save(run_dir, nested={"inner": nn.Sequential(sharded)})
 
 
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.usefixtures("one_rank_group")
-def test_tensor_parallelism_under_ddp_is_refused_and_ddp_alone_is_not(run_dir):
+def test_tensor_parallelism_under_ddp_is_refused_and_ddp_alone_is_not(run_dir, is_compiled):
     """Before and after a forward pass, and where only what DDP wraps is tracked."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -380,7 +391,9 @@ def test_tensor_parallelism_under_ddp_is_refused_and_ddp_alone_is_not(run_dir):
     inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     parallelize_module(inner, mesh["tensor"], {"0": ColwiseParallel()})
     wrapped = DistributedDataParallel(inner, device_mesh=mesh["data"])
-    tracked = [wrapped, inner, nn.ModuleList([inner]), torch.compile(wrapped)]
+    tracked = [wrapped, inner, nn.ModuleList([inner])]
+    if is_compiled:
+        tracked.append(torch.compile(wrapped))
     for model in (*tracked, inner[0]):
         with pytest.raises(UnsupportedError, match="model: tensor parallelism under DDP"):
             save(run_dir, model=model)

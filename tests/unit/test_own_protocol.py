@@ -657,7 +657,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("mark", [lambda value: value, PerRank], ids=["shared", "per rank"])
+@pytest.mark.parametrize(
+    "mark",
+    [lambda value: value, pytest.param(PerRank, marks=pytest.mark.full)],
+    ids=["shared", "per rank"],
+)
 @pytest.mark.parametrize("saved", KINDS)
 @pytest.mark.parametrize("live", KINDS)
 def test_a_value_and_an_object_are_different_kinds(run_dir, saved, live, mark):
@@ -699,3 +703,40 @@ def test_what_was_saved_says_whose_state_it_is(run_dir):
     encoded = manifest_of(path).values
     assert encoded["counter"] == {"$object": ["Counter", {"count": 2}]}
     assert encoded["epoch"] == 1
+
+
+class Listing(nn.Module):
+    """Has a list of tensors in its state dict: as a metric of torchmetrics."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.values = list(values)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}values"] = [*self.values]
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        self.values = state.pop(f"{prefix}values")
+
+
+def test_list_of_tensors_in_a_state_dict_comes_back(run_dir):
+    """As one value, whatever its length here."""
+    save(run_dir, model=nn.ModuleDict({"m": Listing(torch.ones(2), torch.zeros(3))}))
+    live = nn.ModuleDict({"m": Listing(torch.ones(1))})
+    restore(run_dir, model=live)
+    assert_same(live["m"].values, [torch.ones(2), torch.zeros(3)])
+
+
+def test_moments_that_are_made_anew_have_the_memory_format_of_the_parameter(run_dir):
+    """torch makes them so, and a fused step is faster."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    save(run_dir, model=model, optimizer=optimizer)
+    live = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    other = torch.optim.AdamW(live.parameters())
+    restore(run_dir, model=live, optimizer=other)
+    saved, found = optimizer.state[model.weight], other.state[live.weight]
+    assert torch.equal(saved["exp_avg"], found["exp_avg"])
+    assert saved["exp_avg"].stride() == found["exp_avg"].stride()

@@ -249,6 +249,7 @@ def _run(snippet, namespace):
 RUN_HERE = [block for block in blocks() if block.page not in TYPED_ELSEWHERE]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("block", RUN_HERE, ids=lambda block: block.name)
 def test_block_runs(namespace, block):
     """With what the page says that a reader has."""

@@ -99,7 +99,7 @@ def test_the_tables_of_the_protocol_are_read():
         assert sum(row.startswith(f"{heading.lower()}: ") for row in rows) >= 3, rows
 
 
-@pytest.mark.durability  # to collect is to import what all ranks need
+@pytest.mark.full  # to collect is to import what all ranks need
 def test_every_row_of_the_protocol_is_shown_by_the_default_classes(collected):
     """So is nothing else: a marker that names no row is out of date."""
     covered = {row for one in collected for row in one.covers}
@@ -111,7 +111,7 @@ def test_every_row_of_the_protocol_is_shown_by_the_default_classes(collected):
     assert covered <= {*rows}, covered - {*rows}
 
 
-@pytest.mark.durability
+@pytest.mark.full
 def test_every_mutant_has_a_test_in_the_default_classes_or_is_listed(collected):
     """Whether that test fails: tests/crash/test_mutants.py, in class full."""
     default = {one.test.partition("[")[0] for one in collected}

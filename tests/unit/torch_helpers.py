@@ -10,9 +10,6 @@ from safetensors.torch import load_file
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
 
-# Imports the compiler, for seconds; else the first test that compiles would pay for it.
-torch.compile(torch.nn.Identity())
-
 
 def save(directory, **objects):
     """Save objects as a job of one process does; returns the checkpoint's path."""

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(2700)
 @pytest.mark.covers(
     "asynchronous saves: S1 to S3 (caller's)", "asynchronous saves: S5 to S8 (behind)"
 )
-@part_of_every(4)
+@part_of_every(8)
 @pytest.mark.parametrize("scenario", ASYNC_SCENARIOS, ids=lambda scenario: scenario.name)
 def test_rank_killed_behind_the_loop_is_named_and_nothing_is_lost(
     scratch: str, report_figures: Callable[[str], None], scenario: Scenario, part: Part
@@ -36,7 +36,7 @@ def test_rank_killed_behind_the_loop_is_named_and_nothing_is_lost(
     figures.demand_zeros()
 
 
-@part_of_every(4)
+@part_of_every(8)
 @pytest.mark.usefixtures("power_switch")
 def test_power_cut_behind_the_loop_loses_nothing_that_was_acknowledged(
     scratch: str, report_figures: Callable[[str], None], part: Part

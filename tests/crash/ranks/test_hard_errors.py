@@ -104,15 +104,15 @@ class Case:
         return [self.victims] if self.together else [(rank,) for rank in self.victims]
 
 
-def _each(cases: list[Case], only_in_full: str) -> Any:
-    """Play all cases, and those named only in class full."""
-    names = only_in_full.split()
+def _each(cases: list[Case], by_default: str) -> Any:
+    """Play all cases: those named by default, the others in class full."""
+    names = by_default.split()
     assert {*names} <= {case.name for case in cases}
     return pytest.mark.parametrize(
         "case",
         [
             pytest.param(
-                case, id=case.name, marks=pytest.mark.full if case.name in names else ()
+                case, id=case.name, marks=() if case.name in names else pytest.mark.full
             )
             for case in cases
         ],
@@ -489,19 +489,10 @@ ASYNC_SAVES = [
 
 
 # Each step, and each kind of fault, is in one of the others.
-_SAVES_ONLY_IN_FULL = """
-    may-not-mkdir read-only-mkdir shard-open shard-reserve permission-chief
-    descriptors-chief read-only read-only-chief full-for-one full-for-chief
-    inodes-for-pending one-of-four manifest-open manifest-fsync record-lstat
-    inodes-for-shards inodes-for-record trash-unlink
-    shard-open-eager read-only-eager short-write-lazy shard-fsync-lazy file-size-lazy
-    manifest-write-lazy state-fsync-lazy
-    mkdir no-descriptor shard-fsync permission descriptors read-only-for-all short-write
-    publish state-list copy-rename immutable two-of-four-lazy full-for-one-eager
-"""
-
-
-@_each(SAVES + ASYNC_SAVES, _SAVES_ONLY_IN_FULL)
+@_each(
+    SAVES + ASYNC_SAVES,
+    "shard-write shard-write-eager full link link-lazy trash-rename",
+)
 def test_hard_error_in_a_save_fails_it_alike_and_harms_nothing(place, case):
     """One error and table on all ranks, older checkpoints as they were, no leak."""
     directory = place(case)
@@ -659,10 +650,7 @@ RESTORES = [
 
 
 @pytest.mark.covers("restore: unreadable")
-@_each(
-    RESTORES,
-    "manifest open header may-not-read hidden truncated-here missing descriptors data-once",
-)
+@_each(RESTORES, "manifest-once truncated")
 def test_hard_error_in_a_restore_is_survived_or_told_alike(place, case):
     """All ranks fall back to the same checkpoint, or raise the same; then all is well."""
     directory = place(case)
@@ -798,14 +786,8 @@ CLAIMS = [
 ]
 
 
-_CLAIMS_ONLY_IN_FULL = """
-    read-only permission descriptors inodes link-fsync read-only-here permission-here
-    descriptors-here list fsync-here record-fsync
-"""
-
-
 @pytest.mark.covers("claim: C1", "claim: C2", "claim: C3")
-@_each(CLAIMS, _CLAIMS_ONLY_IN_FULL)
+@_each(CLAIMS, "read elsewhere record-link")
 def test_hard_error_in_a_claim_is_told_alike_and_the_next_one_works(place, case):
     """Nothing is claimed, touched or left; the same manager claims once it can."""
     directory = place(case)
@@ -884,7 +866,7 @@ def disk(tmp_path) -> Iterator[power.Disk]:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("at", ["before", "begun"])
+@pytest.mark.parametrize("at", [pytest.param("before", marks=pytest.mark.full), "begun"])
 def test_disk_that_stops_fails_all_ranks_and_is_used_again_after_a_mount(disk, at):
     """A filesystem that has shut itself down: all fail alike, and nothing is lost."""
     failed = "victim" if at == "before" else "all"
@@ -899,7 +881,7 @@ def test_disk_that_stops_fails_all_ranks_and_is_used_again_after_a_mount(disk, a
     assert_all_whole(directory)
 
 
-@pytest.mark.parametrize("at", ["before", "begun"])
+@pytest.mark.parametrize("at", [pytest.param("before", marks=pytest.mark.full), "begun"])
 def test_disk_that_hangs_ends_in_time_and_is_used_again_when_it_answers(disk, at):
     """A frozen filesystem: all are told at the deadline; then the same manager goes on."""
     case = Case(
@@ -992,7 +974,9 @@ def _hang_in_the_commit(rank: int, directory: str, operation: str) -> dict[str, 
     return seen
 
 
-@pytest.mark.parametrize("operation", ["rename", "link"])
+@pytest.mark.parametrize(
+    "operation", [pytest.param("rename", marks=pytest.mark.full), "link"]
+)
 def test_commit_that_hangs_is_of_unknown_outcome_and_turns_up(disk, operation):
     """Nobody calls it failed: when the disk answers again the commit goes through."""
     directory = os.path.join(disk.path, "run")

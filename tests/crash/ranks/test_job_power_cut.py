@@ -140,7 +140,7 @@ def _copy(image: str, target: str) -> None:
     subprocess.run(["cp", "--sparse=always", image, target], check=True)
 
 
-@part_of_every(4)
+@part_of_every(8)
 @pytest.mark.parametrize(
     ("world_size", "each"), [(2, 12), pytest.param(4, 20, marks=pytest.mark.full)]
 )
