@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment of the real libraries (once); then shows that real clients work: models of transformers' are sharded by FSDP2, trained, saved, restored at
-# another size, exported, and loaded by from_pretrained; and a loop of Lightning Fabric's.
-# tests/clients has what is compared object by object.
+# Makes the environment of real libraries (once); then shows that real clients work: models of
+# transformers' are sharded by FSDP2, trained, saved, restored at another size, exported, and
+# loaded by from_pretrained; and a loop of Lightning Fabric's. tests/clients compares more.
 # shellcheck source=launch/clients_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/clients_env.sh"
 
@@ -11,7 +11,8 @@ mkdir -p "$runs"
 export OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 job() {
-    "$clients_python" -m torch.distributed.run --nproc-per-node "$1" --standalone launch/clients.py "${@:2}"
+    "$clients_python" -m torch.distributed.run --nproc-per-node "$1" --standalone \
+        launch/clients.py "${@:2}"
 }
 
 job 2 train "$runs"

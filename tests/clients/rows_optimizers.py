@@ -106,7 +106,6 @@ def _lbfgs(seed: int, **settings: Any) -> Bundle:
 
 def _fit_with_closure(bundle: Bundle, steps: range) -> list[torch.Tensor]:
     model, optimizer = bundle["model"], bundle["optimizer"]
-    outputs = []
 
     def closure(step: int) -> torch.Tensor:
         optimizer.zero_grad()
@@ -114,8 +113,7 @@ def _fit_with_closure(bundle: Bundle, steps: range) -> list[torch.Tensor]:
         loss.backward()
         return loss
 
-    outputs += [optimizer.step(partial(closure, step)).detach() for step in steps]
-    return outputs
+    return [optimizer.step(partial(closure, step)).detach() for step in steps]
 
 
 def _sparse(seed: int) -> Bundle:

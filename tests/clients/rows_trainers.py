@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from table import Bundle, Row, batch, fit, small_model
+from torch import nn
 
 # torchtitan
+
+
+def _part(seed: int, number: int) -> nn.Module:
+    """Make a part of a model, whose names are its own."""
+    layers = small_model(seed + 10 * number)
+    return nn.Sequential(OrderedDict((f"{number}_{i}", m) for i, m in enumerate(layers)))
 
 
 def _titan(seed: int, parts: int = 1, **settings: Any) -> Bundle:
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
     from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
-    models = [small_model(seed + 10 * part) for part in range(parts)]
+    models = [_part(seed, number) for number in range(parts)]
     groups = [
         ParamGroupConfig(
             pattern="bias$", optimizer_name="Adam", optimizer_kwargs={"lr": 0.02}
