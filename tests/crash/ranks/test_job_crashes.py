@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import pytest
 from campaign import Part, part_of_every
@@ -70,7 +71,16 @@ class Stage:
         self._scratch = scratch
         self._world_size = world_size
         self._template = Template(scratch, world_size)
-        self._calls: dict[tuple[int, Scenario, int], list[Point]] = {}
+        # Of each rank, by the scenario and what spoils it.
+        self._calls: dict[tuple[Any, ...], list[list[Point]]] = {}
+
+    def _calls_of(
+        self, scenario: Scenario, rank: int, spoil: Callable[[], None] | None = None
+    ) -> list[Point]:
+        job = (self._world_size, scenario, spoil)
+        if job not in self._calls:
+            self._calls[job] = count_calls(self._scratch, self._template, *job)
+        return self._calls[job][rank]
 
     def kills(
         self,
@@ -82,8 +92,7 @@ class Stage:
         each: int = 6,
     ) -> list[Crash]:
         """List the kills of one rank at all calls of a scenario, or at one of ``each``."""
-        job = (self._world_size, scenario, victim)
-        calls = count_calls(self._scratch, self._template, *job, spoil)
+        calls = self._calls_of(scenario, victim, spoil)
         chosen = every_place(calls) if everywhere else one_place_each(calls)[victim::each]
         return [
             Crash(scenario, self._world_size, victim, point, spoil=spoil)
@@ -105,10 +114,7 @@ class Stage:
 
     def kill_in(self, scenario: Scenario, step: Step) -> Crash:
         """Return the kill of a rank in one step of the protocol."""
-        job = (self._world_size, scenario, step.victim)
-        if job not in self._calls:
-            self._calls[job] = count_calls(self._scratch, self._template, *job)
-        point = step.find(self._calls[job])
+        point = step.find(self._calls_of(scenario, step.victim))
         return Crash(scenario, self._world_size, step.victim, point)
 
     def play_all(self, crashes: Sequence[Crash]) -> KillFigures:

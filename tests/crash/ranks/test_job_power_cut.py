@@ -82,9 +82,9 @@ class Stage:
         found = []
         size = self._world_size
         for scenario in scenarios:
+            counted = count_calls(self._scratch, self._template, size, scenario)
             for victim in (0, size - 1):
-                calls = count_calls(self._scratch, self._template, size, scenario, victim)
-                calls = [point for point in calls if changes_the_disk(point)]
+                calls = [point for point in counted[victim] if changes_the_disk(point)]
                 chosen = every_place(calls) if EVERYTHING else one_place_each(calls)[::each]
                 found += [(scenario, size, victim, point) for point in chosen]
         modes = (LOG_LOST, LOG_FLUSHED)
