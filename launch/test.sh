@@ -69,13 +69,12 @@ export DISTCKPT_TESTS_LEFT_OUT=$left_out
 by_default='not full and not long'
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# On one core, while the first tests run.
+# On one core, while the first tests run. They are of one process: a second one would import
+# and collect for half as long as it would run tests. Those that measure time are the last;
+# mypy has ended by then.
 "$python" -m mypy &
 types=$!
-# Those that measure no time, two at once; then the others, from the files that have some.
-"$python" -m pytest -n 2 -m "not alone and $by_default" "${one_process[@]}"
+"$python" -m pytest -m "$by_default" "${one_process[@]}"
 wait "$types"
-mapfile -t files < <(files_with mark.alone)
-"$python" -m pytest -m "alone and $by_default" "${files[@]}"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${without_torch[@]}"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${with_ranks[@]}"

@@ -77,9 +77,13 @@ def class_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its speed class."""
+    """Mark each test with its speed class; put those that measure time last.
+
+    In launch/test.sh nothing else runs beside them then.
+    """
     for item in items:
         item.add_marker(class_of(item))
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
