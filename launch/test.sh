@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up (once), then runs tests:
-#   launch/test.sh                           style, types, and the tests of the classes unit,
-#                                            ranks and durability
-#   launch/test.sh all                       the rest: the tests of class full
+#   launch/test.sh                           style, and the tests of the classes unit, ranks
+#                                            and durability
+#   launch/test.sh all                       the rest: types, and the tests of class full
 #   launch/test.sh tests/unit -k manifest    other arguments go to pytest
 # tests/README.md has the classes. Those of class long: launch/torture.sh.
 # shellcheck source=launch/setup.sh
@@ -57,6 +57,7 @@ if [ "${1:-}" = all ]; then
     launch/clients_env.sh || echo "the environment of tests/clients could not be made" >&2
     # With all examples of hypothesis, of which the default classes draw a fifth.
     export DISTCKPT_ALL_EXAMPLES=1
+    "$python" -m mypy
     "$python" -m pytest -n 2 -m "full and not alone" "${one_process[@]}"
     mapfile -t files < <(files_with mark.alone)
     "$python" -m pytest -m "full and alone" "${files[@]}"
@@ -69,12 +70,8 @@ export DISTCKPT_TESTS_LEFT_OUT=$left_out
 by_default='not full and not long'
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# On one core, while the first tests run. They are of one process: a second one would import
-# and collect for half as long as it would run tests. Those that measure time are the last;
-# mypy has ended by then.
-"$python" -m mypy &
-types=$!
+# In one process: a second one would import and collect for half as long as it would run
+# tests, and the tests that measure time, which are the last, would have to wait for it.
 "$python" -m pytest -m "$by_default" "${one_process[@]}"
-wait "$types"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${without_torch[@]}"
 "$python" -m pytest -m "$by_default" "${two_at_once[@]}" "${with_ranks[@]}"

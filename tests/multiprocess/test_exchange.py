@@ -194,6 +194,7 @@ def _save(rank, directory):
         return manager.save(), _common(state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -409,6 +410,7 @@ def _restore_with_a_hitch(rank, directory, hitch):
     assert state.raw() == raws[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "hitch",
     [

@@ -416,6 +416,7 @@ def _buffers_of_an_overridden_state_dict(rank, directory):
     return _outcome_of(Checkpoint(model=model), directory)
 
 
+@pytest.mark.full
 def test_buffers_are_known_where_a_state_dict_is_overridden(tmp_path):
     """By their memory: they are no error there either."""
     for both in values_of(run_ranks(_buffers_of_an_overridden_state_dict, 2, tmp_path)):
@@ -427,6 +428,7 @@ def _one_rank_of_other_shapes(rank, directory):
     return _outcome_of(Checkpoint(x=mark), directory)
 
 
+@pytest.mark.full
 def test_tensors_of_one_rank_may_have_another_shape_on_others(tmp_path):
     """The lowest rank's is stored."""
     for both in values_of(run_ranks(_one_rank_of_other_shapes, 2, tmp_path)):
@@ -448,6 +450,7 @@ def _error_while_naming(rank, directory):
     return _outcome_of(Checkpoint(x=torch.full((3,), float(rank))), directory)[0]
 
 
+@pytest.mark.full
 def test_an_error_while_it_is_found_out_what_differs_is_a_vote(tmp_path):
     """No rank waits for one that failed."""
     for found in values_of(run_ranks(_error_while_naming, 2, tmp_path)):

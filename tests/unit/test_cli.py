@@ -573,6 +573,7 @@ def thousands(run_dir):
     return run_dir
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [pytest.param(["--json"], marks=pytest.mark.full), []])
 def test_ten_thousand_checkpoints_are_listed_at_once(thousands, options):
     """Processor time of the process: 0.9 s as JSON, 1.0 s as a table, and some room."""

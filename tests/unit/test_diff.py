@@ -104,6 +104,7 @@ def laid_out(placements, world_size, array, dtype="float32"):
 LAYOUTS = [(None, 1), (None, 3), (("S0",), 4), (("S1",), 3), (("S2",), 2)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first", LAYOUTS)
 @pytest.mark.parametrize("second", LAYOUTS)
 def test_layouts_do_not_matter(two, first, second, monkeypatch):

@@ -539,6 +539,7 @@ def has_place(dtype, to):
 SPECIAL = ("/values", "/dtypes", "/modules", "/replicated", "/fsdp-over-tp", "/meshes")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("golden", "to"),
     [

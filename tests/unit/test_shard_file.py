@@ -681,6 +681,7 @@ _places = [(key,) for key in ("a", PART, "c", "d", "e")] + [
 ]
 
 
+@pytest.mark.full
 @settings(max_examples=examples(2) * MAX_EXAMPLES)
 @given(
     changes=st.lists(st.tuples(st.sampled_from(_places), _values), min_size=1, max_size=3)

@@ -151,6 +151,7 @@ def test_costly_in_a_child():
 """
 
 
+@pytest.mark.full
 def test_a_test_over_twice_the_processor_time_of_its_class_fails(tmp_path):
     """In its own process or in those that it waits for. Waiting costs nothing."""
     file = tmp_path / "test_costly.py"
