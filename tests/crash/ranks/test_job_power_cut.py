@@ -142,7 +142,7 @@ def _copy(image: str, target: str) -> None:
 
 @part_of_every(8)
 @pytest.mark.parametrize(
-    ("world_size", "each"), [(2, 12), pytest.param(4, 20, marks=pytest.mark.full)]
+    ("world_size", "each"), [(2, 8), pytest.param(4, 8, marks=pytest.mark.full)]
 )
 def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
     scratch: str,
