@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from distckpt.restore_names import RestoreOptions
     from distckpt.save import CheckpointOptions
     from distckpt.stored_tensor import StoredTensor
+    from distckpt.trainable import Trainable
 
 __all__ = [
     "Checkpoint",
@@ -108,6 +109,7 @@ __all__ = [
     "StorageTimeout",
     "StoredTensor",
     "TensorNotFound",
+    "Trainable",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "add_metrics",
@@ -144,6 +146,7 @@ _HOMES = {
     "RestoreOptions": "restore_names",
     "RngState": "per_rank",
     "StoredTensor": "stored_tensor",
+    "Trainable": "trainable",
     "add_metrics": "requests",
     "best": "policy",
     "checkpoints_iterator": "readers",

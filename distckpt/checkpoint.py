@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from distckpt import readers, tracked
+from distckpt import object_types, readers, tracked
 from distckpt.errors import ConfigError
+from distckpt.generators import generators_kept
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
+from distckpt.locations import Path
+from distckpt.mismatch import mismatch
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import mismatch
+
+_logger = logging.getLogger(__name__)
 
 COUNTER = "save_counter"
 
@@ -41,7 +46,14 @@ class Checkpoint:
         ConfigError: A name is taken by a method.
     """
 
-    def __init__(self, **objects: Any) -> None:
+    def __init__(self, *unnamed: Any, **objects: Any) -> None:
+        if unnamed:
+            given = ", ".join(type(value).__name__ for value in unnamed)
+            msg = (
+                f"Checkpoint got {given} without a name. Name what is tracked: "
+                "Checkpoint(model=model, optimizer=optimizer); of a dict, Checkpoint(**it)."
+            )
+            raise ConfigError(msg)
         object.__setattr__(self, "_objects", {})
         object.__setattr__(self, "_remembered", Remembered())
         object.__setattr__(self, COUNTER, 0)
@@ -74,7 +86,22 @@ class Checkpoint:
             raise AttributeError(name)
         del self._objects[name]
 
-    def restore(self, path: readers.Path, options: RestoreOptions | None = None) -> None:
+    def check(self) -> None:
+        """Find out whether all that is tracked can be stored: local, no collectives.
+
+        A manager does so by itself: all ranks hear of it at ``restore_or_initialize()``,
+        or at the first ``save()``. To know it before, call this once the objects are made.
+        It calls each object's ``state_dict()``; random generators stay as they are.
+
+        Raises:
+            UnsupportedError, ConfigError: Names the path of what cannot be stored.
+        """
+        for warning in object_types.look_at(self._objects):
+            _logger.warning("%s", warning)
+        with generators_kept():
+            capture(self)
+
+    def restore(self, path: Path, options: RestoreOptions | None = None) -> None:
         """Restore this process's objects from a checkpoint: local, no collectives.
 
         Whatever layout and number of ranks saved it: each tensor is read as it lies here.
@@ -87,7 +114,8 @@ class Checkpoint:
         After an error other than ``MismatchError`` tensors may hold a mixture.
 
         Args:
-            path: A prefix as ``save()`` returns it, or an attempt's directory.
+            path: A prefix as ``save()`` returns it, or an attempt's directory. A run
+                directory means its newest checkpoint.
             options: What of it, and under which names; by default all.
 
         Raises:
@@ -96,12 +124,11 @@ class Checkpoint:
             FormatError, StorageError: It cannot be read, or its bytes are wrong.
             ConfigError, UnsupportedError: Something tracked cannot be restored into.
         """
-        restore(self, path, Names(options))
+        restore(self, readers.locate_newest(path), Names(options))
 
 
-def restore(checkpoint: Checkpoint, path: readers.Path, names: Names) -> None:
+def restore(checkpoint: Checkpoint, located: readers.Located, names: Names) -> None:
     """Restore objects of this process; see ``Checkpoint.restore``."""
-    located = readers.locate(path)
     manifest = readers.read_manifest(located.directory, located.manifest_digest)
     rank, world_size = _rank_and_world_size()
     nodes = nodes_of(checkpoint)

@@ -8,6 +8,7 @@ TensorFlow's recovery rule, which reaches the disk with the next commit.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from distckpt import mailbox, paths, record, state, storage
+from distckpt import mailbox, paths, record, run_directory, state, storage
 from distckpt.choice import Which, choose
 from distckpt.errors import (
     ConfigError,
@@ -38,12 +39,16 @@ from distckpt.probe import Probe, check_filesystem
 from distckpt.record import Entry, Record, digest
 from distckpt.remarks import NOTHING, Remarks
 from distckpt.retention import Retention, recover, sweep, without_reasons
+from distckpt.stamp import MISSING
 from distckpt.state import Head
+from distckpt.units import size
 
 _logger = logging.getLogger(__name__)
 
 _LOCK_WAIT_SECONDS = 30.0
 _MAX_CLAIMS_LOST = 16
+# Of the managers of this process: a second one in a directory is a mistake to be named.
+_writers_here: set[str] = set()
 
 
 class Chief:
@@ -76,10 +81,12 @@ class Chief:
         self._max_lock_wait_seconds = max_lock_wait_seconds
         self._janitor = janitor or Janitor(directory)
         self._writer = paths.random_hex(8)
+        _writers_here.add(self._writer)
         self._epoch: int | None = None
         self._lock: DirectoryLock | None = None
         self._probe: Probe | None = None
         self._uncertain = False
+        self._has_looked_for_room = False
         # Attempts of ours that were neither committed nor removed: a call that hung or
         # was interrupted has left them.
         self._unsettled: set[Attempt] = set()
@@ -104,6 +111,7 @@ class Chief:
         self._kept = (*(newest.kept if newest else ()), *managed.forgotten)
         self._bad = newest.bad if newest else ()
         self._releasing = newest.releasing if newest else ()
+        self._missing = newest.missing if newest else ()
 
     # What is known
 
@@ -123,6 +131,11 @@ class Chief:
         """All that can be restored, newest commit first."""
         every = (*self._live, *self._kept)
         return sorted(every, key=lambda entry: entry.record, reverse=True)
+
+    @property
+    def missing(self) -> list[Entry]:
+        """What was committed, and is gone from the run directory, oldest first."""
+        return sorted(self._missing, key=lambda entry: entry.record)
 
     @property
     def has_committed(self) -> bool:
@@ -145,7 +158,8 @@ class Chief:
             CorruptStateError: Its records cannot be read.
             NewerFormatError: A newer version of distckpt has claimed it.
         """
-        storage.make_directories(self._directory)
+        run_directory.check_usable(self._directory)
+        run_directory.make(self._directory)
         self._acquire_lock()
         for _ in range(_MAX_CLAIMS_LOST):
             newest = state.read_head(self._directory)
@@ -153,6 +167,8 @@ class Chief:
                 state.refuse_lost_records(self._directory, newest)
             if newest != self._head:
                 self._load(newest)
+            self.look_for_missing()
+            self._refuse_if_all_are_missing()
             try:
                 return self._try_directory()
             except StorageError:
@@ -219,6 +235,7 @@ class Chief:
                 # Re-read, never skip: what another chief has just committed must be in
                 # the lists that this claim copies.
                 self._load(newest)
+                self.look_for_missing()
             try:
                 head = state.append(self._directory, self._claim_record())
             except FencedError:
@@ -231,6 +248,7 @@ class Chief:
         self._after_append()
         claimed = head.record
         listed = (*claimed.live, *claimed.kept, *claimed.bad, *claimed.releasing)
+        listed = (*listed, *claimed.missing)
         self._janitor.sweep(
             claimed.epoch, claimed.chain, [entry.attempt for entry in listed]
         )
@@ -289,7 +307,8 @@ class Chief:
         self._settle()
         chosen = save_counter + 1 if number is None else number
         prefix = f"{self._checkpoint_name}-{chosen}"
-        if number is None and any(e.attempt.prefix == prefix for e in self.candidates):
+        taken = (*self.candidates, *self._missing)
+        if number is None and any(entry.attempt.prefix == prefix for entry in taken):
             msg = (
                 f"{prefix} is already live in {self._directory}, and saving would replace "
                 "it: restore first (restore_or_initialize()), so that numbering goes on, "
@@ -426,6 +445,9 @@ class Chief:
         answered = [r for r in requests if r.kind != mailbox.SAVE or r.name in asked]
         self._after_append()
         self.answer(answered)
+        if not self._has_looked_for_room:
+            self._has_looked_for_room = True
+            self.warn_of_little_room()
 
     def _tell_of_late(self, requests: Sequence[Request]) -> None:
         """Warn of what has come too late: the next request must not make that mistake."""
@@ -460,6 +482,10 @@ class Chief:
         others = [e for e in live if e.attempt.prefix != prefix]
         replaced = [e for e in self.candidates if e.attempt.prefix == prefix]
         swept = sweep([*others, entry], self._last_preserved, self._retention)
+        if swept.dropped and self.look_for_missing():
+            # Or what is gone would count, and what is there be deleted for it.
+            self._append_commit(manifest, manifest_digest, requests)
+            return
         kept = mailbox.applied(self._kept, requests)
         kept = tuple(e for e in kept if e.attempt.prefix != prefix)
         self._append(
@@ -471,6 +497,34 @@ class Chief:
             last_preserved=swept.last_preserved,
             last_step=newest.last_step if step is None else step,
             rules=self._retention.rules,
+            missing=[e for e in self._missing if e.attempt.prefix != prefix],
+        )
+
+    def warn_of_little_room(self) -> None:
+        """Warn if the disk has no room for what retention will keep.
+
+        Judged by the newest checkpoint's size. Retention deletes after a commit, so there
+        must be room for one more than it keeps.
+        """
+        if not self.candidates or not self.candidates[0].size_bytes:
+            return
+        size_bytes = self.candidates[0].size_bytes
+        try:
+            free = storage.free_bytes(self._directory)
+        except StorageError as error:
+            _logger.warning("free space cannot be told: %s", error)
+            return
+        num_kept = self._retention.num_kept
+        needed = 1 if num_kept is None else max(1, num_kept + 1 - len(self._live))
+        room = free // size_bytes
+        if room >= needed:
+            return
+        rule = " | ".join(self._retention.rules) or "max_to_keep=None"
+        _logger.warning(
+            "%s: room for %d more checkpoints of this size (%s each, %s are free), and %s "
+            "needs %d more: a checkpoint is deleted after a newer one is committed. Make "
+            "room, or keep fewer.",
+            *(self._directory, room, size(size_bytes), size(free), rule, needed),
         )
 
     def _to_release(self) -> list[Entry]:
@@ -478,10 +532,12 @@ class Chief:
         deleted = self._janitor.take_released()
         return [entry for entry in self._releasing if entry.attempt not in deleted]
 
-    def _append(self, action: str, **changes: Any) -> None:
+    def _append(self, action: str, missing: Sequence[Entry], **changes: Any) -> None:
         """Append the successor of the newest record, and take over what it says."""
         assert self._head is not None
         newest = self._head.record
+        if missing:
+            changes["stamp"] = newest.stamp.needing(MISSING)
         self._head = state.append(
             self._directory,
             replace(
@@ -490,6 +546,7 @@ class Chief:
                 previous=self._head.digest,
                 action=action,
                 written=float(time.time()),
+                missing=without_reasons(missing),
                 **changes,
             ),
         )
@@ -501,7 +558,7 @@ class Chief:
         newest = self._head.record
         assert newest.last_preserved is not None
         self._live, self._kept, self._bad = newest.live, newest.kept, newest.bad
-        self._releasing = newest.releasing
+        self._releasing, self._missing = newest.releasing, newest.missing
         self._last_preserved = newest.last_preserved
 
     def abandon(self, attempt: Attempt) -> None:
@@ -555,10 +612,12 @@ class Chief:
             self._head = newest
             self._take_lists()
             return
+        is_here = newest.record.writer in _writers_here
+        whose = ", by another manager of this same process" if is_here else ""
         self._fenced = (
             f"{self._directory} has been claimed by job {newest.record.run!r} (epoch "
-            f"{newest.record.epoch}, this one is {self._epoch}); this manager may not "
-            "write there any more. What it committed is safe."
+            f"{newest.record.epoch}, this one is {self._epoch}){whose}; this manager may "
+            "not write there any more. What it committed is safe."
         )
         raise FencedError(self._fenced)
 
@@ -599,10 +658,81 @@ class Chief:
             live=tuple(entry for entry in live if entry.attempt not in leaving),
             kept=tuple(entry for entry in kept if entry.attempt not in leaving),
             releasing=(*self._to_release(), *without_reasons(dropped)),
+            missing=self._missing,
         )
         self._after_append()
         self.answer(requests)
         return dropped
+
+    # What is gone
+
+    def look_for_missing(self) -> bool:
+        """Take what is gone from the run directory out of the lists, and back again.
+
+        The next commit says so on disk.
+
+        Returns:
+            Whether the lists have changed.
+
+        Raises:
+            StorageError: The run directory cannot be listed.
+        """
+        names = {*storage.list_directory(self._directory)}
+        if paths.RECORDS_DIRECTORY not in names:
+            return False  # no listing to go by: whatever it is of, it is not whole
+        back = self._take_back(names)
+        listed = [(entry, False) for entry in self._live]
+        listed += [(entry, True) for entry in self._kept]
+        # By name, too: the listing of a network filesystem may be old.
+        gone = [
+            replace(entry, why=(), was_kept=was_kept)
+            for entry, was_kept in listed
+            if entry.attempt.published not in names
+            and not storage.exists(self._path(entry.attempt.published))
+        ]
+        if gone and not state.is_newest(self._directory, self._head):
+            # Another chief has appended since: these are what it has deleted.
+            return bool(back)
+        left = {entry.attempt for entry in gone}
+        self._live = tuple(entry for entry in self._live if entry.attempt not in left)
+        self._kept = tuple(entry for entry in self._kept if entry.attempt not in left)
+        self._missing = (*self._missing, *gone)
+        for entry in gone:
+            _logger.warning(
+                "%s is gone from %s: %s is not there. No rule counts it any more; it is "
+                "taken back if it is there again.",
+                *(entry.attempt.prefix, self._directory, entry.attempt.published),
+            )
+        return bool(back or gone)
+
+    def _take_back(self, names: Collection[str]) -> list[Entry]:
+        taken = {entry.attempt.prefix for entry in self.candidates}
+        back = [
+            entry
+            for entry in self._missing
+            if entry.attempt.published in names and entry.attempt.prefix not in taken
+        ]
+        for entry in back:
+            _logger.warning("%s is in %s again", *(entry.attempt.prefix, self._directory))
+        there = {entry.attempt for entry in back}
+        self._missing = tuple(e for e in self._missing if e.attempt not in there)
+        found = [replace(entry, was_kept=False) for entry in back if not entry.was_kept]
+        self._live = (*sorted((*self._live, *found), key=lambda entry: entry.record),)
+        found = [replace(entry, was_kept=False) for entry in back if entry.was_kept]
+        self._kept = (*self._kept, *found)
+        return back
+
+    def _refuse_if_all_are_missing(self) -> None:
+        """Raise where nothing is left of what was committed: never a fresh start."""
+        if self.candidates or not self._missing:
+            return
+        names = ", ".join(entry.attempt.prefix for entry in self.missing[-10:])
+        msg = (
+            f"{self._directory}: all checkpoints that its records list are gone ({names}). "
+            "Is a disk not mounted, or were they moved? If they were removed on purpose, "
+            "begin in another directory, or remove this one as a whole."
+        )
+        raise StorageError(msg, operation="list", path=self._directory, errno=errno.ENOENT)
 
     # Restore
 

@@ -29,7 +29,8 @@ def ensure_claimed(job: Job) -> None:
     began = time.monotonic()
     # C1 (chief): lock, read, probe.
     answer = job.decisions.consult(Vote(Phase.CLAIM), lambda _: _prepare(job))
-    probe = Probe(job.directory, answer["epoch"], answer["nonce"])
+    of_chief = answer["directory"]
+    probe = Probe(job.directory, answer["epoch"], answer["nonce"], of_chief)
     # C2 (every rank): can I write, and is it the chief's directory?
     tried = Ran(
         lambda: job.on_disk(
@@ -48,7 +49,7 @@ def ensure_claimed(job: Job) -> None:
 def _prepare(job: Job) -> Answer:
     assert job.chief is not None
     probe = job.chief.prepare_claim()
-    return {"epoch": probe.epoch, "nonce": probe.nonce}
+    return {"epoch": probe.epoch, "nonce": probe.nonce, "directory": job.directory}
 
 
 def _finish(job: Job, votes: Sequence[Vote]) -> Answer:

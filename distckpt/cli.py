@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,11 +24,11 @@ from distckpt.cli_bench import bench_command
 from distckpt.cli_completion import completion_command
 from distckpt.cli_diff import diff_command
 from distckpt.cli_paths import (
+    LOCAL_PATH,
     check_run_directory,
     complete_checkpoint,
     complete_directory,
     naming_what_is_near,
-    run_directories_in,
 )
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_report import report_command
@@ -43,6 +43,7 @@ from distckpt.cli_watch import watch_command
 from distckpt.errors import CheckpointNotFound, DistckptError
 from distckpt.layout import ONE
 from distckpt.record import Entry, Record
+from distckpt.run_directory import gone_from, run_directories_in
 from distckpt.state import read_head
 from distckpt.terminal import (
     EXIT_BAD,
@@ -56,8 +57,8 @@ from distckpt.terminal import (
     or_exit,
     print_json,
     print_table,
-    size,
 )
+from distckpt.units import size
 
 if TYPE_CHECKING:
     from distckpt.manifest import Manifest
@@ -93,13 +94,14 @@ main.add_command(watch_command)
 
 
 @main.command(name="list")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many, the newest.")
 @json_option
 def list_command(directory: str, limit: int | None, as_json: bool) -> None:
     """List the checkpoints that a run directory's newest record names."""
     record = or_exit(_record_of, directory)
-    every = [] if record is None else list(_listed(record))
+    gone = set() if record is None else or_exit(gone_from, directory, record)
+    every = [] if record is None else list(_listed(record, gone))
     rules = () if record is None else record.rules
     rows = every[:limit]
     if as_json:
@@ -134,7 +136,7 @@ def list_command(directory: str, limit: int | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", shell_complete=complete_checkpoint)
+@click.argument("path", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @json_option
 def show(path: str, as_json: bool) -> None:
     """Show what one checkpoint holds: its files and its tensors.
@@ -175,7 +177,7 @@ def show(path: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", shell_complete=complete_checkpoint)
+@click.argument("path", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @json_option
 def verify(path: str, as_json: bool) -> None:
     """Read every byte of a checkpoint, or of all in a directory, and verify it.
@@ -263,10 +265,24 @@ def _targets(path: str) -> list[_Target]:
     return [_Target(path, located.directory, located.manifest_digest, size_bytes)]
 
 
-def _listed(record: Record) -> Iterable[tuple[str, Entry]]:
-    """All that a record names, newest commit first."""
-    states = {"live": record.live, "kept": record.kept, "bad": record.bad}
-    every = [(state, entry) for state, entries in states.items() for entry in entries]
+def _listed(record: Record, gone: Collection[str]) -> Iterable[tuple[str, Entry]]:
+    """List all that a record names, newest commit first.
+
+    Args:
+        record: The newest one.
+        gone: Names of attempts whose directories are not there.
+    """
+    states = {
+        "live": record.live,
+        "kept": record.kept,
+        "bad": record.bad,
+        "missing": record.missing,
+    }
+    every = [
+        ("missing" if entry.attempt.published in gone else state, entry)
+        for state, entries in states.items()
+        for entry in entries
+    ]
     return sorted(every, key=lambda item: item[1].record, reverse=True)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distckpt import storage
-from distckpt.cli_paths import complete_directory
+from distckpt.cli_paths import LOCAL_PATH, complete_directory
 from distckpt.errors import CheckpointNotFound, ConfigError, DistckptError
 from distckpt.terminal import (
     EXIT_BAD,
@@ -20,8 +20,8 @@ from distckpt.terminal import (
     json_option,
     print_json,
     print_table,
-    size,
 )
+from distckpt.units import size
 
 if TYPE_CHECKING:
     from distckpt.bench.disk import DiskResults, Figure
@@ -47,7 +47,7 @@ def _parse_size(_: click.Context, __: click.Parameter, text: str) -> int:
 
 
 @click.command(name="bench")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option(
     "--size",
     "size_bytes",

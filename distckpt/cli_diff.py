@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distckpt import values
-from distckpt.cli_paths import complete_checkpoint, naming_what_is_near
+from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint, naming_what_is_near
 from distckpt.errors import DistckptError
 from distckpt.terminal import (
     EXIT_OK,
@@ -35,8 +35,8 @@ _MOVED, _NAME = "moved", "name"
 
 
 @click.command(name="diff")
-@click.argument("first", metavar="A", shell_complete=complete_checkpoint)
-@click.argument("second", metavar="B", shell_complete=complete_checkpoint)
+@click.argument("first", metavar="A", type=LOCAL_PATH, shell_complete=complete_checkpoint)
+@click.argument("second", metavar="B", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @click.option("--names-only", is_flag=True, help="Compare the manifests; read no tensors.")
 @click.option(
     "--sort",

@@ -7,18 +7,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from distckpt import paths, state, storage
-from distckpt.errors import CheckpointNotFound, DistckptError, StorageError
+from distckpt.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    DistckptError,
+    StorageError,
+)
+from distckpt.locations import checked_path
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 _MAX_NEAR = 3
+
+
+class _LocalPath(click.ParamType[str]):
+    """A path that a shell may have left as it is: in quotes, or after a "="."""
+
+    name = "path"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        try:
+            return checked_path(value, "the path")
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+LOCAL_PATH = _LocalPath()
 
 
 def check_run_directory(path: str, may_be_missing: bool = False) -> None:
@@ -80,17 +103,6 @@ def _near(path: str) -> str:
     found = get_close_matches(name, names, _MAX_NEAR)
     shown = ", ".join(os.path.join(parent, other) for other in found)
     return f" There is {shown}." if found else ""
-
-
-def run_directories_in(path: str) -> list[str]:
-    """Return the run directories in a directory that is none itself."""
-    found = []
-    for name in storage.list_directory(path):
-        below = os.path.join(path, name)
-        with suppress(StorageError):  # not everybody may look everywhere
-            if storage.is_directory(below) and state.has_records(below):
-                found.append(below)
-    return found
 
 
 def complete_checkpoint(

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from distckpt.cli_paths import check_run_directory, complete_directory
+from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
@@ -20,7 +20,7 @@ from distckpt.terminal import (
 
 
 @click.command(name="doctor")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option("--read-only", is_flag=True, help="Write nothing: try nothing out.")
 @json_option
 def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
 
 
 @click.command(name="repair")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option("--yes", is_flag=True, help="Do it; else only say what would be done.")
 @json_option
 def repair_command(directory: str, yes: bool, as_json: bool) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import click
 
 from distckpt import storage
-from distckpt.cli_paths import check_run_directory, complete_directory
+from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
 from distckpt.terminal import echo, json_option, or_exit, print_json
 
 
 @click.command(name="report")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option(
     "-o",
     "--output",
+    type=LOCAL_PATH,
     default="report.html",
     show_default=True,
     help="Where to write it; replaced if it is there.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from distckpt.cli_paths import (
+    LOCAL_PATH,
     check_run_directory,
     complete_checkpoint,
     complete_directory,
@@ -25,8 +26,8 @@ from distckpt.terminal import (
     or_exit,
     print_json,
     print_table,
-    size,
 )
+from distckpt.units import size
 
 if TYPE_CHECKING:
     from distckpt.prune import Plan
@@ -43,7 +44,7 @@ _wait_option = click.option(
 
 
 @click.command(name="pin")
-@click.argument("path", shell_complete=complete_checkpoint)
+@click.argument("path", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @_wait_option
 @json_option
 def pin_command(path: str, timeout: float, as_json: bool) -> None:
@@ -58,7 +59,7 @@ def pin_command(path: str, timeout: float, as_json: bool) -> None:
 
 
 @click.command(name="unpin")
-@click.argument("path", shell_complete=complete_checkpoint)
+@click.argument("path", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @_wait_option
 @json_option
 def unpin_command(path: str, timeout: float, as_json: bool) -> None:
@@ -80,7 +81,7 @@ def _report(path: str, what: str, is_done: bool, timeout: float, as_json: bool) 
 
 
 @click.command(name="request-save")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option(
     "--wait",
     "timeout",
@@ -117,7 +118,7 @@ def request_save_command(directory: str, timeout: float, as_json: bool) -> None:
 
 
 @click.command(name="prune")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option(
     "--keep",
     metavar="RULES",

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from distckpt.cli_paths import complete_checkpoint, naming_what_is_near
+from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint, naming_what_is_near
 from distckpt.errors import (
     ConfigError,
     CorruptStateError,
@@ -30,8 +30,8 @@ from distckpt.terminal import (
     fail,
     json_option,
     print_json,
-    size,
 )
+from distckpt.units import size
 
 
 def _pairs(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -52,9 +52,15 @@ _rename_option = click.option(
 
 
 @click.command(name="export")
-@click.argument("path", shell_complete=complete_checkpoint)
+@click.argument("path", type=LOCAL_PATH, shell_complete=complete_checkpoint)
 @click.option("--to", type=click.Choice(foreign.EXPORTED), required=True, help="Format.")
-@click.option("--output", required=True, metavar="TARGET", help="Nothing may be there.")
+@click.option(
+    "--output",
+    type=LOCAL_PATH,
+    required=True,
+    metavar="TARGET",
+    help="Nothing may be there.",
+)
 @click.option(
     "--object",
     "tracked_object",
@@ -69,7 +75,12 @@ _rename_option = click.option(
     show_default=True,
     help="Of huggingface: largest file.",
 )
-@click.option("--config", metavar="PATH", help="Of huggingface: files to copy beside.")
+@click.option(
+    "--config",
+    type=LOCAL_PATH,
+    metavar="PATH",
+    help="Of huggingface: files to copy beside.",
+)
 @_rename_option
 @json_option
 def export_command(
@@ -108,7 +119,7 @@ def export_command(
 
 
 @click.command(name="import")
-@click.argument("source")
+@click.argument("source", type=LOCAL_PATH)
 @click.option(
     "--from",
     "kind",
@@ -116,7 +127,13 @@ def export_command(
     required=True,
     help="What the source is.",
 )
-@click.option("--output", required=True, metavar="DIRECTORY", help="A new run directory.")
+@click.option(
+    "--output",
+    type=LOCAL_PATH,
+    required=True,
+    metavar="DIRECTORY",
+    help="A new run directory.",
+)
 @click.option(
     "--object", "tracked_object", metavar="NAME", help="All of it is this object's state."
 )

@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distckpt.cli_paths import check_run_directory, complete_directory
-from distckpt.terminal import (
-    EXIT_UNREADABLE,
-    date,
-    metrics,
-    or_exit,
-    printable,
-    size,
-)
+from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
+from distckpt.terminal import EXIT_UNREADABLE, date, metrics, or_exit, printable
+from distckpt.units import size
 
 if TYPE_CHECKING:
     from distckpt.watching import Event
@@ -29,7 +23,7 @@ _KIND_WIDTH = len("other records") + 2
 
 
 @click.command(name="watch")
-@click.argument("directory", shell_complete=complete_directory)
+@click.argument("directory", type=LOCAL_PATH, shell_complete=complete_directory)
 @click.option(
     "--every",
     type=click.FloatRange(min=0.05),

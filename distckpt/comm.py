@@ -33,7 +33,7 @@ from distckpt.errors import (
     StorageTimeout,
 )
 from distckpt.liveness import Liveness, Round
-from distckpt.messages import Phase, Vote
+from distckpt.messages import Phase, Vote, call_of, named, place_of
 from distckpt.waiting import Lane, Waiting
 
 Answer: TypeAlias = dict[str, Any]
@@ -219,7 +219,7 @@ class GroupChannel:
         """See ``Channel.consult``."""
         if self._broken:
             raise ManagerBroken(self._broken)
-        text = f"waiting in phase {vote.phase.name}"
+        text = f"waiting in {place_of(vote.phase)}"
         waiting = self._waiting(vote.phase, self.lane.come_to(text), how.patient)
         try:
             if self.rank == 0:
@@ -231,13 +231,13 @@ class GroupChannel:
                 self._break(messages.describe(error))
             raise
         finally:
-            self.lane.be_at(f"past phase {vote.phase.name}")
+            self.lane.be_at(f"in {place_of(vote.phase)}, past it")
 
     def exchange(self, phase: Phase, shipments: Iterator[Shipment]) -> None:
         """See ``Channel.exchange``."""
         if self._broken:
             raise ManagerBroken(self._broken)
-        round_ = self.lane.come_to(f"exchanging in phase {phase.name}")
+        round_ = self.lane.come_to(f"exchanging tensors in {place_of(phase)}")
         waiting = self._waiting(phase, round_, patient=True)
         under_way: deque[tuple[Any, Shipment]] = deque()
         try:
@@ -261,7 +261,7 @@ class GroupChannel:
             self._break(messages.describe(error))
             raise
         finally:
-            self.lane.be_at(f"past phase {phase.name}")
+            self.lane.be_at(f"in {place_of(phase)}, past it")
 
     def _ship(self, shipment: Shipment) -> Any:
         options = dist.BroadcastOptions()
@@ -286,7 +286,7 @@ class GroupChannel:
         assert packed is not None
         details = self._gather_details(waiting, vote, packed)
         votes = messages.unpack_votes(packed, details)
-        self.lane.decide(f"deciding in phase {vote.phase.name}")
+        self.lane.decide(f"deciding in {place_of(vote.phase)}")
         try:
             _check_same_phase(votes)
             if how.at_once:
@@ -459,11 +459,18 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 def _check_same_phase(votes: Sequence[Vote]) -> None:
-    expected = votes[0].phase
-    others = {vote.rank: vote.phase.name for vote in votes if vote.phase is not expected}
-    if others:
+    ranks_in: dict[Phase, list[int]] = {}
+    for vote in votes:
+        ranks_in.setdefault(vote.phase, []).append(vote.rank)
+    if len(ranks_in) > 1:
+        is_one_call = len({*map(call_of, ranks_in)}) == 1
+        name = place_of if is_one_call else call_of
+        where = [
+            f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} in {name(phase)}"
+            for phase, ranks in ranks_in.items()
+        ]
         msg = (
-            f"the chief is in phase {expected.name}, but ranks are elsewhere: {others}. "
-            "Every rank must make the same calls of the manager in the same order."
+            f"ranks are in different calls: {'; '.join(where)}. Every rank must make the "
+            "same calls of the manager in the same order."
         )
         raise Desync(msg)

@@ -93,6 +93,12 @@ def _vote_on_file(file: shard_file.Written) -> Vote:
     return Vote(Phase.WRITE, size_bytes=file.size_bytes, digest_a=header)
 
 
+_DISK_FULL = (
+    "Retention deletes after a commit, so it needs room for one checkpoint more than it "
+    "keeps: make room, or keep fewer (max_to_keep)."
+)
+
+
 class _ChiefsPart:
     """S7: what the chief makes of the votes.
 
@@ -121,7 +127,13 @@ class _ChiefsPart:
                 self._job.chief.check_not_fenced(by_name=False)
         path = self._job.path(self._saving.attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
-        raise_failures(votes, what, SaveFailed, keep_kind=False)
+        try:
+            raise_failures(votes, what, SaveFailed, keep_kind=False)
+        except SaveFailed as error:
+            if any("inodes are free there" in text for text in error.failures.values()):
+                msg = f"{error} {_DISK_FULL}"
+                raise SaveFailed(msg, error.failures) from error
+            raise
         self.began = True
         try:
             self._commit(self._job.chief, votes)

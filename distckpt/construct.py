@@ -11,16 +11,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from distckpt import identity, paths, readers, storage, strict_json, values
-from distckpt.checkpoint import Checkpoint
+from distckpt import (
+    identity,
+    object_types,
+    paths,
+    run_directory,
+    storage,
+    strict_json,
+    values,
+)
+from distckpt.checkpoint import Checkpoint, objects_of
 from distckpt.chief import Chief
 from distckpt.clock import Clock
 from distckpt.comm import Answer, Channel
+from distckpt.durations import seconds_of
 from distckpt.errors import (
     ConfigError,
     DistckptError,
@@ -36,16 +47,17 @@ from distckpt.groups import invite, open_channels
 from distckpt.janitor import Janitor
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
+from distckpt.locations import absolute, checked_path
 from distckpt.lookout import Lookout
-from distckpt.messages import Phase, Vote, describe, raise_failures
+from distckpt.messages import Phase, Vote, describe, named, raise_failures
 from distckpt.paths import Attempt
 from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
-from distckpt.record import digest
 from distckpt.replica_digests import ALWAYS, SAMPLED, UNCHECKED, Replicas
 from distckpt.retention import Retention
 from distckpt.sinks import History, say_line
+from distckpt.step_watch import StepWatch
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
 
@@ -84,8 +96,10 @@ class Arguments:
 
         For a bad timeout to reach all ranks they have to be connected.
         """
-        good = isinstance(self.timeout, timedelta) and self.timeout > timedelta(0)
-        return self.timeout if good else DEFAULT_TIMEOUT
+        try:
+            return timedelta(seconds=seconds_of("timeout", self.timeout))
+        except (ConfigError, OverflowError):
+            return DEFAULT_TIMEOUT
 
     def sinks(self) -> list[Sink]:
         """Return who is told of events, checked."""
@@ -98,20 +112,26 @@ class Arguments:
 
     def retention(self) -> Retention:
         """Return the retention rule, checked."""
-        return Retention(self.max_to_keep, self.keep_checkpoint_every_n_hours)
+        hours = self.keep_checkpoint_every_n_hours
+        if isinstance(hours, timedelta):
+            hours = hours / timedelta(hours=1)
+        return Retention(self.max_to_keep, hours)
 
-    def digest(self) -> bytes:
-        """Return what must be equal on all ranks."""
-        fields = [
-            readers.checked_path(self.directory),
-            self.retention().spelled(),
-            self.checkpoint_name,
-            spelled(self.checkpoint_interval),
-            bool(self.takeover),
-            self.read_replicated,
-            self.replicas,
-        ]
-        return bytes.fromhex(digest(strict_json.dumps(values.encode(fields)).encode()))
+    def compared(self) -> bytes:
+        """Return what must be equal on all ranks, as JSON."""
+        max_to_keep, hours = self.retention().spelled()
+        fields = {
+            "directory": checked_path(self.directory, "directory"),
+            "max_to_keep": max_to_keep,
+            "keep_checkpoint_every_n_hours": hours,
+            "checkpoint_name": self.checkpoint_name,
+            "step_counter": "none" if self.step_counter is None else "given",
+            "checkpoint_interval": spelled(self.checkpoint_interval),
+            "takeover": bool(self.takeover),
+            "read_replicated": self.read_replicated,
+            "replicas": self.replicas,
+        }
+        return strict_json.dumps(values.encode(fields)).encode()
 
 
 def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> Job:
@@ -155,14 +175,9 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
 def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> Job:
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
-        ranks = [vote.rank for vote in votes if vote.digest_a != votes[0].digest_a]
-        if ranks:
-            msg = (
-                f"CheckpointManager was made with other arguments on ranks {ranks[:16]} "
-                "than on the chief; they must be the same everywhere."
-            )
-            raise ConfigError(msg)
+        _check_equal(votes)
         job = made.result
+        run_directory.check_usable(job.directory)
         # Not the job: a deletion under way would keep the lock of one that is let go.
         events = job.events
         events.add(History(job.directory))
@@ -181,6 +196,11 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
             max_lock_wait_seconds=job.timeout_seconds / 2,
             janitor=Janitor(job.directory, tell_of_deletion),
         )
+        job.chief.warn_of_little_room()
+        _warn_of_arguments(job, arguments)
+        if arguments.step_counter is not None:
+            when = job.gate.when
+            job.steps = StepWatch(when.interval, when.saves_always)
         if job.gate.when.clocked:
             job.clock = Clock(job.gate.when.clocked)
         if job.gate.when.asked:
@@ -195,7 +215,7 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
         made,
         decide,
         says=lambda _: Vote(
-            Phase.CONSTRUCT, digest_a=arguments.digest(), digest_b=_host(arguments)
+            Phase.CONSTRUCT, digest_b=_host(arguments), detail=arguments.compared()
         ),
     )
     job = made.result
@@ -208,6 +228,45 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
         )
     )
     return job
+
+
+def _check_equal(votes: Sequence[Vote]) -> None:
+    """Refuse arguments that differ between ranks, with all their values."""
+    if all(vote.detail == votes[0].detail for vote in votes):
+        return
+    ranks_of: dict[bytes, list[int]] = {}
+    for vote in votes:
+        ranks_of.setdefault(vote.detail, []).append(vote.rank)
+    given = {detail: strict_json.loads(detail) for detail in ranks_of}
+    lines = []
+    for name in given[votes[0].detail]:
+        ranks_with: dict[str, list[int]] = {}
+        for detail, ranks in ranks_of.items():
+            text = _shown(given[detail][name])
+            ranks_with.setdefault(text, []).extend(ranks)
+        if len(ranks_with) > 1:
+            each = [f"{text} on {named(ranks)}" for text, ranks in ranks_with.items()]
+            lines.append(f"{name} is {', '.join(each[:8])}")
+    msg = (
+        f"CheckpointManager was made with different arguments: {'; '.join(lines)}. They "
+        "must be the same on every rank."
+    )
+    raise ConfigError(msg)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.200}"
+
+
+def _warn_of_arguments(job: Job, arguments: Arguments) -> None:
+    """Say on the chief what is allowed, and probably a mistake."""
+    interval = arguments.checkpoint_interval
+    if type(interval) is int and interval < 1:
+        _logger.warning(
+            "checkpoint_interval=%s: each call of save() at a new step saves.", interval
+        )
+    for text in object_types.look_at(objects_of(job.checkpoint)):
+        _logger.warning("%s", text)
 
 
 def _host(arguments: Arguments) -> bytes:
@@ -225,9 +284,7 @@ def _make_job(
     commits: Channel,
     liveness: Liveness | None,
 ) -> Job:
-    if arguments.wait is not arguments.timeout:
-        msg = f"timeout must be a positive datetime.timedelta, got {arguments.timeout!r}."
-        raise ConfigError(msg)
+    seconds_of("timeout", arguments.timeout)
     if not isinstance(arguments.checkpoint, Checkpoint):
         msg = (
             f"checkpoint must be a distckpt.Checkpoint, got {arguments.checkpoint!r:.100}."
@@ -256,16 +313,22 @@ def _make_job(
             f"{arguments.replicas!r:.100}."
         )
         raise ConfigError(msg)
+    object_types.look_at(objects_of(arguments.checkpoint))
     retention = arguments.retention()
     gate = IntervalGate(arguments.checkpoint_interval)
     needs_steps = gate.when.interval is not None or retention.needs_steps
     if needs_steps and arguments.step_counter is None:
-        msg = "step_counter must be given if checkpoint_interval or max_to_keep has steps."
+        msg = (
+            "step_counter must be given if checkpoint_interval or max_to_keep has steps: "
+            "step_counter=step, where step is a 0-dim tensor (step += 1)."
+        )
         raise ConfigError(msg)
+    given = checked_path(arguments.directory, "directory")
     return Job(
         replicas=Replicas(arguments.replicas),
         checkpoint=arguments.checkpoint,
-        directory=readers.checked_path(arguments.directory),
+        directory=absolute(given),
+        given=given,
         decisions=decisions,
         commits=commits,
         liveness=liveness,
@@ -299,10 +362,11 @@ def _look_worker(timeout_seconds: float) -> Worker:
 def _step_reader(step_counter: Any) -> Callable[[], int] | None:
     if step_counter is None:
         return None
-    if type(step_counter) in (int, bool, float):
+    if isinstance(step_counter, (Number, np.generic, str, bytes)):
+        kind = "a plain number" if isinstance(step_counter, Number) else "a plain value"
         msg = (
-            f"step_counter={step_counter!r} is a plain number, which never changes; pass "
-            "a 0-dim tensor that is the step, or a callable that returns it."
+            f"step_counter={step_counter!r:.50} is {kind}, which never changes; pass a "
+            "0-dim tensor that is the step, or a callable that returns it."
         )
         raise UnsupportedError(msg)
     if isinstance(step_counter, torch.Tensor):
@@ -317,5 +381,18 @@ def _step_reader(step_counter: Any) -> Callable[[], int] | None:
             )
         return lambda: int(step_counter)
     if callable(step_counter):
-        return lambda: int(step_counter())
+        return lambda: _as_step(step_counter())
+    if not hasattr(step_counter, "__int__") and not hasattr(step_counter, "__index__"):
+        msg = (
+            f"step_counter must be something that int() accepts, or a callable; got "
+            f"{step_counter!r:.100}."
+        )
+        raise UnsupportedError(msg)
     return lambda: int(step_counter)
+
+
+def _as_step(value: Any) -> int:
+    if isinstance(value, (bool, str, bytes)) or value is None:
+        msg = f"step_counter returned {value!r:.50}, which is no step."
+        raise ConfigError(msg)
+    return int(value)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from distckpt import leases, mailbox, paths, state, storage
+from distckpt import leases, mailbox, paths, run_directory, state, storage
 from distckpt.errors import FormatError, NewerFormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
@@ -66,6 +66,7 @@ def examine(directory: str, *, tries: bool = True) -> Iterator[Finding]:
     yield records
     if record is not None:
         yield _copy(directory, record)
+        yield from _missing(directory, record)
     yield from _leftovers(directory, record)
     yield from _from_others(directory)
 
@@ -284,11 +285,23 @@ def _copy(directory: str, newest: Record) -> Finding:
     return Finding("state file", WARNING, text)
 
 
+def _missing(directory: str, newest: Record) -> Iterator[Finding]:
+    """Tell of what is listed, and not there."""
+    gone = run_directory.gone_from(directory, newest)
+    for entry in sorted((*newest.committed, *newest.missing), key=lambda e: e.record):
+        if entry.attempt.published in gone:
+            text = (
+                f"{entry.attempt.prefix}: {entry.attempt.published} is not there. No rule "
+                "counts it; put back, it is taken back by the next claim or commit"
+            )
+            yield Finding("missing", WARNING, text)
+
+
 def _leftovers(directory: str, newest: Record | None) -> Iterator[Finding]:
     """Tell of what belongs to nothing, and what will become of it."""
     listed: set[str] = set()
     if newest is not None:
-        every = (*newest.live, *newest.kept, *newest.bad)
+        every = (*newest.live, *newest.kept, *newest.bad, *newest.missing)
         listed = {entry.attempt.published for entry in every}
     found = 0
     for name in storage.list_directory(directory):

@@ -43,7 +43,13 @@ class ConfigError(DistckptError, ValueError):
 
 
 class UnsupportedError(DistckptError, TypeError):
-    """A value, tensor or object that cannot be stored; the message names its path."""
+    """A value, tensor or object that cannot be stored; the message names its path.
+
+    Attributes:
+        may_pass: Whether it may be stored later: a lazy module after its first batch.
+    """
+
+    may_pass: bool = False
 
 
 class StorageError(DistckptError, OSError):

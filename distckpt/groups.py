@@ -20,13 +20,14 @@ from distckpt.comm import Answer, Channel, GroupChannel, SoloChannel
 from distckpt.errors import ConfigError, PeerTimeout
 from distckpt.line import Address
 from distckpt.liveness import ChiefLiveness, Liveness
-from distckpt.messages import Phase, Vote
+from distckpt.messages import Phase, Vote, named
 from distckpt.record import digest
 from distckpt.rendezvous import incarnation
 from distckpt.waiting import Lane, Whereabouts
 
 # How many groups this process has made over the same ranks: the next one's keys in the
 # store must be new, and the same on all of them.
+_GAVE_UP = "gave up"
 _num_made: Counter[tuple[int, ...]] = Counter()
 
 
@@ -76,10 +77,39 @@ def _new_group(members: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
     _num_made[members] += 1
     try:
         store = PrefixStore(key, _get_default_store())
+        _check_in(store, rank, len(members), timeout)
         return ProcessGroupGloo(store, rank, len(members), timeout=timeout)
     except RuntimeError as error:
-        msg = f"not every rank came to make a manager: {error}"
+        msg = f"rank {rank}: not every rank came to make a CheckpointManager: {error}"
         raise PeerTimeout(msg) from error
+
+
+def _check_in(store: Any, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Wait until all ranks are here, before gloo waits for them: it names nobody.
+
+    Raises:
+        PeerTimeout: Names the ranks that did not come, or that one has given up before:
+            gloo would wait for half a minute then.
+    """
+    if store.check([_GAVE_UP]):
+        told = store.get(_GAVE_UP).decode()
+        msg = f"rank {rank} came too late to make a CheckpointManager: {told}"
+        raise PeerTimeout(msg)
+    store.set(f"here/{rank}", "")
+    if store.add("number of ranks", 1) == world_size:
+        store.set("all are here", "")
+    try:
+        store.wait(["all are here"], timeout)
+    except RuntimeError as error:
+        missing = [r for r in range(world_size) if not store.check([f"here/{r}"])]
+        text = (
+            f"rank {rank} of {world_size} waited {timeout.total_seconds():g} s for "
+            f"{named(missing) if missing else 'ranks that have given up'} to make a "
+            "CheckpointManager. Every rank has to make one: not below 'if rank == 0'. "
+            "Let the launcher restart the job."
+        )
+        store.set(_GAVE_UP, text)
+        raise PeerTimeout(text, missing) from error
 
 
 def invite(

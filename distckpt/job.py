@@ -32,6 +32,7 @@ from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.replica_digests import Replicas
 from distckpt.shard_header import Draft
+from distckpt.step_watch import StepWatch
 from distckpt.waiting import broken_by
 
 _Result = TypeVar("_Result")
@@ -62,7 +63,8 @@ class Job:
 
     Attributes:
         checkpoint: The tracked objects.
-        directory: The run directory, spelled the same on all ranks.
+        directory: The run directory, absolute: a later chdir changes nothing.
+        given: The same, spelled as it was given: so are the paths that are returned.
         decisions: Channel of the caller's thread.
         commits: Channel of what follows capture: of the same thread, or of one that
             brings an asynchronous save to its end.
@@ -84,6 +86,7 @@ class Job:
         decision: Why the last call of ``save()`` has saved, or not; None if the rules have
             ruled it out.
         pace: How often ``save()`` is called.
+        steps: Watches the step counter; on the chief, if there is one.
         save_seconds: How long the last saves took, from the question to the commit.
         stop: Whether the job is told to stop; None if it does not ask for that.
         clock: When rules of time want a save; on the chief, if there are any.
@@ -92,11 +95,13 @@ class Job:
         requested: Who asked for a save when the ranks asked last; on the chief.
         calls_left: After how many more calls of ``save()`` to ask about all this.
         replicas: What is compared between ranks.
+        is_checked: Whether all ranks know that what is tracked can be stored.
         warned_of_stateless: Paths of the optimizers whose missing state has been logged.
     """
 
     checkpoint: Checkpoint
     directory: str
+    given: str
     decisions: Channel
     commits: Channel
     liveness: Liveness | None
@@ -116,6 +121,7 @@ class Job:
     flight: Flight | None = None
     decision: Decision | None = NOT_CALLED
     pace: Pace = field(default_factory=Pace)
+    steps: StepWatch | None = None
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None
     clock: Clock | None = None
@@ -124,6 +130,7 @@ class Job:
     requested: list[Request] = field(default_factory=list)
     calls_left: int = 1
     replicas: Replicas = field(default_factory=Replicas)
+    is_checked: bool = False
     warned_of_stateless: set[str] = field(default_factory=set)
 
     @property
@@ -139,6 +146,10 @@ class Job:
     def path(self, *names: str) -> str:
         """Join names to the run directory."""
         return os.path.join(self.directory, *names)
+
+    def shown(self, prefix: str) -> str:
+        """Return the path of a checkpoint as callers get it."""
+        return os.path.join(self.given, prefix)
 
     def step(self) -> int | None:
         """Return the training step; None without a step counter."""

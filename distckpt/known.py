@@ -5,12 +5,16 @@ costs tens of microseconds of Python. A job has thousands of tensors, nearly alw
 same as at its last save. So each is described once; after that one look at its address,
 shape and placements tells whether the description still holds. Even that look costs some
 microseconds, so the tensors of one tracked object are looked at all together (``Seen``).
+
+Neither keeps a reference to a tensor, not even a weak one: ``torch.utils.swap_tensors``,
+by which ``model.to()`` converts ``DTensor`` parameters, refuses tensors that have any.
+Another tensor may get the id of one that is gone. If it also has its type, its memory and
+its layout, then the description holds for it, too.
 """
 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from operator import attrgetter, is_, not_
@@ -54,14 +58,16 @@ class KnownTensor:
     """
 
     __slots__ = (
+        "_can_hold",
         "_data_ptr",
         "_dtype",
+        "_id",
         "_memory_shape",
-        "_reference",
         "_row",
         "_row_of",
         "_spec",
         "_stride",
+        "_type",
         "address",
         "box",
         "device",
@@ -87,8 +93,9 @@ class KnownTensor:
         is_on_host = self.is_row_major and self.device == "cpu"
         self.address = memory.data_ptr() if is_on_host else 0
         # Complex tensors can become conjugates of themselves without a trace here.
-        is_plain = not tensor.dtype.is_complex
-        self._reference = weakref.ref(tensor) if is_plain else _nothing
+        self._can_hold = not tensor.dtype.is_complex
+        self._id = id(tensor)
+        self._type = type(tensor)
         self._spec: Any = getattr(tensor, "_spec", None)
         self._data_ptr = memory.data_ptr()
         self._dtype = memory.dtype
@@ -99,7 +106,7 @@ class KnownTensor:
 
     def still_holds(self, tensor: Any) -> bool:
         """Tell whether this describes a tensor as it is now."""
-        if self._reference() is not tensor:
+        if not self._can_hold or id(tensor) != self._id or type(tensor) is not self._type:
             return False
         memory: Any = tensor
         if self.is_sharded:
@@ -137,10 +144,6 @@ class KnownTensor:
         return memory
 
 
-def _nothing() -> None:
-    """Stand in for a reference to what is gone."""
-
-
 class Seen:
     """Some tensors as they were at one time; keeps neither them nor their memory alive.
 
@@ -152,7 +155,8 @@ class Seen:
     """
 
     def __init__(self, tensors: Sequence[Any]) -> None:
-        self._references = [weakref.ref(tensor) for tensor in tensors]
+        self._ids = [*map(id, tensors)]
+        self._types = [*map(type, tensors)]
         self._are_sharded = [*map(is_sharded, tensors)]
         self._are_plain = [*map(not_, self._are_sharded)]
         self._specs = self._specs_of(tensors)
@@ -164,8 +168,8 @@ class Seen:
         """Tell whether these are the same tensors, as they were."""
         return (
             self._can_hold
-            and len(tensors) == len(self._references)
-            and all(map(is_, tensors, [there() for there in self._references]))
+            and [*map(id, tensors)] == self._ids
+            and [*map(type, tensors)] == self._types
             and all(map(is_, self._specs_of(tensors), self._specs))
             and self._looks_of(tensors) == self._looks
         )

@@ -742,16 +742,21 @@ def _refuse_differing(
 ) -> None:
     _refuse(
         f"tensor {known.name!r} differs between ranks: "
-        f"{_describe(known)} on ranks {_few(known_ranks)}, "
-        f"{_describe(other)} on ranks {_few(other_ranks)}. Wrap what each rank has of "
-        "its own in PerRank."
+        f"{_describe(known, other)} on ranks {_few(known_ranks)}, "
+        f"{_describe(other, known)} on ranks {_few(other_ranks)}. All ranks must track the "
+        "same model. What each rank is meant to have for itself is marked with PerRank, "
+        "what differs between groups of ranks with PerGroup."
     )
 
 
-def _describe(row: Row) -> str:
-    shared = f", same as {row.same_as!r}" if row.same_as else ""
-    placed = "" if row.sharding is None else f" {row.sharding}"
-    return f"{row.dtype} {list(row.shape)} ({row.kind}{placed}{shared})"
+def _describe(row: Row, other: Row) -> str:
+    """Describe a row; of how it lies only what another one has otherwise."""
+    text = f"{row.dtype} {list(row.shape)}"
+    if row.same_as != other.same_as:
+        text += f", same as {row.same_as!r}" if row.same_as else ", not tied"
+    if (row.kind, row.sharding) != (other.kind, other.sharding):
+        text += f" ({row.kind}{'' if row.sharding is None else f' {row.sharding}'})"
+    return text
 
 
 def _few(ranks: Sequence[int]) -> str:

@@ -18,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import NamedTuple
 
 from distckpt import identity, paths, storage, strict_json
+from distckpt.durations import seconds_of
 from distckpt.errors import ConfigError, FormatError, StorageError
 from distckpt.paths import Attempt
 
@@ -34,7 +36,7 @@ _TOUCHES = 6
 _MAX_SIZE_BYTES = 4096
 
 
-def checked_seconds(seconds: float | None) -> float | None:
+def checked_seconds(seconds: float | timedelta | None) -> float | None:
     """Check how long a lease lasts when its reader has died; None for no lease at all.
 
     Raises:
@@ -42,13 +44,14 @@ def checked_seconds(seconds: float | None) -> float | None:
     """
     if seconds is None:
         return None
-    if type(seconds) not in (int, float) or not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
+    length = seconds_of("lease_seconds", seconds)
+    if not _MIN_SECONDS <= length <= _MAX_SECONDS:
         msg = (
             f"lease_seconds must be from {_MIN_SECONDS} to {_MAX_SECONDS:.0f}, or None for "
             f"no lease; got {seconds!r:.100}."
         )
         raise ConfigError(msg)
-    return float(seconds)
+    return length
 
 
 class Lease:

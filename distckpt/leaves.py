@@ -116,9 +116,9 @@ class Leaves:
             for name, tensor, kind in zip(names, tensors_, kinds, strict=True):
                 self._add(name, tensor, kind)
             return
-        taken = {*self.tensors, *self.values}.intersection(names)
-        for name in taken:
-            self._check_new(name)
+        if not (self.tensors.keys() | self.values.keys()).isdisjoint(names):
+            for name in names:
+                self._check_new(name)
         identities = [one.identity for one in known]
         leaves = map(Leaf, tensors_, known, kinds, identities)
         self.tensors.update(zip(names, leaves, strict=True))

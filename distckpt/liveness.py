@@ -500,7 +500,10 @@ class _ChiefLoop(_Loop):
                 f"{self._names([rank])} is {places[rank].text}"
                 for rank in behind[: _MAX_NAMED + 1]
             )
-            text = f"not all ranks have come: {'; '.join(_first(where))}."
+            text = (
+                f"not all ranks have come: {'; '.join(_first(where))}. Every rank has to "
+                "make the call: not below 'if rank == 0'."
+            )
             self._judge(Verdict(False, tuple(behind), text))
         elif asker.broken:
             text = "a connection between two ranks broke, though all ranks are alive."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -10,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
-from distckpt import readers
 from distckpt.background import EXIT_SECONDS, bring_in
 from distckpt.checkpoint import Checkpoint
 from distckpt.choice import Which
@@ -26,6 +26,7 @@ from distckpt.errors import (
 from distckpt.events import ERROR, FENCE, Sink
 from distckpt.gate import Decision
 from distckpt.job import Job
+from distckpt.locations import Path
 from distckpt.messages import Phase, Vote, describe
 from distckpt.policy import KeepFunction, Rule
 from distckpt.pretrained import Pretrained
@@ -34,8 +35,14 @@ from distckpt.restore_names import RestoreOptions
 from distckpt.save import Call, CheckpointOptions, save
 from distckpt.worker import Worker
 
+_logger = logging.getLogger(__name__)
+
 _Result = TypeVar("_Result")
 
+_CLOSED = (
+    "this manager is closed: close() was called, or the with block has ended. Call save() "
+    "and restore() before that."
+)
 _UNLOCK_SECONDS = 1.0
 # How long one that closes waits until all events are told.
 _TELL_SECONDS = 1.0
@@ -55,27 +62,30 @@ class CheckpointManager:
 
     Args:
         checkpoint: The objects to save.
-        directory: The run directory, the same on every rank; made when it is claimed.
+        directory: The run directory, the same on every rank; made when it is claimed. A
+            relative path is that of the working directory at this call.
         max_to_keep: How many checkpoints to manage; None keeps all. Or rules with ``|``
             between them, which keep what any of them wants: ``latest(3) | best(2,
             "val_loss", mode="min") | every(hours=6)``. Or a function from all checkpoints
             to those that stay. The newest stays in any case.
         keep_checkpoint_every_n_hours: Of those that are dropped, preserve one for every
-            so many hours.
+            so many hours, or for each such timedelta.
         checkpoint_name: The first part of every checkpoint's name.
-        step_counter: The training step: anything ``int()`` accepts that changes (a
-            0-dim tensor, a counter object), or a callable.
+        step_counter: The training step: anything ``int()`` accepts that changes in place
+            (a 0-dim tensor with ``step += 1``, a counter object), or a callable. A number
+            is refused, as ``step = step + 1`` would leave it behind.
         checkpoint_interval: Least number of steps between two saves; needs
-            ``step_counter``. None: every call saves. Or rules with ``|`` between them, each
-            of which has a save made: ``every(steps=500) | every(minutes=20)``;
+            ``step_counter``. None: every call saves. A timedelta: least time between two
+            saves. Or rules with ``|`` between them, each of which has a save made:
+            ``every(steps=500) | every(minutes=20)``;
             ``on_signal("SIGTERM")``: once more when the job is told to stop;
             ``on_request()``: when another process asks for it.
         init_fn: Called by ``restore_or_initialize`` where there is nothing to restore; or
             ``from_pretrained(path)``: what the modules then begin with.
         process_group: The ranks that checkpoint together; None means all. Any backend:
             the manager makes gloo groups of its own.
-        timeout: How long to wait for a rank that shows no sign of progress; a call into
-            the filesystem may take three quarters of it.
+        timeout: How long to wait for a rank that shows no sign of progress, in seconds or
+            as a timedelta; a call into the filesystem may take three quarters of it.
         takeover: Fence another live job that holds the directory.
         replicas: What a save compares of the state that several ranks hold alike. It fails,
             naming tensors and ranks, if they differ. ``"sampled"``: everything at the first
@@ -102,16 +112,16 @@ class CheckpointManager:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        directory: readers.Path,
+        directory: Path,
         max_to_keep: int | Rule | KeepFunction | None,
-        keep_checkpoint_every_n_hours: float | None = None,
+        keep_checkpoint_every_n_hours: float | timedelta | None = None,
         checkpoint_name: str = "ckpt",
         step_counter: Any = None,
-        checkpoint_interval: int | Rule | None = None,
+        checkpoint_interval: int | timedelta | Rule | None = None,
         init_fn: Callable[[], Any] | Pretrained | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
+        timeout: float | timedelta = DEFAULT_TIMEOUT,
         takeover: bool = False,
         read_replicated: Literal["auto", "each", "once"] = "auto",
         replicas: Literal["sampled", "always", "unchecked"] = "sampled",
@@ -143,7 +153,7 @@ class CheckpointManager:
     @property
     def directory(self) -> str:
         """The run directory, as it was given."""
-        return self._job.directory
+        return self._job.given
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -171,12 +181,12 @@ class CheckpointManager:
     def latest_checkpoint(self) -> str | None:
         """Path of the newest checkpoint, the same on every rank; None if there is none."""
         latest = self._job.latest
-        return None if latest is None else self._job.path(latest)
+        return None if latest is None else self._job.shown(latest)
 
     @property
     def checkpoints(self) -> list[str]:
         """Paths of the managed checkpoints, oldest first, the same on every rank."""
-        return [self._job.path(prefix) for prefix in self._job.checkpoints]
+        return [self._job.shown(prefix) for prefix in self._job.checkpoints]
 
     def save(
         self,
@@ -280,7 +290,7 @@ class CheckpointManager:
         Args:
             which: ``"latest"``; ``"best"``, by the first ``best(...)`` of ``max_to_keep``;
                 ``best(1, "val_loss", mode="min")``; a number; a path as ``save()`` returns
-                it, or the last part of it.
+                it, or the last part of it; the run directory itself means the latest.
             options: What to restore of it, under which names.
 
         Returns:
@@ -352,15 +362,22 @@ class CheckpointManager:
             ManagerBroken: Another rank is gone. In any case the manager is closed.
         """
         if self._unusable is None:
+            self._warn_of_few_saves()
             try:
                 self._run(self._sync)
             finally:
-                self._let_go(ManagerBroken("this manager is closed."))
+                self._let_go(ManagerBroken(_CLOSED))
                 self._job.close_channels()
         elif isinstance(self._unusable, FencedError):
             # All ranks were told in the same round, so nobody is left waiting.
-            self._let_go(ManagerBroken("this manager is closed."))
+            self._let_go(ManagerBroken(_CLOSED))
             self._job.close_channels()
+
+    def _warn_of_few_saves(self) -> None:
+        steps = self._job.steps
+        text = None if steps is None else steps.at_close(self._job.latest)
+        if text is not None:
+            _logger.warning("%s", text)
 
     def __enter__(self) -> CheckpointManager:
         return self

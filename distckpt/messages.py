@@ -15,6 +15,7 @@ from distckpt import errors, strict_json
 from distckpt.errors import ConfigError, DistckptError, RanksFailed, StorageError
 
 _MAX_TEXT = 2048
+_MAX_NAMED = 8
 
 
 class Phase(IntEnum):
@@ -36,6 +37,33 @@ class Phase(IntEnum):
     LAND = 14
     REPLICAS = 15
     ASK = 16
+    CHECK = 17
+
+
+_SAVE, _RESTORE = "save()", "restore() or restore_or_initialize()"
+# What the user has called, by phase.
+_CALLS = {
+    Phase.CONNECT: "CheckpointManager(...)",
+    Phase.CONSTRUCT: "CheckpointManager(...)",
+    Phase.CLAIM: "its first save() or restore",
+    Phase.PROBE: "its first save() or restore",
+    Phase.CANDIDATE: _RESTORE,
+    Phase.PLAN: _RESTORE,
+    Phase.READ: _RESTORE,
+    Phase.APPLY: _RESTORE,
+    Phase.INITIALIZE: _RESTORE,
+    Phase.SYNC: "sync() or close()",
+}
+
+
+def call_of(phase: Phase) -> str:
+    """Name the user's call that a phase belongs to."""
+    return _CALLS.get(phase, _SAVE)
+
+
+def place_of(phase: Phase) -> str:
+    """Name the user's call, and the phase for those who know the protocol."""
+    return f"{call_of(phase)} (phase {phase.name})"
 
 
 class Status(IntEnum):
@@ -168,10 +196,20 @@ def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) 
     return Vote(phase, status, detail=strict_json.dumps(fields).encode())
 
 
+def named(ranks: Sequence[int]) -> str:
+    """Name some ranks, for people: "rank 1", "ranks 1, 2 and 14 more"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    rest = len(ranks) - _MAX_NAMED
+    shown = ", ".join(map(str, sorted(ranks)[:_MAX_NAMED]))
+    return f"ranks {shown} and {rest} more" if rest > 0 else f"ranks {shown}"
+
+
 def describe(error: BaseException) -> str:
     """Name an error and what it says."""
     try:
-        return f"{type(error).__name__}: {error}"
+        text = str(error)
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
     except Exception:  # one that cannot even say what it is must be told, too
         return type(error).__name__
 

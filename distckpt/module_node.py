@@ -57,16 +57,28 @@ class ModuleNode:
     """An ``nn.Module``: parameters, buffers and extra state, by canonical name.
 
     The state dict is taken when the node is made.
+
+    Args:
+        path: Its path.
+        module: Itself.
+        names_of_parts: The names of all modules that have one path; None for one module.
+        is_trainable_only: Leave frozen parameters out; see ``Trainable``.
     """
 
     def __init__(
-        self, path: str, module: nn.Module, names_of_parts: NamesOfParts | None = None
+        self,
+        path: str,
+        module: nn.Module,
+        names_of_parts: NamesOfParts | None = None,
+        is_trainable_only: bool = False,
     ) -> None:
         self.path = path
         self._outer = module
         self._module = modules.unwrap(module)
         self._names_of_parts = names_of_parts
         self._state = _state_dict_of(self._module)
+        if is_trainable_only:
+            self._state = _without_frozen(self._module, self._state)
         if names_of_parts is not None:
             canonical = modules.CanonicalNames(self._module)
             names = [f"{path}/{escaped(canonical[key])}" for key in self._state]
@@ -93,6 +105,18 @@ class ModuleNode:
         values = self._own_part(known)
         named = zip(self._own.names, values, strict=True)
         return compress(named, self._are_parameters)
+
+    def names_by_memory(self, known: KnownTensors) -> Iterator[tuple[object, str]]:
+        """Walk what tensors of an overridden ``state_dict()`` share with others, and names.
+
+        A wrapper that leaves its prefix out of the names gives parameters so.
+        """
+        self._own_part(known)
+        for _, name, value in self._others:
+            if isinstance(value, torch.Tensor):
+                identity = known.describe(name, value).identity
+                if identity is not None:
+                    yield identity, name
 
     def _own_part(self, known: KnownTensors) -> list[torch.Tensor]:
         """Return the module's own tensors in the state dict; ``_own`` describes them.
@@ -411,6 +435,43 @@ def _state_dict_of(module: nn.Module) -> Mapping[str, Any]:
     return module.state_dict()  # a user's own may take no arguments
 
 
+def _without_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave frozen parameters out of a state dict, and what is said of them there."""
+    own = [*modules.parameters(module.modules())]
+    frozen = {id(parameter) for parameter in own if not parameter.requires_grad}
+    # An overridden state_dict() may give detached ones.
+    memories = {
+        tensors.identity_of(parameter)
+        for parameter in own
+        if not parameter.requires_grad and _is_plain(parameter)
+    }
+    memories.discard(None)
+    keys = [
+        key
+        for key, value in state.items()
+        if id(value) in frozen
+        or (
+            isinstance(value, torch.Tensor)
+            and _is_plain(value)
+            and tensors.identity_of(value) in memories
+        )
+    ]
+    # A quantized parameter has entries of its own: "weight.absmax" next to "weight".
+    below = tuple(f"{key}." for key in keys)
+    left_out = {*keys}
+    return {
+        key: value
+        for key, value in state.items()
+        if key not in left_out and not (below and key.startswith(below))
+    }
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has memory of its own to be known by."""
+    is_subclass = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not is_subclass and not tensor.is_meta
+
+
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 8} more" if len(names) > 8 else ""
 
@@ -432,22 +493,33 @@ class Owner(NamedTuple):
 
 
 class Owners:
-    """Which tracked module each parameter belongs to."""
+    """Which tracked module each parameter belongs to, or under which name it is tracked."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[ModuleNode, bool]] = []
+        self._tensors: dict[int, Owner] = {}
         self._owner_of: dict[int, Owner] | None = None
+        self._by_memory: dict[object, Owner] = {}
         self._is_complete = False
 
     def add(self, node: ModuleNode, per_rank: bool) -> None:
         """Note a tracked module."""
         self._nodes.append((node, per_rank))
 
+    def add_tensor(self, path: str, tensor: torch.Tensor, per_rank: bool) -> None:
+        """Note a tensor that is tracked itself: adapters in a dict, for instance."""
+        self._tensors.setdefault(id(tensor), Owner(path, per_rank))
+
     def of(self, parameter: torch.Tensor, known: KnownTensors) -> Owner | None:
-        """Return the first tracked module that has a parameter."""
+        """Return the first tracked module that has a parameter; else where it is itself."""
         if self._owner_of is None:  # only optimizers ask
             self._owner_of = self._map(lambda node: node.saved_parameters(known))
-        owner = self._owner_of.get(id(parameter))
+            for node, per_rank in self._nodes:
+                for memory, name in node.names_by_memory(known):
+                    self._by_memory.setdefault(memory, Owner(name, per_rank))
+        owner = self._owner_of.get(id(parameter)) or self._tensors.get(id(parameter))
+        if owner is None and self._by_memory:
+            owner = self._by_memory.get(tensors.identity_of(parameter))
         if owner is None and not self._is_complete:
             # A state dict need not name every parameter.
             self._is_complete = True

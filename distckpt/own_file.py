@@ -65,6 +65,7 @@ class Move(NamedTuple):
     """One entry of the file that is copied.
 
     Attributes:
+        name: Of the tensor.
         leaf: What it is of.
         box: Which region of the tensor it is.
         memory: The tensor's own memory of it, if that is one run on the host.
@@ -72,6 +73,7 @@ class Move(NamedTuple):
         size_bytes: How long it is.
     """
 
+    name: str
     leaf: Leaf
     box: Box
     memory: Buffer | None
@@ -122,7 +124,7 @@ class Moves:
         for position, part in parts:
             leaf, piece = self._leaves[part.index], part.piece
             memory = part.memory_of(leaf)
-            yield Move(leaf, piece.box, memory, position, piece.size_bytes)
+            yield Move(piece.row.name, leaf, piece.box, memory, position, piece.size_bytes)
 
 
 class OwnFile:

@@ -14,10 +14,13 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 
 from distckpt import strict_json
+from distckpt.durations import seconds_of
 from distckpt.errors import ConfigError
+from distckpt.locations import absolute, checked_path
 
 # The system does not let anybody handle these; Python and Ctrl-C have use for the others.
 _NOT_HANDLED = {"SIGKILL", "SIGSTOP", "SIGINT", "SIGCHLD", "SIGSEGV", "SIGFPE", "SIGBUS"}
@@ -65,6 +68,8 @@ def parts_of(rule: Any) -> tuple[Any, ...]:
         raise ConfigError(msg)
     if rule is None or type(rule) is int or isinstance(rule, Rule) or callable(rule):
         return (rule,)
+    if isinstance(rule, timedelta):
+        return (every(seconds=rule),)
     msg = f"{rule!r:.100} is no rule that could stand beside '|'."
     raise ConfigError(msg)
 
@@ -172,9 +177,9 @@ KeepFunction: TypeAlias = Callable[[Sequence[CheckpointInfo]], Iterable[Checkpoi
 def every(
     *,
     steps: int | None = None,
-    seconds: float | None = None,
-    minutes: float | None = None,
-    hours: float | None = None,
+    seconds: float | timedelta | None = None,
+    minutes: float | timedelta | None = None,
+    hours: float | timedelta | None = None,
     overhead: float | None = None,
     optimal_for_mtbf_hours: float | None = None,
 ) -> Every:
@@ -185,7 +190,7 @@ def every(
     - ``steps``: at least so many since the last save or restore; a plain integer says the
       same.
     - ``seconds``, ``minutes``, ``hours``: at least so long since the last save, by the
-      chief's clock. The ranks ask about once a second.
+      chief's clock. The ranks ask about once a second. A plain ``timedelta`` says the same.
     - ``overhead``: as often as saving costs no more than this part of the time: 0.01 for
       one percent. What a save costs is measured: how long calls were blocked, and by how
       much steps were slower meanwhile.
@@ -215,6 +220,8 @@ def every(
         msg = f"every: give one of {', '.join(arguments)}; got {given or 'none'}."
         raise ConfigError(msg)
     ((unit, amount),) = given.items()
+    if isinstance(amount, timedelta) and unit in _SECONDS_OF:
+        amount = amount.total_seconds() / _SECONDS_OF[unit]
     if unit == "steps":
         amount = _positive("every: steps", amount)
     elif type(amount) not in (int, float) or not 0 < amount < math.inf:
@@ -265,7 +272,7 @@ def _positive(what: str, number: Any) -> int:
 def on_signal(
     *signals: str,
     file: str | os.PathLike[str] | None = None,
-    grace_period_seconds: float = 30.0,
+    grace_period_seconds: float | timedelta = 30.0,
 ) -> OnSignal:
     """Save once more when the job is told that it will be ended: preemption.
 
@@ -287,8 +294,9 @@ def on_signal(
         signals: Names, such as ``"SIGTERM"`` or, for Slurm's ``--signal``, ``"SIGUSR1"``.
         file: Or the path of a file: once it is there, the job is to stop. Looked for by
             every rank, so it may be another one on each host.
-        grace_period_seconds: How long after the signal the job is ended; torchrun's
-            launcher, Slurm and Kubernetes wait for 30 seconds, if not told otherwise.
+        grace_period_seconds: How long after the signal the job is ended, in seconds or as
+            a timedelta; torchrun's launcher, Slurm and Kubernetes wait for 30 seconds, if
+            not told otherwise.
 
     Raises:
         ConfigError: A signal that there is not, or that cannot be handled; or none at all.
@@ -301,12 +309,12 @@ def on_signal(
     if not signals and file is None:
         msg = 'on_signal: name a signal, such as on_signal("SIGTERM"), or a file.'
         raise ConfigError(msg)
-    path = None if file is None else os.fspath(file)
-    grace = grace_period_seconds
-    if type(grace) not in (int, float) or not 0 < grace < math.inf:
-        msg = f"on_signal: grace_period_seconds must be positive, got {grace!r:.100}."
-        raise ConfigError(msg)
-    return OnSignal(tuple(dict.fromkeys(signals)), path, float(grace))
+    path = None
+    if file is not None:
+        # Absolute: it is looked for as long as the job runs, perhaps after a chdir.
+        path = absolute(checked_path(file, "on_signal: the file"))
+    grace = seconds_of("on_signal: grace_period_seconds", grace_period_seconds)
+    return OnSignal(tuple(dict.fromkeys(signals)), path, grace)
 
 
 def on_request() -> OnRequest:

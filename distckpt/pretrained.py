@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,16 +19,18 @@ from distckpt.formats.safetensors_file import FileTensor
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import WHOLE, Row
 from distckpt.leaves import key_text
+from distckpt.locations import Path, absolute, checked_path
+from distckpt.mismatch import mismatch
 from distckpt.module_node import ModuleNode
 from distckpt.modules import unwrap
 from distckpt.names import escaped
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import RestorePlan, Saved, mismatch
+from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.torch_versions import dtype_of_name
 
 
 def from_pretrained(
-    path: readers.Path,
+    path: Path,
     options: RestoreOptions | None = None,
     *,
     tracked_as: str | None = None,
@@ -56,10 +57,9 @@ def from_pretrained(
 class Pretrained:
     """What ``from_pretrained`` returns."""
 
-    def __init__(
-        self, path: readers.Path, options: RestoreOptions, tracked_as: str | None
-    ) -> None:
-        self._path = os.fspath(path)
+    def __init__(self, path: Path, options: RestoreOptions, tracked_as: str | None) -> None:
+        # Absolute: it is read when the manager initializes, perhaps after a chdir.
+        self._path = absolute(checked_path(path, "from_pretrained: the path"))
         self._options = options
         self._tracked_as = tracked_as
 
@@ -84,11 +84,13 @@ class Pretrained:
                 raise
             self._load_safetensors(checkpoint, modules)
         else:
-            self._load_checkpoint(located.directory, modules)
+            self._load_checkpoint(located, modules)
 
-    def _load_checkpoint(self, directory: str, modules: Mapping[str, nn.Module]) -> None:
+    def _load_checkpoint(
+        self, located: readers.Located, modules: Mapping[str, nn.Module]
+    ) -> None:
         within = [key_text(name, name) for name in modules]
-        restore(Checkpoint(**modules), directory, Names(self._options, within=within))
+        restore(Checkpoint(**modules), located, Names(self._options, within=within))
 
     def _load_safetensors(
         self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]

@@ -20,11 +20,13 @@ class Probe:
         directory: The run directory.
         epoch: Of the claim, so that what a dead one leaves is swept by the next.
         nonce: Random, so that no rank sees the file of an earlier claim.
+        directory_of_chief: The run directory as the chief calls it, for messages.
     """
 
     directory: str
     epoch: int
     nonce: str
+    directory_of_chief: str = ""
 
     def leave(self) -> None:
         """Write the chief's file, for the others to see."""
@@ -43,8 +45,10 @@ class Probe:
         if rank == 0:
             return
         if not storage.exists(self._path(0)):
+            of_chief = self.directory_of_chief
+            there = f" ({of_chief} there)" if of_chief else ""
             msg = (
-                f"{self.directory} is not the chief's directory: its probe "
+                f"{self.directory} is not the chief's directory{there}: its probe "
                 f"{os.path.basename(self._path(0))} is not visible here. Every rank needs "
                 "the same shared directory."
             )

@@ -11,14 +11,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Literal, overload
 
 from distckpt import paths, state, storage
+from distckpt.durations import seconds_of
 from distckpt.errors import (
     CheckpointNotFound,
     ChecksumError,
-    ConfigError,
     FormatError,
     ManifestError,
     NewerFormatError,
@@ -27,14 +28,14 @@ from distckpt.errors import (
 )
 from distckpt.layout import Assignment
 from distckpt.leases import SECONDS, Lease, checked_seconds, leased, names_of
+from distckpt.locations import Path, absolute, checked_path
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.record import Entry, Record, digest
+from distckpt.run_directory import instead_of_records
 from distckpt.shard_file import ShardReader
 from distckpt.shard_header import Entries
 
 _logger = logging.getLogger(__name__)
-
-Path: TypeAlias = "str | os.PathLike[str]"
 
 _MAX_RACES = 100
 _MAX_SHOWN = 10
@@ -65,11 +66,11 @@ def get_checkpoint_state(directory: Path) -> CheckpointState | None:
             for "no checkpoint", and jobs start from scratch.)
         StorageError: The directory cannot be read.
     """
-    root = checked_path(directory)
-    record = read_record(root)
+    given = checked_path(directory)
+    record = read_record(given)
     if record is None or record.last_preserved is None or not record.live:
         return None
-    live = [os.path.join(root, entry.attempt.prefix) for entry in record.live]
+    live = [os.path.join(given, entry.attempt.prefix) for entry in record.live]
     return CheckpointState(
         model_checkpoint_path=live[-1],
         all_model_checkpoint_paths=live,
@@ -78,13 +79,27 @@ def get_checkpoint_state(directory: Path) -> CheckpointState | None:
     )
 
 
-def latest_checkpoint(directory: Path) -> str | None:
+@overload
+def latest_checkpoint(directory: Path, *, strict: Literal[True]) -> str: ...
+
+
+@overload
+def latest_checkpoint(directory: Path, *, strict: bool = False) -> str | None: ...
+
+
+def latest_checkpoint(directory: Path, *, strict: bool = False) -> str | None:
     """Return the path of the newest committed checkpoint; None if there is none.
 
     The path is the prefix that users see, ``<directory>/<name>-<number>``. A committed
     checkpoint whose files are gone is reported in the log, as in TensorFlow.
 
+    Args:
+        directory: The run directory. One that does not exist has no checkpoint, as in
+            TensorFlow.
+        strict: Raise instead of returning None; the error says what is there instead.
+
     Raises:
+        CheckpointNotFound: With ``strict``: there is none.
         CorruptStateError: There is a state but it cannot be read.
         StorageError: The directory cannot be read.
     """
@@ -93,6 +108,8 @@ def latest_checkpoint(directory: Path) -> str | None:
     for _ in range(_MAX_RACES):
         record = read_record(root)
         if record is None or not record.live:
+            if strict:
+                raise CheckpointNotFound(_none_in(root))
             return None
         if found == record.number:
             break
@@ -101,17 +118,25 @@ def latest_checkpoint(directory: Path) -> str | None:
             return os.path.join(root, attempt.prefix)
         # Perhaps a running job has just replaced it: then there is a newer record.
         found = record.number
-    _logger.error("%s: the newest checkpoint's files are gone", root)
+    text = f"{root}: the newest checkpoint's files are gone"
+    if strict:
+        raise CheckpointNotFound(f"{text}.")
+    _logger.error("%s", text)
     return None
+
+
+def _none_in(root: str) -> str:
+    said = instead_of_records(absolute(root))
+    return said or f"{root}: no checkpoint is committed there."
 
 
 def checkpoints_iterator(
     directory: Path,
-    min_interval_secs: float = 0,
-    timeout: float | None = None,
+    min_interval_secs: float | timedelta = 0,
+    timeout: float | timedelta | None = None,
     timeout_fn: Callable[[], bool] | None = None,
     *,
-    lease_seconds: float | None = SECONDS,
+    lease_seconds: float | timedelta | None = SECONDS,
 ) -> Iterator[str]:
     """Yield the newest checkpoint's path each time there is a new one.
 
@@ -121,16 +146,35 @@ def checkpoints_iterator(
 
     Args:
         directory: The run directory; need not exist yet.
-        min_interval_secs: Least seconds between two yields.
-        timeout: Seconds to wait for a new one; None waits for ever.
+        min_interval_secs: Least time between two yields, in seconds or as a timedelta.
+        timeout: How long to wait for a new one, in seconds or as a timedelta; None waits
+            for ever.
         timeout_fn: Called after a timeout; the iterator ends if it returns True, or if
             there is none.
         lease_seconds: How long a lease lasts when this process has died: its thread touches
             the lease more often than that. None takes none, as where the run directory
             cannot be written; a lease that cannot be taken is a warning.
     """
-    root = checked_path(directory)
-    seconds = checked_seconds(lease_seconds)
+    # Checked at once, not by the first next().
+    given = checked_path(directory)
+    return _iterate(
+        given,
+        absolute(given),
+        seconds_of("min_interval_secs", min_interval_secs, may_be_zero=True),
+        None if timeout is None else seconds_of("timeout", timeout, may_be_zero=True),
+        timeout_fn,
+        checked_seconds(lease_seconds),
+    )
+
+
+def _iterate(
+    given: str,
+    root: str,
+    min_interval_seconds: float,
+    timeout: float | None,
+    timeout_fn: Callable[[], bool] | None,
+    seconds: float | None,
+) -> Iterator[str]:
     last: str | None = None
     while True:
         attempt = _wait_for_other(root, last, timeout)
@@ -146,8 +190,8 @@ def checkpoints_iterator(
         started = time.monotonic()
         last = attempt.published
         with leased(lease):
-            yield os.path.join(root, attempt.prefix)
-        rest = started + min_interval_secs - time.monotonic()
+            yield os.path.join(given, attempt.prefix)
+        rest = started + min_interval_seconds - time.monotonic()
         if rest > 0:
             time.sleep(rest)
 
@@ -214,20 +258,23 @@ def locate(path: Path) -> Located:
         CheckpointNotFound: Nothing committed is there.
         CorruptStateError, StorageError: It cannot be told.
     """
-    text = checked_path(path).rstrip(os.sep) or os.sep
+    # Absolute: what is found is read later, perhaps after a chdir.
+    text = absolute(checked_path(path))
     if storage.exists(os.path.join(text, paths.MANIFEST_FILE)):
         # A link that somebody names himself is his own.
         text = os.path.realpath(text)
         return Located(text, _digest_in_records(text))
     root, name = os.path.split(text)
-    root = root or os.curdir
     wanted = paths.parse_prefix(name)
     if wanted is None:
         msg = (
-            f"{text} is no checkpoint: neither a path like 'runs/gpt/ckpt-1000' nor a "
-            f"directory with a {paths.MANIFEST_FILE}."
+            f"{text} is no checkpoint: neither a path like 'runs/gpt/ckpt-12' nor a "
+            f"directory with a {paths.MANIFEST_FILE}. {instead_of_records(text)}"
         )
-        raise CheckpointNotFound(msg)
+        raise CheckpointNotFound(msg.strip())
+    if not storage.is_directory(root):
+        msg = f"{text}: no such checkpoint. {instead_of_records(root)}"
+        raise CheckpointNotFound(msg.strip())
     if not state.has_records(root):
         return Located(_newest_whole(root, name), None)
     record = read_record(root)
@@ -270,8 +317,7 @@ def locate_newest(path: Path) -> Located:
     for _ in range(_MAX_RACES):
         newest = latest_checkpoint(text)
         if newest is None:
-            msg = f"{text}: no checkpoint is committed there."
-            raise CheckpointNotFound(msg)
+            raise CheckpointNotFound(_none_in(text))
         try:
             return locate(newest)
         except CheckpointNotFound:
@@ -286,7 +332,7 @@ def _digest_in_records(directory: str) -> str | None:
         return None
     record = read_record(root)
     assert record is not None
-    for entry in (*record.committed, *record.bad, *record.releasing):
+    for entry in (*record.committed, *record.bad, *record.releasing, *record.missing):
         if entry.attempt.published == name:
             return entry.manifest
     return None
@@ -388,16 +434,3 @@ def _differing(assignment: Assignment, rank: int, entries: Entries) -> list[str]
     """Compare what a file holds with what it should; returns the first names."""
     promised = {(p.row.name, p.box) for p in assignment.pieces_of_rank(rank)}
     return sorted(name for name, _ in promised ^ entries.by_box.keys())[:5]
-
-
-def checked_path(path: Path) -> str:
-    """Turn a path-like into a string; refuses what is none."""
-    try:
-        text = os.fspath(path)
-    except TypeError as error:
-        msg = f"a path must be a string or path-like, got {path!r:.100}."
-        raise ConfigError(msg) from error
-    if not isinstance(text, str) or not text or "\0" in text:
-        msg = f"a path must be a string, not empty and without NUL, got {path!r:.100}."
-        raise ConfigError(msg)
-    return text

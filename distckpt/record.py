@@ -46,7 +46,7 @@ def is_hex(value: Any, length: int) -> bool:
 
 
 _FIRST_FIELDS = ("path", "record", "time", "step", "manifest")
-_ENTRY_FIELDS = frozenset((*_FIRST_FIELDS, "size", "metrics", "why", "pinned"))
+_ENTRY_FIELDS = frozenset((*_FIRST_FIELDS, "size", "metrics", "why", "pinned", "was_kept"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class Entry:
         metrics: What was said of it, sorted by name; None for what is no finite number.
         why: Which of the record's rules keep it, by index.
         pinned: Whether a person keeps it, whatever the rules say.
+        was_kept: Of one that is missing: whether it was in the list ``kept``, and not in
+            ``live``, and goes back there.
         unknown: Fields of a newer version's notes, each with its JSON. They stay with the
             entry when a record copies it.
     """
@@ -76,6 +78,7 @@ class Entry:
     metrics: tuple[tuple[str, float | None], ...] = ()
     why: tuple[int, ...] = ()
     pinned: bool = False
+    was_kept: bool = False
     unknown: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -93,6 +96,7 @@ class Entry:
         _check(len(names) <= MAX_METRICS, "number of metrics", len(names))
         _check(all(map(_is_count, self.why)), "entry's reasons", self.why)
         _check(type(self.pinned) is bool, "entry's pin", self.pinned)
+        _check(type(self.was_kept) is bool, "entry's list", self.was_kept)
 
     def metric(self, name: str) -> float | None:
         """Return one metric; None if it is missing, or no finite number."""
@@ -120,6 +124,8 @@ class Entry:
             tree["why"] = list(self.why)
         if self.pinned:
             tree["pinned"] = True
+        if self.was_kept:
+            tree["was_kept"] = True
         for name, text in self.unknown:
             tree[name] = strict_json.loads(text.encode())
         return tree
@@ -155,6 +161,7 @@ class Entry:
             metrics=tuple(metrics.items()),
             why=tuple(why),
             pinned=fields.get("pinned", False),
+            was_kept=fields.get("was_kept", False),
             unknown=tuple((name, strict_json.dumps(fields[name])) for name in unknown),
         )
 
@@ -181,6 +188,8 @@ class Record:
         last_preserved: TensorFlow's ``last_preserved_timestamp``; None before the
             first commit.
         last_step: Training step of the last commit, for people.
+        missing: Committed, and their directories are gone. Nothing counts them. One that
+            is there again goes back to its list.
         rules: The rules that keep checkpoints, as they are written; of a number
             ``max_to_keep=3``. None if all are kept.
         stamp: The record's format, and the features of what it lists. Features stay: a
@@ -203,6 +212,7 @@ class Record:
     last_preserved: float | None = None
     last_step: int | None = None
     rules: tuple[str, ...] = ()
+    missing: tuple[Entry, ...] = ()
     stamp: Stamp = stamp.CURRENT
 
     def __post_init__(self) -> None:
@@ -234,13 +244,18 @@ class Record:
             "rules",
             self.rules,
         )
+        _check(
+            not self.missing or stamp.MISSING in self.stamp.needs,
+            "feature, beside missing entries",
+            self.stamp.needs,
+        )
         self._check_entries()
 
     def _check_entries(self) -> None:
         committed = (*self.live, *self.kept)
         prefixes = [entry.attempt.prefix for entry in committed]
         _check(len(set(prefixes)) == len(prefixes), "prefixes that stand twice", prefixes)
-        every = (*committed, *self.bad, *self.releasing)
+        every = (*committed, *self.bad, *self.releasing, *self.missing)
         names = {entry.attempt.published for entry in every}
         _check(len(names) == len(every), "attempts that stand twice", sorted(names))
         for entry in every:
@@ -267,7 +282,7 @@ class Record:
 
     def encode(self) -> bytes:
         """Encode to the bytes of the record's file."""
-        values = {name: getattr(self, name) for name in _FIELDS}
+        values = {name: getattr(self, name) for name in _fields_of(self.stamp)}
         lines = [
             f'"{name}": {_encode_field(value)}'
             for name, value in (self.stamp.fields | values).items()
@@ -296,9 +311,10 @@ class Record:
         if found is None:
             _refuse("format", {name: tree[name] for name in first})
         checksum = tree.pop("checksum", None)
-        _check(stamp.checked_fields(tree, _FIELDS, found), "fields", list(tree))
+        names = _fields_of(found)
+        _check(stamp.checked_fields(tree, names, found), "fields", list(tree))
         allow_unknown = found.allows_unknown_fields
-        values = {name: _decode_field(name, tree[name], allow_unknown) for name in _FIELDS}
+        values = {name: _decode_field(name, tree[name], allow_unknown) for name in names}
         record = Record(**values, stamp=found)
         # The spelling of fields that this version does not know cannot be checked.
         is_whole = (
@@ -314,8 +330,14 @@ class Record:
 
 
 _CHECKSUM = ',\n"checksum": '
-_FIELDS = tuple(field.name for field in fields(Record) if field.name != "stamp")
-_ENTRY_LISTS = ("live", "kept", "bad", "releasing")
+_FIELDS = tuple(
+    field.name for field in fields(Record) if field.name not in ("missing", "stamp")
+)
+_ENTRY_LISTS = ("live", "kept", "bad", "releasing", "missing")
+
+
+def _fields_of(of: Stamp) -> tuple[str, ...]:
+    return (*_FIELDS, "missing") if stamp.MISSING in of.needs else _FIELDS
 
 
 def _encode_field(value: Any) -> str:

@@ -17,6 +17,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, not exp
 )
 from torch.distributed.constants import default_pg_timeout
 
+from distckpt.durations import seconds_of
+
 _KEYS = "distckpt/rendezvous"
 _POLL_SECONDS = 0.02
 # What the workers of this start of the job agreed on; "" if they did not.
@@ -29,7 +31,7 @@ def incarnation() -> str:
 
 
 def init_process_group(
-    backend: str | None = None, timeout: timedelta | None = None, **options: Any
+    backend: str | None = None, timeout: float | timedelta | None = None, **options: Any
 ) -> None:
     """Initialize the default process group; in place of torch's function of this name.
 
@@ -43,7 +45,8 @@ def init_process_group(
 
     Args:
         backend: As torch's; any.
-        timeout: As torch's: for the rendezvous and for the group's collectives.
+        timeout: As torch's: for the rendezvous and for the group's collectives; in seconds
+            or as a timedelta.
         **options: Passed on; ``init_method``, ``store``, ``rank`` and ``world_size`` are
             set here under torchrun.
 
@@ -52,8 +55,10 @@ def init_process_group(
     """
     global _agreed
     arguments = dict(options)
+    length = None
     if timeout is not None:
-        arguments["timeout"] = timeout
+        length = timedelta(seconds=seconds_of("timeout", timeout))
+        arguments["timeout"] = length
     if dist.is_torchelastic_launched() and "init_method" not in options:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -62,10 +67,10 @@ def init_process_group(
             int(os.environ["MASTER_PORT"]),
             world_size,
             is_master=rank == 0 and not agent_has_store,
-            timeout=timeout or default_pg_timeout,
+            timeout=length or default_pg_timeout,
             wait_for_workers=False,
         )
-        _agreed = _agree(store, rank, world_size, timeout or default_pg_timeout)
+        _agreed = _agree(store, rank, world_size, length or default_pg_timeout)
         arguments |= {
             "store": PrefixStore(f"{_KEYS}/{_agreed}", store),
             "rank": rank,

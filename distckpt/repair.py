@@ -208,7 +208,7 @@ def _or_none(read: Callable[..., _Read], *arguments: Any) -> _Read | None:
 
 
 def _all_of(basis: Record) -> Iterator[Entry]:
-    yield from (*basis.live, *basis.kept, *basis.bad, *basis.releasing)
+    yield from (*basis.live, *basis.kept, *basis.bad, *basis.releasing, *basis.missing)
 
 
 def _size_of(directory: str, name: str) -> int:

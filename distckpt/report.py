@@ -42,7 +42,8 @@ from distckpt.history import read_history
 from distckpt.policy import MIN, Best, parse, parts_of
 from distckpt.record import Entry, Record
 from distckpt.retention import best_of
-from distckpt.terminal import age, date, metrics, size, took
+from distckpt.terminal import age, date, metrics
+from distckpt.units import size, took
 
 _PHASES = {
     CAPTURE: "collect names and layouts",
@@ -80,7 +81,12 @@ class Run:
         """All that the record names, newest first, with the list that it is in."""
         if self.record is None:
             return []
-        lists = {"live": self.record.live, "kept": self.record.kept, "bad": self.record.bad}
+        lists = {
+            "live": self.record.live,
+            "kept": self.record.kept,
+            "bad": self.record.bad,
+            "missing": self.record.missing,
+        }
         every = [(name, entry) for name, entries in lists.items() for entry in entries]
         return sorted(every, key=lambda item: item[1].record, reverse=True)
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from distckpt import mailbox, paths, state, storage
+from distckpt.durations import seconds_of
 from distckpt.errors import CheckpointNotFound, ConfigError
 from distckpt.identity import this_process
+from distckpt.locations import Path, absolute, checked_path
 from distckpt.mailbox import METRICS, PIN, SAVE, UNPIN, Request
-from distckpt.readers import Path, checked_path, read_record
+from distckpt.readers import read_record
 from distckpt.record import Entry
 from distckpt.remarks import Remarks
 
 _POLL_SECONDS = 0.2
 
 
-def pin(path: Path, *, timeout: float | None = 0) -> bool:
+def pin(path: Path, *, timeout: float | timedelta | None = 0) -> bool:
     """Keep a checkpoint, whatever the retention rules say, until it is unpinned.
 
     After return that is asked for, durably. The running job takes it up with its next
@@ -31,7 +34,8 @@ def pin(path: Path, *, timeout: float | None = 0) -> bool:
 
     Args:
         path: The checkpoint, as ``save()`` returns it.
-        timeout: How many seconds to wait until it is done; None waits for ever.
+        timeout: How long to wait until it is done, in seconds or as a timedelta; None
+            waits for ever.
 
     Returns:
         Whether it is known to be done.
@@ -43,13 +47,13 @@ def pin(path: Path, *, timeout: float | None = 0) -> bool:
     return _ask(path, PIN, timeout=timeout, is_done=lambda entry: entry.pinned)
 
 
-def unpin(path: Path, *, timeout: float | None = 0) -> bool:
+def unpin(path: Path, *, timeout: float | timedelta | None = 0) -> bool:
     """Leave a checkpoint to the retention rules again; see ``pin``."""
     return _ask(path, UNPIN, timeout=timeout, is_done=lambda entry: not entry.pinned)
 
 
 def add_metrics(
-    path: Path, metrics: Mapping[str, Any], *, timeout: float | None = 0
+    path: Path, metrics: Mapping[str, Any], *, timeout: float | timedelta | None = 0
 ) -> bool:
     """Add to what ``save(metrics=...)`` has said: for an evaluation that ends later.
 
@@ -59,7 +63,8 @@ def add_metrics(
     Args:
         path: The checkpoint, as ``save()`` returns it.
         metrics: Numbers by name; they replace those of the same name.
-        timeout: How many seconds to wait until it is done; None waits for ever.
+        timeout: How long to wait until it is done, in seconds or as a timedelta; None
+            waits for ever.
 
     Returns:
         Whether it is known to be done.
@@ -82,14 +87,15 @@ def add_metrics(
     )
 
 
-def request_save(directory: Path, *, timeout: float | None = 0) -> str | None:
+def request_save(directory: Path, *, timeout: float | timedelta | None = 0) -> str | None:
     """Have the running job save; with the rule ``on_request()`` within about a second.
 
     Without that rule the next save of the job answers it.
 
     Args:
         directory: The run directory.
-        timeout: How many seconds to wait until it is committed; None waits for ever.
+        timeout: How long to wait until it is committed, in seconds or as a timedelta; None
+            waits for ever.
 
     Returns:
         Path of the newest checkpoint once one is committed that was begun after the
@@ -99,20 +105,22 @@ def request_save(directory: Path, *, timeout: float | None = 0) -> str | None:
         CheckpointNotFound: There is no such run directory.
         StorageError, CorruptStateError, NewerFormatError: It could not be asked for.
     """
-    root = checked_path(directory)
+    given = checked_path(directory)
+    root = absolute(given)
+    seconds = _checked(timeout)
     if not storage.is_directory(root):
-        msg = f"{root} is not a directory."
+        msg = f"{given} is not a directory."
         raise CheckpointNotFound(msg)
     # Read whole: nothing is left in a directory whose records this version cannot read.
     if read_record(root) is None:
-        msg = f"{root}: no job has claimed it yet, so there is nobody to be asked."
+        msg = f"{given}: no job has claimed it yet, so there is nobody to be asked."
         raise CheckpointNotFound(msg)
     name = mailbox.post(root, Request(SAVE, this_process()))
-    if not _wait(lambda: not mailbox.is_waiting(root, name), timeout):
+    if not _wait(lambda: not mailbox.is_waiting(root, name), seconds):
         return None
     record = read_record(root)
     committed = () if record is None else record.committed
-    return os.path.join(root, committed[0].attempt.prefix) if committed else None
+    return os.path.join(given, committed[0].attempt.prefix) if committed else None
 
 
 def _ask(
@@ -120,9 +128,10 @@ def _ask(
     kind: str,
     metrics: tuple[tuple[str, float | None], ...] = (),
     *,
-    timeout: float | None,
+    timeout: float | timedelta | None,
     is_done: Callable[[Entry], bool],
 ) -> bool:
+    seconds = _checked(timeout)
     root, entry = _entry_of(path)
     attempt = entry.attempt
     name = mailbox.post(root, Request(kind, this_process(), attempt, metrics))
@@ -132,16 +141,19 @@ def _ask(
         now = _listed(root, attempt.published)
         return is_done(now) or not mailbox.is_waiting(root, name)
 
-    return _wait(done, timeout)
+    return _wait(done, seconds)
+
+
+def _checked(timeout: float | timedelta | None) -> float | None:
+    return None if timeout is None else seconds_of("timeout", timeout, may_be_zero=True)
 
 
 def _entry_of(path: Path) -> tuple[str, Entry]:
     """Find what a path means: a name as users see it, or that of an attempt."""
     text = checked_path(path).rstrip(os.sep)
-    root, name = os.path.split(text)
-    root = root or os.curdir
+    root, name = os.path.split(absolute(text))
     if not state.has_records(root):
-        msg = f"{text}: {root} is no run directory."
+        msg = f"{text}: {root} is not a run directory."
         raise CheckpointNotFound(msg)
     return root, _listed(root, name)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt import paths, strict_json
+from distckpt import paths, run_directory, savable, storage, strict_json
 from distckpt.checkpoint import COUNTER, nodes_of, remembered_of
 from distckpt.chief import Chief
-from distckpt.choice import spelled
+from distckpt.choice import LATEST, spelled
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer, How
 from distckpt.errors import (
@@ -27,11 +28,11 @@ from distckpt.exchange import Exchange
 from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
+from distckpt.mismatch import mismatch
 from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry, digest
 from distckpt.restore_names import Names, RestoreOptions
-from distckpt.restore_plan import mismatch
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -54,11 +55,20 @@ class Candidates:
         self._left = list(entries)
         self._retried = False
         self._skipped: list[str] = []
-        # What stays and is newer keeps its number.
-        self._taken_numbers = _numbers_of_newer(chief.candidates, entries)
+        # What stays and is newer, or may come back, keeps its number.
+        every = (*chief.candidates, *chief.missing)
+        self._taken_numbers = _numbers_of_newer(every, entries)
+        self._skips_links = False
+
+    def skip_links(self) -> None:
+        """Go on to an older checkpoint where a link is in the place of one."""
+        self._skips_links = True
 
     def offer(self) -> Answer:
         """R1: name the candidate to try, or say that there is none."""
+        while self._left and self._is_linked(self._left[0]):
+            self._taken_numbers.append(self._left[0].attempt.number)
+            self._fall_back(f"{self._left[0].attempt.prefix} is a symbolic link.")
         if self._left:
             entry = self._left[0]
             return {
@@ -72,7 +82,27 @@ class Candidates:
                 f"{' '.join(self._skipped)} {self._job.undefined}"
             )
             raise RestoreFailed(msg.strip())
+        _tell_of_fresh_start(self._job.directory)
         return {"attempt": None}
+
+    def _is_linked(self, entry: Entry) -> bool:
+        """Tell whether a link is in the place of a checkpoint, and is to be passed over.
+
+        Raises:
+            RestoreFailed: It is not: going back to an older one is for the user to decide.
+        """
+        path = self._job.path(entry.attempt.published)
+        target = storage.link_target(path)
+        if target is None:
+            return False
+        if self._skips_links:
+            return True
+        msg = (
+            f"{path} is a symbolic link to {target}, and links are not followed. Move the "
+            f"directory back here; or begin from it, Checkpoint.restore({target!r}); or go "
+            "on from an older checkpoint, RestoreOptions(skip_links=True)."
+        )
+        raise RestoreFailed(msg)
 
     def judge(self, votes: Sequence[Vote]) -> Answer:
         """Go on, try once more, or fall back, from what the ranks have found.
@@ -113,6 +143,8 @@ class Candidates:
             _logger.warning("%s, trying once more: %s", what, text)
             return {"do": _RETRY}
         self._taken_numbers.append(entry.attempt.number)
+        if self._chief.look_for_missing() and entry not in self._chief.candidates:
+            return self._fall_back(f"{entry.attempt.prefix} is gone ({text}).")
         return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
 
     def _refuse_unclaimed(self, entry: Entry, votes: Sequence[Vote]) -> None:
@@ -158,6 +190,19 @@ class _Try:
     names: Ran[Names]
 
 
+def _tell_of_fresh_start(directory: str) -> None:
+    """Say where nothing was found: the directory may be another one than was meant."""
+    below = run_directory.run_directories_in(directory)
+    if below:
+        _logger.warning(
+            "no checkpoint in %s: a fresh start. There are run directories in it: %s. Was "
+            "one of these meant?",
+            *(directory, ", ".join(below[:5])),
+        )
+    else:
+        _logger.info("no checkpoint in %s: a fresh start", directory)
+
+
 def _numbers_of_newer(every: Sequence[Entry], chosen: Sequence[Entry]) -> list[int]:
     first = chosen[0].record if chosen else 0
     return [entry.attempt.number for entry in every if chosen and entry.record > first]
@@ -177,6 +222,7 @@ def restore_or_initialize(job: Job, options: RestoreOptions | None) -> str | Non
 def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
     """Restore what was asked for; see ``CheckpointManager.restore``."""
     ensure_claimed(job)
+    meant = _in_this_directory(job, which)
     candidates: list[Candidates] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
@@ -186,7 +232,7 @@ def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
             msg = f"restore() was asked for another checkpoint on ranks {ranks[:16]}."
             raise ConfigError(msg)
         assert job.chief is not None
-        entries = job.chief.choose(which)
+        entries = job.chief.choose(meant)
         candidates.append(Candidates(job, job.chief, entries))
         return {}
 
@@ -194,6 +240,24 @@ def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
     path = _restore_first(job, candidates[0] if candidates else None, options)
     assert path is not None, "the chief has chosen one"
     return path
+
+
+def _in_this_directory(job: Job, which: Any) -> Any:
+    """Return what a path means that begins with the run directory as it was given.
+
+    A relative one would lead elsewhere after a chdir.
+    """
+    if not isinstance(which, (str, os.PathLike)):
+        return which
+    text = os.fspath(which)
+    if not isinstance(text, str):
+        return which
+    if os.path.normpath(text) in (os.path.normpath(job.given), job.directory):
+        return LATEST
+    root, name = os.path.split(text.rstrip(os.sep))
+    if root and os.path.normpath(root) == os.path.normpath(job.given):
+        return name
+    return which
 
 
 def _asks(which: str) -> Vote:
@@ -208,6 +272,8 @@ def _restore_first(
     names = Ran(lambda: Names(options, always=(COUNTER,)))
     while True:
         # R1 (chief)
+        if candidates is not None and names.error is None and names.result.skips_links:
+            candidates.skip_links()
         answer = job.decisions.consult(Vote(Phase.CANDIDATE), lambda _: _offer(candidates))
         if answer["attempt"] is None:
             return None
@@ -215,7 +281,7 @@ def _restore_first(
         assert attempt is not None
         trial = _Try(attempt, answer["manifest"], answer["min_counter"], names)
         if _restore(job, candidates, trial):
-            return job.path(attempt.prefix)
+            return job.shown(attempt.prefix)
 
 
 def _offer(candidates: Candidates | None) -> Answer:
@@ -360,7 +426,10 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     def decide(votes: Sequence[Vote]) -> Answer:
         what = f"loading the state of {trial.attempt.prefix} failed; tensors are undefined"
         raise_failures(votes, what, RestoreFailed, keep_kind=False)
-        return job.lists()
+        return {**job.lists(), **savable.answer_to(votes)}
+
+    def says(_: object) -> Vote:
+        return Vote(Phase.APPLY, detail=savable.problem_of(job))
 
     def finish() -> int | None:
         loading.finish()
@@ -368,9 +437,11 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         return None if job.gate.when.saves_always else job.step()
 
     finished = Ran(finish)
-    answer = agree(job.decisions, Phase.APPLY, finished, decide)
+    answer = agree(job.decisions, Phase.APPLY, finished, decide, says=says)
     job.take_lists(answer)
     job.undefined = ""
+    if job.steps is not None:
+        job.steps.forget()
     job.replicas.is_first = True  # what was read may be other bytes on some rank
     if trial.min_counter is not None:
         # A newer checkpoint could not be read just now; its number stays its own.
@@ -379,6 +450,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         job.gate.last_step = finished.result
     if job.clock is not None:
         job.clock.reset()
+    savable.take(job, answer)
 
 
 def _initialize(job: Job) -> None:
@@ -386,10 +458,14 @@ def _initialize(job: Job) -> None:
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "init_fn failed", RestoreFailed)
-        return {}
+        return savable.answer_to(votes)
+
+    def says(_: object) -> Vote:
+        return Vote(Phase.INITIALIZE, detail=savable.problem_of(job))
 
     initialized = Ran(lambda: _call_init_fn(job))
-    agree(job.decisions, Phase.INITIALIZE, initialized, decide)
+    answer = agree(job.decisions, Phase.INITIALIZE, initialized, decide, says=says)
+    savable.take(job, answer)
 
 
 def _call_init_fn(job: Job) -> None:

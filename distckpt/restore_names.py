@@ -40,6 +40,8 @@ class RestoreOptions:
             dict from beginnings of names to what stands there instead, the longest first.
             Both are tried on the whole name and, in an optimizer's entries, on that of
             the parameter that they belong to.
+        skip_links: Go on to an older checkpoint where a symbolic link is in the place of
+            the newest; else the restore stops there.
         cast: Convert tensors of one floating-point dtype to that of the live tensor; else
             another dtype is a mismatch.
     """
@@ -48,6 +50,7 @@ class RestoreOptions:
     exclude: str | Iterable[str] = ()
     rename: Rename | None = None
     cast: bool = False
+    skip_links: bool = False
 
 
 class Names:
@@ -62,6 +65,7 @@ class Names:
     Attributes:
         are_all: Whether everything is restored under its own name.
         cast: Whether floating-point tensors are converted.
+        skips_links: Whether a link in the place of a checkpoint is passed over.
 
     Raises:
         ConfigError: Options of the wrong type.
@@ -79,10 +83,11 @@ class Names:
         if not isinstance(options, RestoreOptions):
             msg = f"options must be RestoreOptions, got {options!r:.100}."
             raise ConfigError(msg)
-        cast: Any = options.cast
-        if type(cast) is not bool:
-            msg = f"cast must be True or False, got {cast!r:.100}."
-            raise ConfigError(msg)
+        for name in ("cast", "skip_links"):
+            given: Any = getattr(options, name)
+            if type(given) is not bool:
+                msg = f"{name} must be True or False, got {given!r:.100}."
+                raise ConfigError(msg)
         self._include = None
         if options.include is not None:
             self._include = [*map(_Pattern, _patterns(options.include))]
@@ -90,7 +95,8 @@ class Names:
         self._always = frozenset(always)
         self._unused: set[str] = set()
         self._rename = _renaming(options.rename, self._unused)
-        self.cast: bool = cast
+        self.cast = options.cast
+        self.skips_links = options.skip_links
         self._within = None if within is None else tuple(f"{path}/" for path in within)
         self._below = f"{below}/" if below else ""
         self.are_all = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from math import prod
@@ -17,6 +17,7 @@ from distckpt.dtypes import FLOATS
 from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
+from distckpt.mismatch import NO_MATCH, NOT_HERE, mismatch
 from distckpt.restore_names import Names, near_names
 from distckpt.values import TensorRef
 
@@ -180,7 +181,7 @@ class Saved:
         patterns = self.names.never_matched()
         every = [*self._every_row, *self._every_value] if patterns else []
         return [
-            f"{pattern}: a pattern that matches nothing, neither in the checkpoint nor "
+            f"{pattern}: {NO_MATCH}, neither in the checkpoint nor "
             f"here; near names are {', '.join(near_names(pattern, every))}"
             for pattern in patterns
         ]
@@ -550,19 +551,4 @@ def _is_plain(row: Row, parameter: torch.Tensor, is_count: bool) -> bool:
 
 def unexpected(names: Iterable[str]) -> list[str]:
     """Say of each name that the checkpoint has it and the live objects do not."""
-    return [f"{name}: in the checkpoint, nothing here" for name in names]
-
-
-def mismatch(what: str, problems: list[str]) -> MismatchError:
-    """Make the error that lists how a checkpoint and live objects do not fit."""
-    lines = "".join(f"\n  {problem}" for problem in _first(problems, 100))
-    return MismatchError(
-        f"{what} does not fit the live objects; nothing of it was read. "
-        f"{len(problems)} differences:{lines}"
-    )
-
-
-def _first(items: list[str], limit: int) -> Iterator[str]:
-    yield from items[:limit]
-    if len(items) > limit:
-        yield f"... and {len(items) - limit} more"
+    return [f"{name}: {NOT_HERE}" for name in names]

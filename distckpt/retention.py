@@ -92,18 +92,34 @@ class Retention:
         return tuple(map(spelled, parts_of(self.max_to_keep)))
 
     @property
+    def num_kept(self) -> int | None:
+        """How many checkpoints there will be, at least; None if all are kept.
+
+        Rules of time and functions are not counted.
+        """
+        if self.max_to_keep is None:
+            return None
+        if self.is_number:
+            return int(self.max_to_keep)
+        parts = [Latest(part) if type(part) is int else part for part in self._parts]
+        if None in parts:
+            return None
+        counted = [part.number for part in parts if isinstance(part, (Latest, Best))]
+        return max(1, sum(counted))
+
+    @property
     def best(self) -> Best | None:
         """The first rule that says which checkpoint is the best, if there is one."""
-        parts = () if self.is_number else parts_of(self.max_to_keep)
-        return next((part for part in parts if isinstance(part, Best)), None)
+        return next((part for part in self._parts if isinstance(part, Best)), None)
 
     @property
     def needs_steps(self) -> bool:
         """Tell whether a rule goes by the training step."""
-        return not self.is_number and any(
-            isinstance(part, Every) and part.unit == "steps"
-            for part in parts_of(self.max_to_keep)
-        )
+        return any(isinstance(part, Every) and part.unit == "steps" for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return () if self.is_number else parts_of(self.max_to_keep)
 
     def spelled(self) -> list[Any]:
         """Return what must be the same on all ranks."""

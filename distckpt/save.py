@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from distckpt import paths, shard_file, strict_json
+from distckpt import paths, savable, shard_file, strict_json
 from distckpt.asking import answer_requests, ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
 from distckpt.checkpoint import Captured
@@ -52,7 +52,11 @@ class CheckpointOptions:
         staging: ``"eager"``: all is copied when ``save()`` returns. ``"lazy"``: what only
             the ``step()`` of a tracked optimizer changes (its parameters and its state) is
             copied while forward and backward run, and the next ``step()`` of any optimizer
-            waits for it. Whatever else changes these must call ``wait_staged()`` first.
+            waits for it. Whatever else changes these must call ``wait_staged()`` first:
+            torch counts most changes in place, and a sample of each tensor (the first and
+            last 4 KiB) is compared when it is copied, so that ``p.data``, numpy views and
+            replays of CUDA graphs that change all of a tensor fail the save. A change of
+            some elements in between, by such means, cannot be seen.
         when_busy: What to do while an earlier save is still under way: ``"wait"`` for it,
             or ``"skip"`` this one.
         validate_replicas: Compare all that ranks believe to be replicated, as with
@@ -116,6 +120,8 @@ def _save(job: Job, given: Call) -> str | None:
     job.pace.num_calls += 1
     check_interval = given.check_interval
     step_read = Ran(job.step)
+    if job.steps is not None and step_read.error is None:
+        _warn(job.steps.see(step_read.result, job.latest))
     # First of all, so that all ranks count the same calls until they ask again.
     told_to_stop, due = ask(job)
     # Where all ranks ask at any step, a step counter that raises is a vote like any error.
@@ -131,6 +137,9 @@ def _save(job: Job, given: Call) -> str | None:
         is_wanted = told_to_stop or (bool(due) and job.gate.has_news(step))
         if not is_wanted and not job.gate.allows(step, check_interval):
             job.decision, job.gate.refused_step = None, step
+            if job.steps is not None:
+                _warn(job.steps.note_refused(not check_interval, job.latest))
+            savable.agree_once(job)
             if due:
                 answer_requests(job)
             _look_after_flight(job)
@@ -179,6 +188,9 @@ def _save(job: Job, given: Call) -> str | None:
         raise
     # S8 (every rank): only now does anything remember this save.
     job.gate.last_step = step
+    job.is_checked = True
+    if job.steps is not None:
+        job.steps.note_saved()
     if job.clock is not None:
         job.clock.reset(began)
     job.decision = Decision(True, saving.reasons)
@@ -191,7 +203,12 @@ def _save(job: Job, given: Call) -> str | None:
         step=step,
         detail={"asynchronous": options.enable_async},
     )
-    return job.path(attempt.prefix)
+    return job.shown(attempt.prefix)
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        _logger.warning("%s", text)
 
 
 def _write(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from distckpt import paths, strict_json
-from distckpt.checkpoint import Captured, capture
+from distckpt.checkpoint import COUNTER, Captured, capture
 from distckpt.collector import collector_paused
 from distckpt.comm import Answer
 from distckpt.errors import (
@@ -23,14 +23,21 @@ from distckpt.errors import (
 from distckpt.events import CAPTURE, DECIDE
 from distckpt.job import Job, Ran, agree
 from distckpt.layout import Layouts, Table
-from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
+from distckpt.messages import (
+    Phase,
+    Vote,
+    check_called_alike,
+    named,
+    raise_failures,
+)
 from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.replica_digests import Report, report_all
 from distckpt.replicas import Asked, differing, name_differing, report_of
 from distckpt.restore_names import parameter_of
 from distckpt.sharding import Sharding
-from distckpt.values import is_of_one_rank
+from distckpt.units import plural
+from distckpt.values import class_of_state, is_of_one_rank
 
 _logger = logging.getLogger(__name__)
 
@@ -292,7 +299,7 @@ def _unite_tables(
     try:
         return Layouts(key, tables, [index_of[vote.digest_a] for vote in digests])
     except ManifestError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).removeprefix("layout: ")) from error
 
 
 def _check_meshes(tables: Sequence[Table], copies: Set[str]) -> None:
@@ -333,16 +340,31 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
     differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
     if differing:
         lines = [
-            f"{name}: "
-            + ", ".join(f"{text:.60} on ranks {ranks[:8]}" for text, ranks in texts.items())
+            _spell_difference(name, united[name], texts)
             for name, texts in list(differing.items())[:16]
         ]
-        msg = (
-            f"{len(differing)} plain values differ between ranks; wrap what each rank "
-            "has of its own in PerRank. " + "; ".join(lines)
+        number = plural(len(differing), "plain value")
+        verb = "differs" if len(differing) == 1 else "differ"
+        where = next(iter(differing)).partition("/")[0]
+        way_on = (
+            "Some ranks have saved or restored more often: make the same calls on all."
+            if where == COUNTER
+            else "Make them equal; or, if each rank is meant to have its own, mark it: "
+            f'Checkpoint({where}=PerRank({where}, resize="by_rank")).'
         )
+        msg = f"{number} {verb} between ranks: {'; '.join(lines)}. {way_on}"
         raise ConfigError(msg)
     return united
+
+
+def _spell_difference(name: str, value: Any, texts: Mapping[str, Sequence[int]]) -> str:
+    class_name = class_of_state(value)
+    if class_name:
+        groups = " and ".join(named(ranks) for ranks in texts.values())
+        return f"{name} (state of {class_name}) differs between {groups}"
+    return f"{name} is " + ", ".join(
+        f"{text:.60} on {named(ranks)}" for text, ranks in texts.items()
+    )
 
 
 def or_abandon(

@@ -20,6 +20,7 @@ from distckpt.events import (
     WRITE,
     Event,
 )
+from distckpt.locations import absolute, checked_path
 
 _logger = logging.getLogger("distckpt")
 
@@ -36,7 +37,8 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)
+        # Absolute: it is written for as long as the job runs, perhaps after a chdir.
+        self._path = absolute(checked_path(path, "the file of events"))
 
     def __call__(self, event: Event) -> None:
         """Append one."""
@@ -109,7 +111,8 @@ class PrometheusFile:
         except ImportError as error:
             msg = "PrometheusFile needs a package: pip install 'distckpt[prometheus]'."
             raise ConfigError(msg) from error
-        self._path = os.fspath(path)
+        # Absolute: it is written for as long as the job runs, perhaps after a chdir.
+        self._path = absolute(checked_path(path, "the file of events"))
         self._labels = {**(labels or {})}
         self._write = prometheus_client.write_to_textfile
         self._registry = prometheus_client.CollectorRegistry()

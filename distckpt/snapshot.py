@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import compress
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
+import xxhash
 
 from distckpt import shard_file, tensors
 from distckpt.arena import Arena
 from distckpt.errors import SaveFailed
+from distckpt.known import window
 from distckpt.leaves import Leaf
 from distckpt.own_file import Move, Moves
 from distckpt.shard_file import Written
 from distckpt.shard_header import Draft, Outline
 from distckpt.storage import Buffer
+from distckpt.units import plural
 
 # Entries of up to so many bytes are gathered before they are copied: for each of them, a
 # call of its own would take longer than the copy.
 _SMALL_BYTES = 16 * 2**10
 _GATHERED_BYTES = 2**20
+# Of each end of an entry: enough to see whatever changes all of a tensor.
+_SAMPLED_BYTES = 4096
+_MAX_NAMED = 5
 _version_of = attrgetter("_version")
 
 
@@ -53,6 +60,72 @@ class _Watch:
 
     def _versions_now(self) -> tuple[list[int], list[int]]:
         return [*map(_version_of, self._tensors)], [*map(_version_of, self._memories)]
+
+
+class _Sample(NamedTuple):
+    """Some bytes of an entry that is copied later.
+
+    Attributes:
+        name: Of its tensor.
+        position: Where they go, in bytes from the start of the file's data.
+        size_bytes: How many.
+        digest: Of what they were when the save began.
+    """
+
+    name: str
+    position: int
+    size_bytes: int
+    digest: bytes
+
+
+def samples_of(moves: Iterable[Move]) -> Iterator[_Sample]:
+    """Take samples on the host: the beginning and the end of each entry."""
+    for move in moves:
+        assert move.memory is not None, move
+        address = ctypes.addressof(move.memory)
+        for start, size in _ends(move.size_bytes):
+            digest = xxhash.xxh3_64_digest(window(address + start, size))
+            yield _Sample(move.name, move.position + start, size, digest)
+
+
+def _ends(size_bytes: int) -> list[tuple[int, int]]:
+    """Return offset and length of what is sampled of so many bytes."""
+    if size_bytes <= 2 * _SAMPLED_BYTES:
+        return [(0, size_bytes)]
+    return [(0, _SAMPLED_BYTES), (size_bytes - _SAMPLED_BYTES, _SAMPLED_BYTES)]
+
+
+class DeviceSamples:
+    """The same of entries on one device: put together there, compared on the host.
+
+    Making one only puts work into the device's current stream.
+
+    Args:
+        moves: The entries.
+    """
+
+    def __init__(self, moves: Iterable[Move]) -> None:
+        self._places: list[tuple[str, int, int]] = []
+        parts = []
+        for move in moves:
+            region = tensors.flat_region(move.leaf.tensor, move.box)
+            if region is None:
+                continue
+            for start, size in _ends(move.size_bytes):
+                parts.append(region[start : start + size])
+                self._places.append((move.name, move.position + start, size))
+        self._bytes = torch.cat(parts) if parts else None
+
+    def taken(self) -> Iterator[_Sample]:
+        """Return the samples, once the device has made them."""
+        if self._bytes is None:
+            return
+        data = memoryview(self._bytes.cpu().numpy())
+        offset = 0
+        for name, position, size in self._places:
+            digest = xxhash.xxh3_64_digest(data[offset : offset + size])
+            yield _Sample(name, position, size, digest)
+            offset += size
 
 
 class Snapshot:
@@ -88,9 +161,15 @@ class Snapshot:
             # In the caller's stream, so before whatever comes next. Each device has its
             # own: an event in the stream of another one would not wait for these copies.
             self._events.append(_recorded(torch.cuda.current_stream(device)))
+        self._samples = [*samples_of(moves.later(from_device=False))]
+        self._device_samples: list[DeviceSamples] = []
         leaves = moves.waiting.values()
         devices = {leaf.tensor.device for leaf in leaves if leaf.known.device == "cuda"}
         if devices:
+            on_devices = [*moves.later(from_device=True)]
+            for device in devices:
+                own = [move for move in on_devices if move.leaf.tensor.device == device]
+                self._device_samples.append(DeviceSamples(own))
             self._beside = self._copy_beside(devices, moves.later(from_device=True))
             self._events += self._beside.values()
         if not moves.waiting:
@@ -106,6 +185,30 @@ class Snapshot:
         for event in self._events:
             event.synchronize()
         self.check_unchanged()
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        """Hold samples of what was copied against what it was when the save began.
+
+        torch does not count writes through ``p.data``, a numpy view, or the replay of a
+        CUDA graph.
+
+        Raises:
+            SaveFailed: See ``copy_rest``.
+        """
+        samples = [*self._samples]
+        for on_device in self._device_samples:
+            samples += on_device.taken()
+        self._samples, self._device_samples = [], []
+        start = self._image.data_ptr() + self._draft.size_bytes
+        changed = dict.fromkeys(
+            sample.name
+            for sample in samples
+            if xxhash.xxh3_64_digest(window(start + sample.position, sample.size_bytes))
+            != sample.digest
+        )
+        if changed:
+            raise _changed_too_soon([*changed])
 
     def let_go(self) -> None:
         """Let everything be changed, from now on: all is copied.
@@ -129,12 +232,7 @@ class Snapshot:
         # By now it may be let go, and changed by right.
         changed = found if self._changed is None else self._changed
         if changed:
-            msg = (
-                f"{len(changed)} tensors ({', '.join(changed[:5])}, ...) were changed "
-                "before they were copied, and not by the step of an optimizer. Call "
-                'wait_staged() before whatever changes them, or use staging="eager".'
-            )
-            raise SaveFailed(msg)
+            raise _changed_too_soon(changed)
 
     def _find_changed(self) -> list[str]:
         watch = self._watch  # another thread may let go just now
@@ -183,6 +281,16 @@ class Snapshot:
                 streams[device] = stream
             self._copy(moves)
         return {device: _recorded(stream) for device, stream in streams.items()}
+
+
+def _changed_too_soon(names: Sequence[str]) -> SaveFailed:
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    verb = "was" if len(names) == 1 else "were"
+    return SaveFailed(
+        f"{plural(len(names), 'tensor')} ({', '.join(names[:_MAX_NAMED])}{more}) {verb} "
+        "changed before being copied, and not by the step of an optimizer. Call "
+        'wait_staged() before whatever changes them, or use staging="eager".'
+    )
 
 
 class _Together:

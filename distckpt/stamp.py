@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from distckpt._version import __version__
@@ -28,7 +28,10 @@ CURRENT_FORMAT = "2-provisional.2"
 READABLE_FORMATS: tuple[Format, ...] = (FIRST_FORMAT, CURRENT_FORMAT)
 
 # The features that this version reads. A later format is this one with more features.
-NEEDS: frozenset[str] = frozenset()
+# ``missing``: a record lists checkpoints whose directories are gone, and may come back. A
+# version that did not know them would delete those as left over.
+MISSING = "missing"
+NEEDS: frozenset[str] = frozenset((MISSING,))
 NOTES: frozenset[str] = frozenset()
 
 FIELDS = ("format", "version", "needs", "notes")
@@ -81,6 +84,10 @@ class Stamp:
         The features stay: what they announce may be among what is carried over.
         """
         return Stamp(needs=self.needs, notes=self.notes)
+
+    def needing(self, feature: str) -> Stamp:
+        """Return the stamp of a file that also uses a feature of ``NEEDS``."""
+        return replace(self, needs=tuple(sorted({*self.needs, feature})))
 
 
 FIRST = Stamp(FIRST_FORMAT, "")

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeAlias
 
+from distckpt import units
 from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
 
@@ -109,6 +110,7 @@ class NewFile:
 
     def __init__(self, path: str, size_bytes: int = 0, direct: bool = False) -> None:
         self.path = path
+        self._size_bytes = size_bytes
         self._unsynced_bytes = 0
         self._write_back_from = 0
         self._can_write_back = hasattr(_LIBC, "sync_file_range")
@@ -138,7 +140,7 @@ class NewFile:
         """Have the filesystem set space aside, so that a full one says so at once."""
         if not size_bytes or not hasattr(_LIBC, "fallocate"):
             return
-        with _reported("fallocate", self.path):
+        with _reported("fallocate", self.path, size_bytes):
             _call_libc(
                 _LIBC.fallocate,
                 ctypes.c_int(self._descriptor),
@@ -151,7 +153,7 @@ class NewFile:
         """Write buffers one behind the other, from an offset on, to the last byte."""
         for batch in _batches(buffers):
             size = sum(map(len, batch))
-            with _reported("write", self.path):
+            with _reported("write", self.path, self._size_bytes):
                 written = self._write_vector(batch, offset)
                 if written < size:
                     self._write_rest(batch, written, offset)
@@ -413,6 +415,14 @@ def refuse_link(path: str) -> None:
             raise UnsafeCheckpointError(msg)
 
 
+def link_target(path: str) -> str | None:
+    """Return the absolute path that a link leads to; None for what is no link."""
+    with _reported("lstat", path), suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            return os.path.realpath(path)
+    return None
+
+
 def is_directory(path: str) -> bool:
     """Tell whether a path is a directory (or a link to one)."""
     with _reported("stat", path):
@@ -583,26 +593,32 @@ def _call_libc(function: Any, *arguments: Any) -> bool:
 
 
 @contextmanager
-def _reported(operation: str, path: str) -> Iterator[None]:
-    """Let a call be seen while it runs, and say which one it was if it fails."""
+def _reported(operation: str, path: str, needed_bytes: int = 0) -> Iterator[None]:
+    """Let a call be seen while it runs, and say which one it was if it fails.
+
+    Args:
+        operation: The call.
+        path: On what.
+        needed_bytes: How large a file becomes, for the message of a full disk; 0 if that
+            is not known.
+    """
     with watched(operation, path):
         try:
             yield
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            _fail(operation, path, error)
+            _fail(operation, path, error, needed_bytes)
 
 
-def _fail(operation: str, path: str, error: OSError) -> NoReturn:
+def _fail(operation: str, path: str, error: OSError, needed_bytes: int) -> NoReturn:
     reason = error.strerror or str(error)
     hint = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with suppress(OSError):
             status = os.statvfs(os.path.dirname(path) or ".")
-            hint = (
-                f" ({status.f_bavail * status.f_frsize} bytes and {status.f_favail} "
-                "inodes are free there)"
-            )
+            needed = f"{units.size(needed_bytes)} needed, " if needed_bytes else ""
+            free = units.size(status.f_bavail * status.f_frsize)
+            hint = f" ({needed}{free} and {status.f_favail} inodes are free there)"
     msg = f"{operation} {path}: {reason}{hint}"
     raise StorageError(msg, operation=operation, path=path, errno=error.errno) from error

@@ -235,7 +235,9 @@ def held_storable(tensor: torch.Tensor, name: str) -> Held:
         reason = _why_not_local(tensor, mine) if is_sharded(tensor) else ""
     if reason:
         msg = f"tensor {name!r} cannot be stored: {reason}"
-        raise UnsupportedError(msg)
+        error = UnsupportedError(msg)
+        error.may_pass = tensor.is_meta or torch.nn.parameter.is_lazy(tensor)
+        raise error
     return mine
 
 
@@ -390,6 +392,12 @@ def box_bytes(tensor: torch.Tensor, box: Box) -> memoryview:
     if box.size == 0:
         return memoryview(b"")  # of no rank's part, if the tensor is sharded
     return _bytes_of(_region_of(tensor, box).cpu().contiguous())
+
+
+def flat_region(tensor: torch.Tensor, box: Box) -> torch.Tensor | None:
+    """View a region as its bytes, on its device; None if they do not lie in one run."""
+    region = _region_of(tensor, box)
+    return flat_bytes(region) if is_row_major(region) else None
 
 
 def copy_box(tensor: torch.Tensor, box: Box, target: torch.Tensor) -> None:

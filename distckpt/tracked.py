@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distckpt import modules, schedulers
 from distckpt.errors import UnsupportedError
+from distckpt.frozen_node import FrozenNode
 from distckpt.leaves import Leaves, join, key_text
 from distckpt.marked_nodes import CopiesNode, GroupsNode, OneRankNode
 from distckpt.module_node import ModuleNode, Owners
@@ -37,6 +38,7 @@ from distckpt.optimizers import (
 from distckpt.parts import NamesOfParts, Parts
 from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, Resize
 from distckpt.restore_plan import RestorePlan
+from distckpt.trainable import Trainable
 
 _MAX_DEPTH = 64
 
@@ -112,6 +114,11 @@ class _Walker:
             self.resize[path] = mark.resize
         if isinstance(value, nn.Module):
             self._visit_modules(path, [value], nodes, per_rank)
+        elif isinstance(value, Trainable):
+            self._visit_modules(path, [value.module], nodes, per_rank, True)
+            frozen = FrozenNode(path, value)
+            self.per_rank.append(frozen)
+            self.resize[frozen.path] = "by_rank"
         elif isinstance(value, Parts):
             if isinstance(value[0], nn.Module):
                 self._visit_modules(path, [*value], nodes, per_rank)
@@ -122,14 +129,15 @@ class _Walker:
             self._visit_optimizer(path, value, nodes, per_rank)
         elif isinstance(value, torch.Tensor):
             nodes.append(TensorNode(path, value))
-        elif _is_stateful(value):
+            self._owners.add_tensor(path, value, per_rank)
+        elif is_stateful(value):
             nodes.append(StatefulNode(path, value))
-        elif isinstance(value, (dict, list)) and _holds_tracked(value):
+        elif isinstance(value, (dict, list)) and holds_tracked(value):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
                 set_item = partial(value.__setitem__, key)
                 self.visit(join(path, key), item, set_item, mark, depth + 1)
-        elif isinstance(value, tuple) and _holds_tracked(value):
+        elif isinstance(value, tuple) and holds_tracked(value):
             msg = f"{path}: a tuple cannot be updated in place; use a list."
             raise UnsupportedError(msg)
         else:
@@ -161,14 +169,19 @@ class _Walker:
         self.shared[begins:] = [node_class(node) for node in self.shared[begins:]]
 
     def _visit_modules(
-        self, path: str, parts: Sequence[nn.Module], nodes: list[Node], per_rank: bool
+        self,
+        path: str,
+        parts: Sequence[nn.Module],
+        nodes: list[Node],
+        per_rank: bool,
+        is_trainable_only: bool = False,
     ) -> None:
         names = NamesOfParts() if len(parts) > 1 else None
         for part in parts:
             modules.check_supported(part, path)
             # First, as it takes the state dict: only that puts back the parameters that
             # the optimizer has, where FSDP2 has gathered them for a forward pass.
-            node = ModuleNode(path, part, names)
+            node = ModuleNode(path, part, names, is_trainable_only)
             nodes.append(node)
             self._owners.add(node, per_rank)
 
@@ -204,7 +217,8 @@ class _Walker:
 _MARKS = (PerRank, PerGroup, OneRank, Replicated)
 
 
-def _is_stateful(value: Any) -> bool:
+def is_stateful(value: Any) -> bool:
+    """Tell whether an object has the two methods of a state dict."""
     return (
         not isinstance(value, type)
         and callable(getattr(value, "state_dict", None))
@@ -212,8 +226,9 @@ def _is_stateful(value: Any) -> bool:
     )
 
 
-def _holds_tracked(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (*_MARKS, Parts, torch.Tensor)) or _is_stateful(value):
+def holds_tracked(value: Any, depth: int = 0) -> bool:
+    """Tell whether a tree of containers has more than plain values in it."""
+    if isinstance(value, (*_MARKS, Parts, Trainable, torch.Tensor)) or is_stateful(value):
         return True
     if depth > _MAX_DEPTH:
         return False  # the encoder refuses it with a better message
@@ -221,7 +236,7 @@ def _holds_tracked(value: Any, depth: int = 0) -> bool:
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return False
-    return any(_holds_tracked(item, depth + 1) for item in value)
+    return any(holds_tracked(item, depth + 1) for item in value)
 
 
 class TensorNode:
@@ -232,8 +247,11 @@ class TensorNode:
         self._tensor = tensor
 
     def capture(self, leaves: Leaves) -> None:
-        """Add it, whole."""
-        leaves.add_tensor(self.path, self._tensor)
+        """Add it: a parameter is shared work, all else is written whole."""
+        if isinstance(self._tensor, nn.Parameter):
+            leaves.add_parameter(self.path, self._tensor)
+        else:
+            leaves.add_tensor(self.path, self._tensor)
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into it."""

@@ -10,7 +10,7 @@ import time
 
 from distckpt.errors import ManagerBroken, PeerLost, PeerTimeout
 from distckpt.liveness import HERE, Liveness, Place, Round, Verdict
-from distckpt.messages import Phase
+from distckpt.messages import Phase, place_of
 from distckpt.worker import Worker
 
 # What all others have received already counts for more than the news that one of them
@@ -183,11 +183,13 @@ class Waiting:
         if self._liveness is not None:
             found = self._liveness.call_roll(self._round, broken=True)
         if not isinstance(found, Verdict):
-            found = Verdict(True, (), "another rank has probably died.")
-        return self._error(found._replace(text=f"{found.text} ({reason})"))
+            # Only gloo knows anything.
+            text = f"another rank has probably died ({reason})."
+            found = Verdict(True, (), text)
+        return self._error(found)
 
     def _error(self, verdict: Verdict) -> ManagerBroken:
-        return broken_by(verdict, f"{self._who}, waiting in phase {self._phase.name}")
+        return broken_by(verdict, f"{self._who}, waiting in {place_of(self._phase)}")
 
 
 def broken_by(verdict: Verdict, who: str) -> ManagerBroken:

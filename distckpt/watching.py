@@ -16,7 +16,7 @@ from distckpt import record, state, storage
 from distckpt.errors import CorruptStateError, NewerFormatError, StorageError
 from distckpt.record import Entry, Record
 from distckpt.state import Head
-from distckpt.terminal import duration
+from distckpt.units import duration
 
 # What can happen.
 WAITING = "waiting"
@@ -25,6 +25,7 @@ CLAIM = "claim"
 COMMIT = "commit"
 KEPT = "kept"
 BAD = "bad"
+MISSING = "missing"
 DELETION = "deletion"
 REPAIR = "repair"
 PRUNE = "prune"
@@ -179,6 +180,7 @@ class Watcher:
         for kind, of_before, of_after in (
             (KEPT, before.kept, after.kept),
             (BAD, before.bad, after.bad),
+            (MISSING, before.missing, after.missing),
             (DELETION, before.releasing, after.releasing),
         ):
             known = {entry.attempt for entry in of_before}
@@ -193,7 +195,7 @@ class Watcher:
 
 
 def _listed(of: Record) -> Iterable[Entry]:
-    return (*of.live, *of.kept, *of.bad)
+    return (*of.live, *of.kept, *of.bad, *of.missing)
 
 
 def _job(of: Record) -> str:

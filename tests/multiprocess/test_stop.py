@@ -409,4 +409,4 @@ def _disagree(rank, directory):
 
 def test_ranks_must_be_given_the_same_rule(tmp_path):
     for found in values_of(run_ranks(_disagree, 2, str(tmp_path / "run"))):
-        assert found.kind == "ConfigError" and "other arguments" in found.text
+        assert found.kind == "ConfigError" and "different arguments" in found.text

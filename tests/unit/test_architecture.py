@@ -15,30 +15,41 @@ import distckpt
 # A module imports only from rows with lower numbers. ``__init__`` is exempt: it hands
 # names out lazily.
 LAYERS = {
-    -1: {"_version", "errors"},
+    -2: {"errors"},
+    -1: {"_version", "durations", "units"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open", "parts"},
+    | {"rendezvous", "collector", "few_open", "parts", "locations"}
+    | {"generators", "step_watch", "trainable"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy", "elements", "torch_versions"},
-    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
+    2: {"mismatch", "layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
     | {"history"},
-    4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
+    4: {
+        "run_directory",
+        "shard_file",
+        "janitor",
+        "known",
+        "read_plan",
+        "waiting",
+        "lookout",
+        "report",
+    }
     | {"watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
     | {"module_loading"},
     7: {"opened", "module_node", "marked_nodes", "repair", "doctor", "optimizers"},
-    8: {"optimizer_node", "diff", "schedulers"},
+    8: {"optimizer_node", "diff", "schedulers", "frozen_node"},
     9: {"tracked"},
-    10: {"loading"},
+    10: {"loading", "object_types"},
     11: {"checkpoint"},
     12: {"own_file", "pretrained", "replica_digests"},
     13: {"job", "snapshot"},
-    14: {"claim", "construct", "exchange", "asking", "replicas"},
+    14: {"savable", "claim", "construct", "exchange", "asking", "replicas"},
     15: {"restore", "save_plan"},
     16: {"commit"},
     17: {"background", "cli_paths"},
@@ -88,7 +99,8 @@ TORCH_FREE = {
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
-    *{"report", "torch_versions"},
+    *{"report", "torch_versions", "locations", "durations", "units", "mismatch"},
+    *{"run_directory", "step_watch"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
@@ -97,7 +109,8 @@ PLAIN_OS = {
     *{"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"},
     *{"register_at_fork", "kill", "setpriority", "PRIO_PROCESS"},
 }
-PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
+PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath", "normpath"}
+PLAIN_OS_PATH |= {"expanduser", "expandvars"}
 # Modules that touch files by themselves.
 FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}
 FILE_MODULES |= {"zipfile", "tarfile"}

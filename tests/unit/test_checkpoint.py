@@ -100,8 +100,9 @@ def test_counter_counts_saves_and_is_part_of_the_checkpoint(run_dir):
 
 def test_counter_is_given_back_when_a_save_fails(run_dir):
     """The next save that works has the number that the failed one had."""
-    checkpoint = Checkpoint(x=object())
+    checkpoint = Checkpoint(x=1)
     with CheckpointManager(checkpoint, run_dir, max_to_keep=None) as manager:
+        checkpoint.x = object()
         with pytest.raises(UnsupportedError):
             manager.save()
         assert checkpoint.save_counter == 0

@@ -462,9 +462,9 @@ def test_verify_of_a_directory_without_commits_exits_with_3(run_dir, claimed):
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
-def test_empty_path_exits_with_3(command):
+def test_empty_path_exits_with_2(command):
     """An unset variable in a script is no traceback."""
-    assert run(command, "").exit_code == 3
+    assert run(command, "").exit_code == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["list", "-h"], ["--version"]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpoint, known, shard_file
+from distckpt import Checkpoint, CheckpointManager, known, shard_file
 from distckpt.checkpoint import capture, remembered_of
 from distckpt.known import KnownTensor, KnownTensors
 
@@ -168,3 +168,47 @@ def test_entries_are_written_in_runs_of_small_ones_or_one_large(monkeypatch, blo
         if stop - first > 1:
             assert max(sizes[first:stop]) <= block
             assert sum(sizes[first:stop]) <= 32
+
+
+def test_another_tensor_object_is_described_again_though_its_id_may_come_back():
+    """Ids are given out again; then type, memory and layout have to be the same, too."""
+    tensor = torch.zeros(4)
+    before = KnownTensor(tensor, "w")
+    assert not before.still_holds(torch.zeros(4))
+    before._id = id(other := torch.zeros(4))
+    assert not before.still_holds(other)
+    before._id = id(same := nn.Parameter(tensor, requires_grad=False))
+    assert not before.still_holds(same)
+
+
+@pytest.mark.parametrize("moment", ["saved", "restored", "closed"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.half().cpu(),
+        lambda model: model.to_empty(device="cpu"),
+    ],
+    ids=["to", "half-cpu", "to_empty"],
+)
+def test_model_can_be_converted_by_swapping_its_tensors(convert, moment, run_dir):
+    """torch refuses to swap tensors that have weak references."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        manager = CheckpointManager(
+            Checkpoint(model=model, optimizer=optimizer), run_dir, 2
+        )
+        manager.save()
+        if moment == "restored":
+            manager.restore_or_initialize()
+        if moment == "closed":
+            manager.close()
+        convert(model)
+        if moment != "closed":
+            manager.save()
+            manager.close()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

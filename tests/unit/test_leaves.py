@@ -219,10 +219,10 @@ def test_more_than_a_hundred_differences_are_counted(run_dir):
     """The message stays readable: the first hundred, and how many more."""
     save(run_dir, x={f"k{number}": torch.ones(1) for number in range(120)})
     with pytest.raises(
-        MismatchError, match=r"(?s)121 differences.*x/k10.*\.\.\."
+        MismatchError, match=r"(?s)121 differences.*x \(120 names: x/k0, x/k1, \.\.\.\)"
     ) as caught:
         restore(run_dir, y=torch.ones(1))
-    assert str(caught.value).count("nothing here") <= 100
+    assert str(caught.value).count("nothing here") == 1
 
 
 def test_values_live_in_the_manifest_and_tensors_in_the_shard_file(run_dir):

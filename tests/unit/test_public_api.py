@@ -47,6 +47,7 @@ NAMES = [
     "StorageTimeout",
     "StoredTensor",
     "TensorNotFound",
+    "Trainable",
     "UnsafeCheckpointError",
     "UnsupportedError",
     "add_metrics",
@@ -154,7 +155,10 @@ def test_readers_arguments_are_tensorflows():
         ("timeout_fn", None),
         ("lease_seconds", 60.0),
     ]
-    assert _parameters(distckpt.latest_checkpoint) == [("directory", "required")]
+    assert _parameters(distckpt.latest_checkpoint) == [
+        ("directory", "required"),
+        ("strict", False),
+    ]
     assert _parameters(distckpt.get_checkpoint_state) == [("directory", "required")]
 
 

@@ -118,7 +118,7 @@ def test_what_is_dropped_cannot_be_pinned(run_dir, chief):
     save(chief, run_dir, 2)
     with pytest.raises(CheckpointNotFound, match=r"not committed.*newest first: ckpt-2"):
         pin(path(run_dir, 1))
-    with pytest.raises(CheckpointNotFound, match="no run directory"):
+    with pytest.raises(CheckpointNotFound, match="not a run directory"):
         pin(os.path.join(run_dir, "nowhere", "ckpt-1"))
     assert waiting(run_dir) == []
 

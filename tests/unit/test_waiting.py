@@ -48,7 +48,7 @@ def _wait_until_it_raises(waiting, seconds=2.0):
 
 
 def test_who_is_missing_at_the_deadline_is_named():
-    with pytest.raises(PeerTimeout, match=r"rank 0 of 4, .* WRITE: no answer") as caught:
+    with pytest.raises(PeerTimeout, match=r"rank 0 of 4, .* WRITE\): no answer") as caught:
         _wait_until_it_raises(_waiting(Others(MISSING)))
     assert caught.value.ranks == (3,)
 

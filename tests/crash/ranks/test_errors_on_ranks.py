@@ -292,7 +292,7 @@ def _resources() -> tuple[list[str], int]:
 CAMPAIGN = ErrorsOnRanks()
 
 
-@in_two_parts(SIZE, range(5))
+@in_two_parts(SIZE, (0, 1, 2, 3, 19))
 def test_errors_of_one_rank_are_told_alike_on_all(
     scratch: str, report_figures: Callable[[str], None], indexes: Collection[int]
 ):
