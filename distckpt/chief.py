@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -86,6 +86,7 @@ class Chief:
         self._lock: DirectoryLock | None = None
         self._probe: Probe | None = None
         self._uncertain = False
+        self._unreadable: set[Attempt] = set()
         self._has_looked_for_room = False
         # Attempts of ours that were neither committed nor removed: a call that hung or
         # was interrupted has left them.
@@ -481,7 +482,11 @@ class Chief:
         live = mailbox.applied(self._live, requests)
         others = [e for e in live if e.attempt.prefix != prefix]
         replaced = [e for e in self.candidates if e.attempt.prefix == prefix]
-        swept = sweep([*others, entry], self._last_preserved, self._retention)
+        # What could not be read in this job stays, and counts for no rule: else what was
+        # restored in its place could be deleted for it.
+        unreadable = [e for e in others if e.attempt in self._unreadable]
+        counted = [e for e in others if e.attempt not in self._unreadable]
+        swept = sweep([*counted, entry], self._last_preserved, self._retention)
         if swept.dropped and self.look_for_missing():
             # Or what is gone would count, and what is there be deleted for it.
             self._append_commit(manifest, manifest_digest, requests)
@@ -490,7 +495,7 @@ class Chief:
         kept = tuple(e for e in kept if e.attempt.prefix != prefix)
         self._append(
             record.COMMIT,
-            live=swept.live,
+            live=_in_order((*without_reasons(unreadable), *swept.live)),
             kept=without_reasons((*kept, *swept.preserved)),
             bad=without_reasons(self._bad),
             releasing=without_reasons((*self._to_release(), *replaced, *swept.dropped)),
@@ -717,7 +722,7 @@ class Chief:
         there = {entry.attempt for entry in back}
         self._missing = tuple(e for e in self._missing if e.attempt not in there)
         found = [replace(entry, was_kept=False) for entry in back if not entry.was_kept]
-        self._live = (*sorted((*self._live, *found), key=lambda entry: entry.record),)
+        self._live = _in_order((*self._live, *found))
         found = [replace(entry, was_kept=False) for entry in back if entry.was_kept]
         self._kept = (*self._kept, *found)
         return back
@@ -755,6 +760,10 @@ class Chief:
         self._kept = tuple(e for e in self._kept if e.attempt != entry.attempt)
         self._bad = (*self._bad, entry)
 
+    def note_unreadable(self, entry: Entry) -> None:
+        """Take note that a restore has passed over an attempt that could not be read."""
+        self._unreadable.add(entry.attempt)
+
     # End
 
     def settle(self, timeout_seconds: float) -> bool:
@@ -768,3 +777,7 @@ class Chief:
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
+
+
+def _in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(sorted(entries, key=lambda entry: entry.record))

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from distckpt import readers, values
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, ManifestError, TensorNotFound
+from distckpt.locations import Path
 from distckpt.manifest import Manifest
 from distckpt.selection import Selection
 from distckpt.stored_tensor import Files, StoredTensor
 from distckpt.values import TensorRef
 
 
-def open(path: readers.Path) -> OpenedCheckpoint:
+def open(path: Path) -> OpenedCheckpoint:
     """Open a checkpoint for reading: no process group, no torch, nothing tracked.
 
     The manifest is read and checked; shard files are opened when they are first needed.

@@ -219,6 +219,7 @@ def every(
     if len(given) != 1:
         msg = f"every: give one of {', '.join(arguments)}; got {given or 'none'}."
         raise ConfigError(msg)
+    amount: Any
     ((unit, amount),) = given.items()
     if isinstance(amount, timedelta) and unit in _SECONDS_OF:
         amount = amount.total_seconds() / _SECONDS_OF[unit]

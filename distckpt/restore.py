@@ -145,6 +145,7 @@ class Candidates:
         self._taken_numbers.append(entry.attempt.number)
         if self._chief.look_for_missing() and entry not in self._chief.candidates:
             return self._fall_back(f"{entry.attempt.prefix} is gone ({text}).")
+        self._chief.note_unreadable(entry)
         return self._fall_back(f"{entry.attempt.prefix} cannot be read ({text}).")
 
     def _refuse_unclaimed(self, entry: Entry, votes: Sequence[Vote]) -> None:

@@ -120,7 +120,7 @@ class DeviceSamples:
         """Return the samples, once the device has made them."""
         if self._bytes is None:
             return
-        data = memoryview(self._bytes.cpu().numpy())
+        data = self._bytes.cpu().numpy().data
         offset = 0
         for name, position, size in self._places:
             digest = xxhash.xxh3_64_digest(data[offset : offset + size])

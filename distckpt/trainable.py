@@ -31,8 +31,9 @@ class Trainable:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.Module):
-            msg = f"Trainable takes a module, got {type(module).__name__}."
+        given: Any = module
+        if not isinstance(given, nn.Module):
+            msg = f"Trainable takes a module, got {type(given).__name__}."
             raise ConfigError(msg)
         self.module = module
         # Digests by name, for as long as a parameter stays as it is.

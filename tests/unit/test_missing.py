@@ -229,6 +229,19 @@ def test_one_that_goes_during_a_restore_is_named_as_gone(run, monkeypatch, caplo
         assert _names(manager) == ["ckpt-1", "ckpt-2"]
 
 
+def test_one_that_cannot_be_read_counts_for_no_rule_of_this_job(run):
+    """Its manifest is lost: what was restored instead is not deleted for it."""
+    with run.job() as manager:
+        run.save(manager, 1, 2, 3)
+    os.remove(os.path.join(run.path("ckpt-3"), "manifest.json"))
+    with run.job() as manager:
+        assert manager.restore_or_initialize().endswith("ckpt-2")
+        run.save(manager, 4)
+        assert _names(manager) == ["ckpt-2", "ckpt-3", "ckpt-4"]
+        run.save(manager, 5)
+        assert _names(manager) == ["ckpt-3", "ckpt-4", "ckpt-5"] == run.there()
+
+
 def test_list_and_doctor_name_what_is_missing(run):
     """Before a job has noticed it, and after."""
     with run.job(3) as manager:
