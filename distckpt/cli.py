@@ -27,7 +27,6 @@ from distckpt.cli_paths import (
     check_run_directory,
     complete_checkpoint,
     complete_directory,
-    naming_what_is_near,
     run_directories_in,
 )
 from distckpt.cli_repair import doctor_command, repair_command
@@ -48,16 +47,13 @@ from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
     Progress,
-    age,
-    date,
     echo,
     json_option,
-    metrics,
     or_exit,
     print_json,
     print_table,
-    size,
 )
+from distckpt.words import age, date, metrics, size
 
 if TYPE_CHECKING:
     from distckpt.manifest import Manifest
@@ -223,8 +219,7 @@ def _record_of(directory: str) -> Record | None:
 def _manifest_of(path: str) -> Manifest:
     from distckpt.readers import locate_newest, read_manifest
 
-    with naming_what_is_near(path):
-        located = locate_newest(path)
+    located = locate_newest(path)
     manifest = read_manifest(located.directory, located.manifest_digest)
     _ = manifest.assignment  # worked out here, where its errors are reported
     return manifest
@@ -255,8 +250,7 @@ def _targets(path: str) -> list[_Target]:
             )
             for entry in record.committed
         ]
-    with naming_what_is_near(path):
-        located = locate(path)
+    located = locate(path)
     size_bytes = 0
     with suppress(DistckptError):  # which the verification finds and names
         size_bytes = read_manifest(located.directory, located.manifest_digest).size_bytes

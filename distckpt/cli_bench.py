@@ -20,8 +20,8 @@ from distckpt.terminal import (
     json_option,
     print_json,
     print_table,
-    size,
 )
+from distckpt.words import size
 
 if TYPE_CHECKING:
     from distckpt.bench.disk import DiskResults, Figure

@@ -25,8 +25,8 @@ from distckpt.terminal import (
     or_exit,
     print_json,
     print_table,
-    size,
 )
+from distckpt.words import size
 
 if TYPE_CHECKING:
     from distckpt.prune import Plan

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from distckpt.cli_paths import complete_checkpoint, naming_what_is_near
+from distckpt.cli_paths import complete_checkpoint
 from distckpt.errors import (
     ConfigError,
     CorruptStateError,
@@ -30,8 +30,8 @@ from distckpt.terminal import (
     fail,
     json_option,
     print_json,
-    size,
 )
+from distckpt.words import size
 
 
 def _pairs(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -99,7 +99,7 @@ def export_command(
         msg = "--config is for --to huggingface."
         raise click.UsageError(msg)
     options = export.Options(tracked_object, only, max_shard_bytes, config, rename)
-    with _exit_codes(), naming_what_is_near(path), opened.open(path) as checkpoint:
+    with _exit_codes(), opened.open(path) as checkpoint:
         total = 2 * export.size_to_write(checkpoint, to, options)
         with _timed(f"exporting to {to}", total, as_json, output) as (advance, facts):
             done = export.export(checkpoint, output, to, options, advance)

@@ -42,7 +42,7 @@ from distckpt.history import read_history
 from distckpt.policy import MIN, Best, parse, parts_of
 from distckpt.record import Entry, Record
 from distckpt.retention import best_of
-from distckpt.terminal import age, date, metrics, size, took
+from distckpt.words import age, date, metrics, size, took
 
 _PHASES = {
     CAPTURE: "collect names and layouts",

@@ -17,7 +17,8 @@ from distckpt.dtypes import FLOATS
 from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
-from distckpt.restore_names import Names, near_names
+from distckpt.near import near_names
+from distckpt.restore_names import Names
 from distckpt.values import TensorRef
 
 _Item = TypeVar("_Item")
@@ -181,7 +182,7 @@ class Saved:
         every = [*self._every_row, *self._every_value] if patterns else []
         return [
             f"{pattern}: a pattern that matches nothing, neither in the checkpoint nor "
-            f"here; near names are {', '.join(near_names(pattern, every))}"
+            f"here; near names are {', '.join(near_names(pattern, every, least=0))}"
             for pattern in patterns
         ]
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -59,51 +59,6 @@ def print_json(tree: dict[str, Any]) -> None:
     """Print a tree for scripts, a field on a line."""
     # Not indented: Python does that without C, which takes four times as long.
     click.echo(json.dumps(tree, separators=(",\n", ": ")))
-
-
-def size(size_bytes: float) -> str:
-    """Spell a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
-
-
-def metrics(values: Mapping[str, float | None]) -> str:
-    """Spell metrics for people; one that is no finite number has a dash."""
-    return ", ".join(
-        f"{name} {'-' if value is None else f'{value:.6g}'}"
-        for name, value in values.items()
-    )
-
-
-def date(seconds: float) -> str:
-    """Spell seconds since the epoch for people, in their own time zone."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return f"{seconds:.0f} s"
-
-
-def duration(seconds: float) -> str:
-    """Spell a length of time for people."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def age(seconds: float) -> str:
-    """Spell for how long something has been there."""
-    return "in the future" if seconds < 0 else duration(seconds)
-
-
-def took(seconds: float) -> str:
-    """Spell how long something has taken, as finely as three digits do."""
-    if seconds < 0.0995:
-        return f"{1000 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 120 else duration(seconds)
 
 
 def print_table(

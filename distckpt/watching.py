@@ -16,7 +16,7 @@ from distckpt import record, state, storage
 from distckpt.errors import CorruptStateError, NewerFormatError, StorageError
 from distckpt.record import Entry, Record
 from distckpt.state import Head
-from distckpt.terminal import duration
+from distckpt.words import duration
 
 # What can happen.
 WAITING = "waiting"

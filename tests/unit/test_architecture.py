@@ -17,15 +17,16 @@ import distckpt
 LAYERS = {
     -1: {"_version", "errors"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open", "parts"},
+    | {"rendezvous", "collector", "few_open", "parts", "near", "words"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy", "elements", "torch_versions"},
-    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
+    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
+    | {"state_dicts"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
-    | {"history"},
+    | {"history", "near_paths"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
     | {"watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
@@ -88,7 +89,7 @@ TORCH_FREE = {
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
-    *{"report", "torch_versions"},
+    *{"report", "torch_versions", "near", "near_paths", "words", "state_dicts"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
