@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from distckpt import readers, tracked
 from distckpt.errors import ConfigError
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
+from distckpt.near import did_you_mean
+from distckpt.per_rank import kinds_of
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import mismatch
 
@@ -66,15 +69,33 @@ class Checkpoint:
         objects = object.__getattribute__(self, "__dict__").get("_objects", {})
         if name in objects:
             return objects[name]
-        msg = f"this Checkpoint tracks no {name!r}; it tracks {sorted(objects)}."
+        here = ", ".join(map(repr, sorted(objects))) or "nothing"
+        # Names that begin so are not tracked; notebooks and copies ask for many of them.
+        hint = "." if name.startswith("_") else did_you_mean(name, objects)
+        msg = f"this Checkpoint tracks no {name!r}{hint}"
+        msg = f"{msg} It tracks {here}."
         raise AttributeError(msg)
+
+    def __dir__(self) -> list[str]:
+        # For completion in notebooks.
+        return [*super().__dir__(), *self.__dict__.get("_objects", {})]
+
+    def __repr__(self) -> str:
+        # By types: no state dict is taken, and no tensor is read, which may be on a device.
+        objects = self.__dict__.get("_objects", {})
+        parts = [f"{name}={kinds_of(value)}" for name, value in objects.items()]
+        parts.append(f"{COUNTER}={self.__dict__.get(COUNTER, 0)}")
+        return f"Checkpoint({', '.join(parts)})"
 
     def __delattr__(self, name: str) -> None:
         if name not in self._objects:
-            raise AttributeError(name)
+            msg = f"this Checkpoint tracks no {name!r}{did_you_mean(name, self._objects)}"
+            raise AttributeError(msg)
         del self._objects[name]
 
-    def restore(self, path: readers.Path, options: RestoreOptions | None = None) -> None:
+    def restore(
+        self, path: str | os.PathLike[str], options: RestoreOptions | None = None
+    ) -> None:
         """Restore this process's objects from a checkpoint: local, no collectives.
 
         Whatever layout and number of ranks saved it: each tensor is read as it lies here.

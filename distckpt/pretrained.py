@@ -29,7 +29,7 @@ from distckpt.torch_versions import dtype_of_name
 
 
 def from_pretrained(
-    path: readers.Path,
+    path: str | os.PathLike[str],
     options: RestoreOptions | None = None,
     *,
     tracked_as: str | None = None,
