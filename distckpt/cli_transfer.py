@@ -31,7 +31,7 @@ from distckpt.terminal import (
     json_option,
     print_json,
 )
-from distckpt.words import size
+from distckpt.words import count, size, took
 
 
 def _pairs(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -202,7 +202,7 @@ def _timed(
         return
     seconds = max(time.monotonic() - started, 0.001)
     echo(
-        f"ok   {facts['path']}: {facts['num_tensors']} tensors, {facts['num_values']} "
-        f"plain values, {size(facts['size_bytes'])}, written and read again in "
-        f"{seconds:.1f} s ({size(total_bytes / seconds)}/s)"
+        f"ok   {facts['path']}: {count(facts['num_tensors'], 'tensor')}, "
+        f"{count(facts['num_values'], 'plain value')}, {size(facts['size_bytes'])}, "
+        f"written and read again in {took(seconds)} ({size(total_bytes / seconds)}/s)"
     )

@@ -27,7 +27,7 @@ from operator import add
 from threading import Lock
 from typing import Any, NamedTuple, NoReturn
 
-from distckpt import dtypes, sharding, strict_json
+from distckpt import dtypes, sharding, strict_json, words
 from distckpt.boxes import Box, checked_size, overlap, split_range, whole
 from distckpt.errors import ManifestError
 from distckpt.record import digest
@@ -742,8 +742,8 @@ def _refuse_differing(
 ) -> None:
     _refuse(
         f"tensor {known.name!r} differs between ranks: "
-        f"{_describe(known)} on ranks {_few(known_ranks)}, "
-        f"{_describe(other)} on ranks {_few(other_ranks)}. Wrap what each rank has of "
+        f"{_describe(known)} on {words.ranks(known_ranks)}, "
+        f"{_describe(other)} on {words.ranks(other_ranks)}. Wrap what each rank has of "
         "its own in PerRank."
     )
 
@@ -752,11 +752,6 @@ def _describe(row: Row) -> str:
     shared = f", same as {row.same_as!r}" if row.same_as else ""
     placed = "" if row.sharding is None else f" {row.sharding}"
     return f"{row.dtype} {list(row.shape)} ({row.kind}{placed}{shared})"
-
-
-def _few(ranks: Sequence[int]) -> str:
-    text = ", ".join(map(str, ranks[:8]))
-    return text if len(ranks) <= 8 else f"{text}, ... ({len(ranks)} ranks)"
 
 
 def _refuse(reason: str) -> NoReturn:

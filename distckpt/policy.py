@@ -461,6 +461,17 @@ def parse(text: str) -> Rule:
         raise ConfigError(msg) from error
 
 
+def best_rules(rules: Iterable[str]) -> list[Best]:
+    """Return those of a record's rules that say which checkpoint is the best."""
+    found: list[Best] = []
+    for text in rules:
+        try:
+            found += [part for part in parts_of(parse(text)) if isinstance(part, Best)]
+        except ConfigError:
+            continue  # a number, or a function of the user's
+    return found
+
+
 def _parse(node: ast.expr) -> Rule:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _parse(node.left) | _parse(node.right)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from functools import partial
 from typing import Any, NamedTuple
 
-from distckpt import paths, strict_json
+from distckpt import paths, strict_json, words
 from distckpt.checkpoint import Captured, capture
 from distckpt.collector import collector_paused
 from distckpt.comm import Answer
@@ -308,8 +308,8 @@ def _check_meshes(tables: Sequence[Table], copies: Set[str]) -> None:
         if copies.isdisjoint((row.name, parameter)):
             where = row.name.partition("/")[0]
             msg = (
-                f"tensor {row.name!r} lies on ranks {other.mesh.ranks[:8]} and, by itself, "
-                f"on ranks {row.sharding.mesh.ranks[:8]} (placements "
+                f"tensor {row.name!r} lies on {words.ranks(other.mesh.ranks)} and, by "
+                f"itself, on {words.ranks(row.sharding.mesh.ranks)} (placements "
                 f"{[*other.placements]} and {[*row.sharding.placements]}). If these are "
                 "two tensors (experts, stages), declare "
                 f"Checkpoint({where}=PerGroup({where}, mesh)), with the mesh along which "
@@ -334,12 +334,15 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
     if differing:
         lines = [
             f"{name}: "
-            + ", ".join(f"{text:.60} on ranks {ranks[:8]}" for text, ranks in texts.items())
+            + ", ".join(
+                f"{text:.60} ({words.ranks(ranks)})" for text, ranks in texts.items()
+            )
             for name, texts in list(differing.items())[:16]
         ]
         msg = (
-            f"{len(differing)} plain values differ between ranks; wrap what each rank "
-            "has of its own in PerRank. " + "; ".join(lines)
+            f"{words.count(len(differing), 'plain value')} differ"
+            f"{'s' * (len(differing) == 1)} between ranks; wrap what each rank has of its "
+            "own in PerRank. " + "; ".join(lines)
         )
         raise ConfigError(msg)
     return united

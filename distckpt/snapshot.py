@@ -10,7 +10,7 @@ from operator import attrgetter
 
 import torch
 
-from distckpt import shard_file, tensors
+from distckpt import shard_file, tensors, words
 from distckpt.arena import Arena
 from distckpt.errors import SaveFailed
 from distckpt.leaves import Leaf
@@ -129,9 +129,10 @@ class Snapshot:
         # By now it may be let go, and changed by right.
         changed = found if self._changed is None else self._changed
         if changed:
+            shown = f"{', '.join(changed[:5])}{', ...' * (len(changed) > 5)}"
             msg = (
-                f"{len(changed)} tensors ({', '.join(changed[:5])}, ...) were changed "
-                "before they were copied, and not by the step of an optimizer. Call "
+                f"{words.count(len(changed), 'tensor')} changed before being copied, and "
+                f"not by the step of an optimizer: {shown}. Call "
                 'wait_staged() before whatever changes them, or use staging="eager".'
             )
             raise SaveFailed(msg)

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeAlias
 
+from distckpt import words
 from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
 
@@ -601,8 +602,8 @@ def _fail(operation: str, path: str, error: OSError) -> NoReturn:
         with suppress(OSError):
             status = os.statvfs(os.path.dirname(path) or ".")
             hint = (
-                f" ({status.f_bavail * status.f_frsize} bytes and {status.f_favail} "
-                "inodes are free there)"
+                f" ({words.size(status.f_bavail * status.f_frsize)} and "
+                f"{words.count(status.f_favail, 'inode')} are free there)"
             )
     msg = f"{operation} {path}: {reason}{hint}"
     raise StorageError(msg, operation=operation, path=path, errno=error.errno) from error

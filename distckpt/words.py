@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 from distckpt.errors import ConfigError
 
-_MAX_RANKS = 16
+_MAX_RANKS = 8
 
 
 def size(size_bytes: float) -> str:
@@ -33,7 +33,7 @@ def count(number: int, noun: str) -> str:
 def ranks(numbers: Sequence[int]) -> str:
     """Spell which ranks: ``rank 3``, ``ranks 0, 1``; of many the first."""
     some = ", ".join(map(str, numbers[:_MAX_RANKS]))
-    more = f", ... ({len(numbers)})" if len(numbers) > _MAX_RANKS else ""
+    more = f", ... ({len(numbers)} ranks)" if len(numbers) > _MAX_RANKS else ""
     return f"rank{'s' * (len(numbers) != 1)} {some}{more}"
 
 

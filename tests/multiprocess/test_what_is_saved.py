@@ -246,9 +246,9 @@ def test_values_and_tensors_that_differ_between_ranks_are_errors_naming_both(tmp
     assert values.kind == "ConfigError"
     for text in (
         "2 plain values differ",
-        "epoch: 0 on ranks [0, 1], 1 on ranks [2, 3]",
-        'config: {"host":"host-0"} on ranks [0]',
-        '{"host":"host-3"} on ranks [3]',
+        "epoch: 0 (ranks 0, 1), 1 (ranks 2, 3)",
+        'config: {"host":"host-0"} (rank 0)',
+        '{"host":"host-3"} (rank 3)',
         "PerRank",
     ):
         assert text in values.text

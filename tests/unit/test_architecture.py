@@ -17,10 +17,11 @@ import distckpt
 LAYERS = {
     -1: {"_version", "errors"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open", "parts", "near", "words"},
+    | {"collector", "few_open", "parts", "near", "words"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
+    | {"rendezvous"}
     | {"policy", "elements", "torch_versions"},
     2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
     | {"state_dicts"},

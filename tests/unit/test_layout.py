@@ -734,7 +734,7 @@ def test_tied_sharded_tensor_is_stored_once():
                 (Row("w", "float32", (4,), SPLIT),),
             ],
             [0, 1],
-            r"'w' differs between ranks: .*\(split\) on ranks 1",
+            r"'w' differs between ranks: .*\(split\) on rank 1\.",
         ),
     ],
     ids=["no such rank", "not there", "overlap", "mesh shape", "placement", "kind"],

@@ -383,7 +383,7 @@ def test_full_disk_is_reported_with_the_space_that_is_left(small_disk):
     """ENOSPC says what, where and how much is free."""
     path = os.path.join(small_disk("size=64k"), "f")
     with pytest.raises(
-        StorageError, match=r"write .*/f: .*\(\d+ bytes and \d+ inodes"
+        StorageError, match=r"write .*/f: .*\([\d.]+ [KM]?i?B and \d+ inodes"
     ) as e:
         storage.write_new_file(path, bytes(10**6))
     assert e.value.errno == errno.ENOSPC
@@ -494,7 +494,9 @@ def test_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
 def test_full_disk_is_found_before_anything_is_written(small_disk):
     """Where the filesystem can set space aside."""
     path = os.path.join(small_disk("size=1m"), "f")
-    with pytest.raises(StorageError, match=r"fallocate .*/f: .*\d+ bytes") as caught:
+    with pytest.raises(
+        StorageError, match=r"fallocate .*/f: .*[\d.]+ [KM]iB and \d+ in"
+    ) as caught:
         storage.NewFile(path, 2 * 2**20)
     assert caught.value.errno == errno.ENOSPC
     assert os.path.getsize(path) == 0
