@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from distckpt.events import Event
     from distckpt.gate import Decision
     from distckpt.manager import CheckpointManager
-    from distckpt.opened import OpenedCheckpoint, open
+    from distckpt.opened import OpenedCheckpoint
+    from distckpt.opened import open as open
     from distckpt.parts import Parts
     from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, RngState
     from distckpt.policy import (
@@ -123,7 +124,6 @@ __all__ = [
     "latest_checkpoint",
     "on_request",
     "on_signal",
-    "open",
     "pin",
     "request_save",
     "unpin",
@@ -165,8 +165,13 @@ _HOMES = {
 }
 
 
+# ``from distckpt import *`` must not hide Python's own ``open``.
+_PUBLIC = [*__all__, "open"]
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _PUBLIC:
+        # Without near names: each import of a submodule comes by here, too.
         msg = f"module 'distckpt' has no attribute {name!r}"
         raise AttributeError(msg)
     module = import_module(f"distckpt.{_HOMES.get(name, 'errors')}")
@@ -174,4 +179,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    special = (name for name in globals() if name.startswith("__"))
+    return sorted({*special, *_PUBLIC})

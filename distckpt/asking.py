@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from distckpt import words
 from distckpt.comm import Answer
 from distckpt.errors import SaveFailed
 from distckpt.job import Job, Ran, agree
@@ -59,8 +60,8 @@ def ask(job: Job) -> Asked:
                 stop.agreed = stop.is_due = True
                 stop.notice.take()
                 if job.chief is not None:
-                    ranks = answer["told"]
-                    _logger.warning("told to stop (rank %s): saving once more", ranks)
+                    ranks = words.ranks(answer["told"])
+                    _logger.warning("told to stop (%s): saving once more", ranks)
     return Asked(stop is not None and stop.agreed and stop.is_due, due)
 
 
@@ -76,9 +77,9 @@ def has_time_to_save(job: Job) -> bool:
     job.stop.is_due = False
     if job.chief is not None:
         _logger.warning(
-            "no save before the end: earlier ones took up to %.1f s, and %.1f s of the "
-            "grace period are left",
-            *(answer["needed"], answer["left"]),
+            "no save before the end: earlier ones took up to %s, and of the grace period "
+            "%s are left",
+            *(words.took(answer["needed"]), words.duration(max(0.0, answer["left"]))),
         )
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from distckpt.errors import ConfigError
 from distckpt.generators import generators_kept
 from distckpt.leaves import Leaves
 from distckpt.loading import Loading, Remembered, name_of
-from distckpt.locations import Path
 from distckpt.mismatch import mismatch
+from distckpt.near import did_you_mean
+from distckpt.per_rank import kinds_of
 from distckpt.restore_names import Names, RestoreOptions
 
 _logger = logging.getLogger(__name__)
@@ -78,12 +80,28 @@ class Checkpoint:
         objects = object.__getattribute__(self, "__dict__").get("_objects", {})
         if name in objects:
             return objects[name]
-        msg = f"this Checkpoint tracks no {name!r}; it tracks {sorted(objects)}."
+        here = ", ".join(map(repr, sorted(objects))) or "nothing"
+        # Names that begin so are not tracked; notebooks and copies ask for many of them.
+        hint = "." if name.startswith("_") else did_you_mean(name, objects)
+        msg = f"this Checkpoint tracks no {name!r}{hint}"
+        msg = f"{msg} It tracks {here}."
         raise AttributeError(msg)
+
+    def __dir__(self) -> list[str]:
+        # For completion in notebooks.
+        return [*super().__dir__(), *self.__dict__.get("_objects", {})]
+
+    def __repr__(self) -> str:
+        # By types: no state dict is taken, and no tensor is read, which may be on a device.
+        objects = self.__dict__.get("_objects", {})
+        parts = [f"{name}={kinds_of(value)}" for name, value in objects.items()]
+        parts.append(f"{COUNTER}={self.__dict__.get(COUNTER, 0)}")
+        return f"Checkpoint({', '.join(parts)})"
 
     def __delattr__(self, name: str) -> None:
         if name not in self._objects:
-            raise AttributeError(name)
+            msg = f"this Checkpoint tracks no {name!r}{did_you_mean(name, self._objects)}"
+            raise AttributeError(msg)
         del self._objects[name]
 
     def check(self) -> None:
@@ -101,7 +119,9 @@ class Checkpoint:
         with generators_kept():
             capture(self)
 
-    def restore(self, path: Path, options: RestoreOptions | None = None) -> None:
+    def restore(
+        self, path: str | os.PathLike[str], options: RestoreOptions | None = None
+    ) -> None:
         """Restore this process's objects from a checkpoint: local, no collectives.
 
         Whatever layout and number of ranks saved it: each tensor is read as it lies here.

@@ -41,7 +41,7 @@ from distckpt.remarks import NOTHING, Remarks
 from distckpt.retention import Retention, recover, sweep, without_reasons
 from distckpt.stamp import MISSING
 from distckpt.state import Head
-from distckpt.units import size
+from distckpt.words import size
 
 _logger = logging.getLogger(__name__)
 

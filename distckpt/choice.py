@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from distckpt import paths
 from distckpt.errors import CheckpointNotFound, ConfigError
+from distckpt.near import did_you_mean
 from distckpt.policy import Best
 from distckpt.record import Entry
 from distckpt.retention import best_of
@@ -66,14 +67,31 @@ def choose(
     else:
         found = _named(entries, os.fspath(which), directory)
     if not found:
-        known = ", ".join(entry.attempt.prefix for entry in entries[:10])
-        what = f"has the metric {which.metric!r}" if isinstance(which, Best) else "is that"
-        msg = (
-            f"{directory}: {spelled(which)} was asked for, and no committed checkpoint "
-            f"{what}. Committed, newest first: {known or 'none'}."
-        )
-        raise CheckpointNotFound(msg)
+        raise CheckpointNotFound(_nothing(entries, which, directory))
     return found
+
+
+def _nothing(entries: Sequence[Entry], which: Which, directory: str) -> str:
+    """Say that nothing committed is what was asked for, and what there is."""
+    prefixes = [entry.attempt.prefix for entry in entries]
+    if isinstance(which, Best):
+        known = sorted({name for entry in entries for name, _ in entry.metrics})
+        if which.metric in known:
+            what, hint = f"the metric {which.metric!r} is a finite number in none", "."
+        else:
+            what = f"no committed checkpoint has the metric {which.metric!r}"
+            hint = did_you_mean(which.metric, known)
+        hint += f" Metrics that there are: {', '.join(known[:20]) or 'none'}."
+    else:
+        what, hint = "no such checkpoint", "."
+        if isinstance(which, (str, os.PathLike)):
+            name = os.path.basename(os.fspath(which).rstrip(os.sep))
+            hint = did_you_mean(name, [LATEST, BEST, *prefixes] if entries else [])
+    shown = ", ".join(prefixes[:10]) or "none"
+    return (
+        f"restore({spelled(which)}): {what}{hint} Committed in {directory}, newest first: "
+        f"{shown}."
+    )
 
 
 def _named(entries: Sequence[Entry], path: str, directory: str) -> list[Entry]:

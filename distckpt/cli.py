@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import click
 
@@ -28,7 +28,6 @@ from distckpt.cli_paths import (
     check_run_directory,
     complete_checkpoint,
     complete_directory,
-    naming_what_is_near,
 )
 from distckpt.cli_repair import doctor_command, repair_command
 from distckpt.cli_report import report_command
@@ -49,16 +48,14 @@ from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
     Progress,
-    age,
-    date,
     echo,
+    fits,
     json_option,
-    metrics,
     or_exit,
     print_json,
     print_table,
 )
-from distckpt.units import size
+from distckpt.words import age, count, date, metrics, size, took
 
 if TYPE_CHECKING:
     from distckpt.manifest import Manifest
@@ -114,25 +111,84 @@ def list_command(directory: str, limit: int | None, as_json: bool) -> None:
         if below:
             echo(f"Run directories in it: {', '.join(below)}")
         return
-    print_table(
-        ["path", "state", "step", "saved", "age", "size", "metrics", "kept by"],
-        [
-            [
-                os.path.join(directory, entry.attempt.prefix),
-                state,
-                "" if entry.step is None else str(entry.step),
-                date(entry.time),
-                age(time.time() - entry.time),
-                size(entry.size_bytes),
-                metrics(dict(entry.metrics)),
-                ", ".join(entry.kept_by(rules)),
-            ]
-            for state, entry in rows
+    _print_list(directory, rows, every, rules)
+
+
+_Listed: TypeAlias = "Sequence[tuple[str, Entry]]"
+
+
+def _print_list(
+    directory: str, rows: _Listed, every: _Listed, rules: Sequence[str]
+) -> None:
+    from distckpt.retention import best_metrics
+
+    committed = [entry for state, entry in every if state != "bad"]
+    best = best_metrics(committed, rules)
+    will_be = _as_asked_for(directory, committed)
+    now = time.time()
+    table: dict[str, list[str]] = {
+        "path": [os.path.join(directory, entry.attempt.prefix) for _, entry in rows],
+        "state": [state for state, _ in rows],
+        "step": ["" if entry.step is None else str(entry.step) for _, entry in rows],
+        "saved": [date(entry.time) for _, entry in rows],
+        "age": [age(now - entry.time) for _, entry in rows],
+        "size": [size(entry.size_bytes) for _, entry in rows],
+        "metrics": [_metrics_of(entry, best) for _, entry in rows],
+        "kept by": [
+            ", ".join([*_pin_of(entry, will_be), *entry.kept_by(rules)])
+            for _, entry in rows
         ],
+    }
+    if not fits([*table], _lines_of(table)):
+        # Each checkpoint is one line, also of a narrow terminal.
+        echo(f"{directory}:")
+        prefixes = [entry.attempt.prefix for _, entry in rows]
+        table = {"name": prefixes, **{k: v for k, v in table.items() if k != "path"}}
+        if not fits([*table], _lines_of(table)):
+            del table["saved"]  # there is the age
+    is_cut = print_table(
+        [*table],
+        _lines_of(table),
         right=("step", "age", "size"),
+        cut=("kept by", "metrics"),
     )
+    total = size(sum(entry.size_bytes for _, entry in every))
     if len(rows) < len(every):
-        echo(f"Shown are the newest {len(rows)} of {len(every)}.")
+        shown = f"Shown are the newest {len(rows)} of {len(every)} checkpoints"
+    else:
+        shown = count(len(every), "checkpoint")
+    cut = " Lines are cut to the terminal; --json has all." if is_cut else ""
+    echo(f"{shown}, {total} in all.{cut}")
+
+
+def _lines_of(table: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    return [*zip(*table.values(), strict=True)]
+
+
+def _metrics_of(entry: Entry, best: Mapping[paths.Attempt, Collection[str]]) -> str:
+    """Spell the metrics of a checkpoint, and which of them are the best that there are."""
+    best_here = best.get(entry.attempt, ())
+    return ", ".join(
+        f"{metrics({name: value})}{' (best)' * (name in best_here)}"
+        for name, value in entry.metrics
+    )
+
+
+def _as_asked_for(directory: str, entries: Sequence[Entry]) -> dict[paths.Attempt, Entry]:
+    """Return the checkpoints as they are once a job has taken up what is asked for."""
+    from distckpt import mailbox
+
+    with suppress(DistckptError):  # the list is right without it
+        requests, _ = mailbox.collect(directory)
+        return {entry.attempt: entry for entry in mailbox.applied(entries, requests)}
+    return {}
+
+
+def _pin_of(entry: Entry, will_be: Mapping[paths.Attempt, Entry]) -> list[str]:
+    will = will_be.get(entry.attempt, entry)
+    if will.pinned == entry.pinned:
+        return []
+    return ["to be pinned" if will.pinned else "to be unpinned"]
 
 
 @main.command()
@@ -173,7 +229,7 @@ def show(path: str, as_json: bool) -> None:
         ],
         right=("bytes",),
     )
-    echo(f"{len(rows)} tensors, {len(manifest.values)} plain values")
+    echo(f"{count(len(rows), 'tensor')}, {count(len(manifest.values), 'plain value')}")
 
 
 @main.command()
@@ -189,6 +245,7 @@ def verify(path: str, as_json: bool) -> None:
     from distckpt.verify import verify_attempt
 
     reports: list[tuple[str, Report]] = []
+    started = time.monotonic()
     is_dcp = or_exit(storage.exists, os.path.join(path, _DCP_FILE))
     if is_dcp:
         reports.append((path, _verify_dcp(path)))
@@ -205,7 +262,8 @@ def verify(path: str, as_json: bool) -> None:
         items = [{"path": n, "ok": r.ok, **asdict(r)} for n, r in reports]
         print_json({"ok": all(r.ok for _, r in reports), "checkpoints": items})
     else:
-        _print_reports(reports, can_fall_back=not is_dcp)
+        _print_reports(reports)
+        echo(_summary(reports, time.monotonic() - started, can_fall_back=not is_dcp))
     sys.exit(EXIT_OK if all(report.ok for _, report in reports) else EXIT_BAD)
 
 
@@ -225,8 +283,7 @@ def _record_of(directory: str) -> Record | None:
 def _manifest_of(path: str) -> Manifest:
     from distckpt.readers import locate_newest, read_manifest
 
-    with naming_what_is_near(path):
-        located = locate_newest(path)
+    located = locate_newest(path)
     manifest = read_manifest(located.directory, located.manifest_digest)
     _ = manifest.assignment  # worked out here, where its errors are reported
     return manifest
@@ -257,8 +314,7 @@ def _targets(path: str) -> list[_Target]:
             )
             for entry in record.committed
         ]
-    with naming_what_is_near(path):
-        located = locate(path)
+    located = locate(path)
     size_bytes = 0
     with suppress(DistckptError):  # which the verification finds and names
         size_bytes = read_manifest(located.directory, located.manifest_digest).size_bytes
@@ -343,11 +399,10 @@ def _ranks_of(manifest: Manifest, name: str) -> str:
     return f"{text}{more}{mark}"
 
 
-def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -> None:
+def _print_reports(reports: Sequence[tuple[str, Report]]) -> None:
     for name, report in reports:
         if report.ok:
-            files = f"{report.num_files} file" + "s" * (report.num_files != 1)
-            echo(f"ok   {name}: {files}, {size(report.size_bytes)}")
+            echo(f"ok   {name}: {count(report.num_files, 'file')}, {_size_of(report)}")
         else:
             echo(f"BAD  {name}")
             for problem in report.problems:
@@ -356,9 +411,23 @@ def _print_reports(reports: Sequence[tuple[str, Report]], can_fall_back: bool) -
             echo(f"     does not belong to it: {foreign}")
         for note in report.notes:
             echo(f"     {note}")
+
+
+def _size_of(report: Report) -> str:
+    """Spell the size of the files, as ``list`` does; where it is not known, of the data."""
+    return size(report.files_size_bytes or report.size_bytes)
+
+
+def _summary(
+    reports: Sequence[tuple[str, Report]], seconds: float, can_fall_back: bool
+) -> str:
+    total = sum(report.files_size_bytes or report.size_bytes for _, report in reports)
+    checked = f"{count(len(reports), 'checkpoint')}, {size(total)}"
     num_bad = sum(not report.ok for _, report in reports)
-    if num_bad and can_fall_back:
-        echo(
-            f"{num_bad} of {len(reports)} are bad. A restore takes the newest that is not, "
-            "and fails if there is none."
-        )
+    if not num_bad:
+        return f"{checked}, all ok; verified in {took(seconds)}."
+    advice = ""
+    if can_fall_back:
+        advice = " A restore takes the newest that is not, and fails if there is none."
+    bad = f"{num_bad} of {len(reports)} {'is' if num_bad == 1 else 'are'} bad."
+    return f"{bad}{advice} Verified in {took(seconds)}: {checked}."

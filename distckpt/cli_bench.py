@@ -21,7 +21,7 @@ from distckpt.terminal import (
     print_json,
     print_table,
 )
-from distckpt.units import size
+from distckpt.words import size
 
 if TYPE_CHECKING:
     from distckpt.bench.disk import DiskResults, Figure

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distckpt import values
-from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint, naming_what_is_near
+from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint
 from distckpt.errors import DistckptError
 from distckpt.terminal import (
     EXIT_OK,
@@ -64,9 +64,7 @@ def diff_command(
     from distckpt import opened
 
     try:
-        with naming_what_is_near(first):
-            one = opened.open(first)
-        with one, naming_what_is_near(second), opened.open(second) as other:
+        with opened.open(first) as one, opened.open(second) as other:
             found = _compare(one, other, names_only)
     except DistckptError as error:
         fail(error)

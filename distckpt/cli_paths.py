@@ -6,25 +6,17 @@ Shells ask while somebody types: nothing here raises then, and nothing heavy is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from distckpt import paths, state, storage
-from distckpt.errors import (
-    CheckpointNotFound,
-    ConfigError,
-    DistckptError,
-    StorageError,
-)
+from distckpt.errors import CheckpointNotFound, ConfigError, DistckptError
 from distckpt.locations import checked_path
+from distckpt.near_paths import there_is
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-
-_MAX_NEAR = 3
 
 
 class _LocalPath(click.ParamType[str]):
@@ -65,44 +57,12 @@ def check_run_directory(path: str, may_be_missing: bool = False) -> None:
         raise CheckpointNotFound(_is_checkpoint(path, parent))
     if may_be_missing and path and not storage.exists(path):
         return
-    msg = f"{path} is not a directory.{_near(path)}"
+    msg = f"{path} is not a directory.{there_is(path)}"
     raise CheckpointNotFound(msg)
 
 
 def _is_checkpoint(path: str, parent: str) -> str:
     return f"{path} is not a run directory, but a checkpoint in one: give {parent}."
-
-
-@contextmanager
-def naming_what_is_near(path: str) -> Iterator[None]:
-    """Say in the error of a path that leads nowhere what there is of a similar name."""
-    try:
-        yield
-    except CheckpointNotFound as error:
-        near = _near(path)
-        if not near:
-            raise
-        msg = f"{error}{near}"
-        raise CheckpointNotFound(msg) from error
-
-
-def _near(path: str) -> str:
-    """Spell what is called nearly as the first part of a path that is not there."""
-    # Imported here: only a mistake needs it.
-    from difflib import get_close_matches
-
-    parent, name = os.path.split(os.path.abspath(path))
-    try:
-        if storage.exists(os.path.join(parent, name)):
-            return ""
-        while not storage.is_directory(parent):
-            parent, name = os.path.split(parent)
-        names = [other for other in storage.list_directory(parent) if other[0] != "."]
-    except StorageError:
-        return ""
-    found = get_close_matches(name, names, _MAX_NEAR)
-    shown = ", ".join(os.path.join(parent, other) for other in found)
-    return f" There is {shown}." if found else ""
 
 
 def complete_checkpoint(

@@ -7,6 +7,7 @@ import click
 from distckpt import storage
 from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
 from distckpt.terminal import echo, json_option, or_exit, print_json
+from distckpt.words import size
 
 
 @click.command(name="report")
@@ -34,4 +35,4 @@ def report_command(directory: str, output: str, as_json: bool) -> None:
         return
     data = report.render(run).encode(errors="backslashreplace")
     or_exit(storage.replace_file, output, data)
-    echo(f"{output}: {len(data) / 1024:.0f} KiB; open it in a browser.")
+    echo(f"{output}: {size(len(data))}; open it in a browser.")

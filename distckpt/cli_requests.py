@@ -27,7 +27,7 @@ from distckpt.terminal import (
     print_json,
     print_table,
 )
-from distckpt.units import size
+from distckpt.words import size
 
 if TYPE_CHECKING:
     from distckpt.prune import Plan

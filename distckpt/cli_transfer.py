@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint, naming_what_is_near
+from distckpt.cli_paths import LOCAL_PATH, complete_checkpoint
 from distckpt.errors import (
     ConfigError,
     CorruptStateError,
@@ -31,7 +31,7 @@ from distckpt.terminal import (
     json_option,
     print_json,
 )
-from distckpt.units import size
+from distckpt.words import count, size, took
 
 
 def _pairs(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
@@ -110,7 +110,7 @@ def export_command(
         msg = "--config is for --to huggingface."
         raise click.UsageError(msg)
     options = export.Options(tracked_object, only, max_shard_bytes, config, rename)
-    with _exit_codes(), naming_what_is_near(path), opened.open(path) as checkpoint:
+    with _exit_codes(), opened.open(path) as checkpoint:
         total = 2 * export.size_to_write(checkpoint, to, options)
         with _timed(f"exporting to {to}", total, as_json, output) as (advance, facts):
             done = export.export(checkpoint, output, to, options, advance)
@@ -219,7 +219,7 @@ def _timed(
         return
     seconds = max(time.monotonic() - started, 0.001)
     echo(
-        f"ok   {facts['path']}: {facts['num_tensors']} tensors, {facts['num_values']} "
-        f"plain values, {size(facts['size_bytes'])}, written and read again in "
-        f"{seconds:.1f} s ({size(total_bytes / seconds)}/s)"
+        f"ok   {facts['path']}: {count(facts['num_tensors'], 'tensor')}, "
+        f"{count(facts['num_values'], 'plain value')}, {size(facts['size_bytes'])}, "
+        f"written and read again in {took(seconds)} ({size(total_bytes / seconds)}/s)"
     )

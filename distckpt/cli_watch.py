@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
-from distckpt.terminal import EXIT_UNREADABLE, date, metrics, or_exit, printable
-from distckpt.units import size
+from distckpt.terminal import EXIT_UNREADABLE, or_exit, printable
+from distckpt.words import date, metrics, size
 
 if TYPE_CHECKING:
     from distckpt.watching import Event

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 
-from distckpt import messages
+from distckpt import messages, words
 from distckpt.errors import (
     Desync,
     DistckptError,
@@ -33,7 +33,7 @@ from distckpt.errors import (
     StorageTimeout,
 )
 from distckpt.liveness import Liveness, Round
-from distckpt.messages import Phase, Vote, call_of, named, place_of
+from distckpt.messages import Phase, Vote, call_of, place_of
 from distckpt.waiting import Lane, Waiting
 
 Answer: TypeAlias = dict[str, Any]
@@ -466,7 +466,7 @@ def _check_same_phase(votes: Sequence[Vote]) -> None:
         is_one_call = len({*map(call_of, ranks_in)}) == 1
         name = place_of if is_one_call else call_of
         where = [
-            f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} in {name(phase)}"
+            f"{words.ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} in {name(phase)}"
             for phase, ranks in ranks_in.items()
         ]
         msg = (

@@ -26,6 +26,7 @@ from distckpt import (
     storage,
     strict_json,
     values,
+    words,
 )
 from distckpt.checkpoint import Checkpoint, objects_of
 from distckpt.chief import Chief
@@ -49,7 +50,7 @@ from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
 from distckpt.locations import absolute, checked_path
 from distckpt.lookout import Lookout
-from distckpt.messages import Phase, Vote, describe, named, raise_failures
+from distckpt.messages import Phase, Vote, describe, raise_failures
 from distckpt.paths import Attempt
 from distckpt.policy import OnSignal, spelled
 from distckpt.preemption import Notice
@@ -245,7 +246,7 @@ def _check_equal(votes: Sequence[Vote]) -> None:
             text = _shown(given[detail][name])
             ranks_with.setdefault(text, []).extend(ranks)
         if len(ranks_with) > 1:
-            each = [f"{text} on {named(ranks)}" for text, ranks in ranks_with.items()]
+            each = [f"{text} on {words.ranks(ranks)}" for text, ranks in ranks_with.items()]
             lines.append(f"{name} is {', '.join(each[:8])}")
     msg = (
         f"CheckpointManager was made with different arguments: {'; '.join(lines)}. They "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from distckpt import leases, mailbox, paths, run_directory, state, storage
+from distckpt import leases, mailbox, paths, run_directory, state, storage, words
 from distckpt.errors import FormatError, NewerFormatError, StorageError
 from distckpt.janitor import chain_of
 from distckpt.lock import DirectoryLock, keeps_others_out
@@ -107,7 +107,7 @@ def _mount_of(path: str, mounts: bytes) -> tuple[str, str, str] | None:
 
 def _room(directory: str) -> Iterator[Finding]:
     free = storage.free_bytes(directory)
-    text = f"{free / 2**30:.1f} GiB"
+    text = words.size(free)
     if free < _LITTLE_BYTES:
         yield Finding("free space", WARNING, f"only {text}")
     else:
@@ -218,7 +218,7 @@ class _Trial:
         behind = time.time() - storage.modified(self._write())
         if abs(behind) > _CLOCK_SECONDS:
             where = "behind" if behind > 0 else "ahead of"
-            text = f"the filesystem's is {abs(behind):.0f} s {where} this host's"
+            text = f"the filesystem's is {words.duration(abs(behind))} {where} this host's"
             return Finding(what, WARNING, f"{text}: ages are off by so much")
         return Finding(what, OK, "that of the filesystem is this host's")
 
@@ -317,7 +317,8 @@ def _leftovers(directory: str, newest: Record | None) -> Iterator[Finding]:
     ]
     if temporary:
         found += 1
-        text = f"{len(temporary)} temporary files of records; the next claim removes them"
+        files = words.count(len(temporary), "temporary file")
+        text = f"{files} of records; the next claim removes what is left of them"
         yield Finding("left over", WARNING, text)
     if not found:
         yield Finding("left over", OK, "nothing")
@@ -337,10 +338,10 @@ def _from_others(directory: str) -> Iterator[Finding]:
         text = f"{what}{name}, by {request.by}; the next commit takes it up"
         yield Finding("requests", OK, text)
     if refused:
-        text = f"{len(refused)} files are none; the next commit removes them"
+        text = f"not one: {', '.join([*refused][:4])}; the next commit removes them"
         yield Finding("requests", WARNING, text)
     for attempt, seconds in held:
-        text = f"of {attempt.prefix}, touched {seconds:.0f} s ago"
+        text = f"of {attempt.prefix}, touched {words.duration(seconds)} ago"
         yield Finding("lease", OK, text)
 
 
@@ -371,4 +372,6 @@ def _fate_of(
 
 def _ago(seconds: float) -> str:
     passed = time.time() - seconds
-    return f"{passed:.0f} s ago" if passed >= 0 else f"{-passed:.0f} s in the future"
+    if passed < 0:
+        return f"{words.duration(-passed)} in the future"
+    return f"{words.duration(passed)} ago"

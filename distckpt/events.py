@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeAlias
 
-from distckpt import strict_json
+from distckpt import strict_json, words
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ FENCE = "fence"
 ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Event:
     """One thing that has happened on one rank.
 
@@ -67,6 +68,20 @@ class Event:
     step: int | None = None
     size_bytes: int = 0
     detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def date(self) -> datetime:
+        """The time as a datetime in UTC."""
+        return words.utc(self.time)
+
+    def __repr__(self) -> str:
+        parts = [f"kind={self.kind!r}", f"date={words.utc_date(self.time)!r}"]
+        parts += [f"rank={self.rank}", f"seconds={self.seconds:.6g}"]
+        for name in ("checkpoint", "step", "size_bytes", "detail"):
+            value = getattr(self, name)
+            if value or (name == "step" and value is not None):
+                parts.append(f"{name}={value!r}")
+        return f"Event({', '.join(parts)})"
 
     @property
     def bytes_per_second(self) -> float:

@@ -15,12 +15,12 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, not exp
 )
 from torch.distributed.distributed_c10d import _get_default_store
 
-from distckpt import liveness, paths
+from distckpt import liveness, paths, words
 from distckpt.comm import Answer, Channel, GroupChannel, SoloChannel
 from distckpt.errors import ConfigError, PeerTimeout
 from distckpt.line import Address
 from distckpt.liveness import ChiefLiveness, Liveness
-from distckpt.messages import Phase, Vote, named
+from distckpt.messages import Phase, Vote
 from distckpt.record import digest
 from distckpt.rendezvous import incarnation
 from distckpt.waiting import Lane, Whereabouts
@@ -104,7 +104,7 @@ def _check_in(store: Any, rank: int, world_size: int, timeout: timedelta) -> Non
         missing = [r for r in range(world_size) if not store.check([f"here/{r}"])]
         text = (
             f"rank {rank} of {world_size} waited {timeout.total_seconds():g} s for "
-            f"{named(missing) if missing else 'ranks that have given up'} to make a "
+            f"{words.ranks(missing) if missing else 'ranks that have given up'} to make a "
             "CheckpointManager. Every rank has to make one: not below 'if rank == 0'. "
             "Let the launcher restart the job."
         )

@@ -27,7 +27,7 @@ from operator import add
 from threading import Lock
 from typing import Any, NamedTuple, NoReturn
 
-from distckpt import dtypes, sharding, strict_json
+from distckpt import dtypes, sharding, strict_json, words
 from distckpt.boxes import Box, checked_size, overlap, split_range, whole
 from distckpt.errors import ManifestError
 from distckpt.record import digest
@@ -742,10 +742,10 @@ def _refuse_differing(
 ) -> None:
     _refuse(
         f"tensor {known.name!r} differs between ranks: "
-        f"{_describe(known, other)} on ranks {_few(known_ranks)}, "
-        f"{_describe(other, known)} on ranks {_few(other_ranks)}. All ranks must track the "
-        "same model. What each rank is meant to have for itself is marked with PerRank, "
-        "what differs between groups of ranks with PerGroup."
+        f"{_describe(known, other)} on {words.ranks(known_ranks)}, "
+        f"{_describe(other, known)} on {words.ranks(other_ranks)}. All ranks must track "
+        "the same model. What each rank is meant to have for itself is marked with "
+        "PerRank, what differs between groups of ranks with PerGroup."
     )
 
 
@@ -757,11 +757,6 @@ def _describe(row: Row, other: Row) -> str:
     if (row.kind, row.sharding) != (other.kind, other.sharding):
         text += f" ({row.kind}{'' if row.sharding is None else f' {row.sharding}'})"
     return text
-
-
-def _few(ranks: Sequence[int]) -> str:
-    text = ", ".join(map(str, ranks[:8]))
-    return text if len(ranks) <= 8 else f"{text}, ... ({len(ranks)} ranks)"
 
 
 def _refuse(reason: str) -> NoReturn:

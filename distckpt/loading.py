@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt import tensors
+from distckpt import tensors, words
 from distckpt.boxes import contiguous_runs, overlap, whole
 from distckpt.collector import collector_paused
 from distckpt.comm import check_nothing_adrift
@@ -279,7 +279,7 @@ class Loading:
         refused = [path for path in refused if self._names.selects(path)]
         if refused:
             msg = (
-                f"{self._what} was saved by {saved_by} ranks, this job has "
+                f"{self._what} was saved by {words.count(saved_by, 'rank')}, this job has "
                 f"{self._world_size}: what each rank has of its own (PerRank: "
                 f"{', '.join(refused[:5])}) cannot be given to other ranks. Say what each "
                 "is to get (PerRank's resize), or restore with the same number of ranks, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -13,7 +14,6 @@ import torch.distributed as dist
 
 from distckpt.background import EXIT_SECONDS, bring_in
 from distckpt.checkpoint import Checkpoint
-from distckpt.choice import Which
 from distckpt.comm import Answer
 from distckpt.construct import DEFAULT_TIMEOUT, Arguments, construct
 from distckpt.errors import (
@@ -26,9 +26,8 @@ from distckpt.errors import (
 from distckpt.events import ERROR, FENCE, Sink
 from distckpt.gate import Decision
 from distckpt.job import Job
-from distckpt.locations import Path
 from distckpt.messages import Phase, Vote, describe
-from distckpt.policy import KeepFunction, Rule
+from distckpt.policy import Best, KeepFunction, Rule
 from distckpt.pretrained import Pretrained
 from distckpt.restore import restore, restore_or_initialize
 from distckpt.restore_names import RestoreOptions
@@ -112,7 +111,7 @@ class CheckpointManager:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        directory: Path,
+        directory: str | os.PathLike[str],
         max_to_keep: int | Rule | KeepFunction | None,
         keep_checkpoint_every_n_hours: float | timedelta | None = None,
         checkpoint_name: str = "ckpt",
@@ -144,6 +143,19 @@ class CheckpointManager:
             on_event=on_event,
         )
         self._job = construct(arguments, process_group)
+
+    def __repr__(self) -> str:
+        job: Job | None = self.__dict__.get("_job")
+        if job is None:
+            return "<CheckpointManager that could not be made>"
+        facts = [
+            f"rank {job.rank} of {job.world_size}",
+            f"newest {job.latest}" if job.latest else "no checkpoint",
+            f"{len(job.checkpoints)} managed",
+        ]
+        why = str(self._unusable or "").partition("\n")[0].rstrip(".")
+        end = f"; {why:.200}" if why else ""
+        return f"<CheckpointManager of {job.directory}: {', '.join(facts)}{end}>"
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -277,7 +289,11 @@ class CheckpointManager:
         """
         return self._run(lambda: restore_or_initialize(self._landed(), options))
 
-    def restore(self, which: Which, options: RestoreOptions | None = None) -> str:
+    def restore(
+        self,
+        which: str | int | os.PathLike[str] | Best,
+        options: RestoreOptions | None = None,
+    ) -> str:
         """Restore one checkpoint of the run directory, by what it is.
 
         After return every rank holds its state. What is newer stays where it is, and keeps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distckpt import words
 from distckpt.errors import UnsupportedError
 from distckpt.layout import ONE
 from distckpt.leaves import Leaves
@@ -80,7 +81,7 @@ class GroupsNode:
         }
         if found and max(found) + 1 != self._num_groups:
             plan.problems.append(
-                f"{self.path}: {max(found) + 1} groups in the checkpoint, "
+                f"{self.path}: {words.count(max(found) + 1, 'group')} in the checkpoint, "
                 f"{self._num_groups} here (PerGroup)"
             )
 

@@ -15,7 +15,6 @@ from distckpt import errors, strict_json
 from distckpt.errors import ConfigError, DistckptError, RanksFailed, StorageError
 
 _MAX_TEXT = 2048
-_MAX_NAMED = 8
 
 
 class Phase(IntEnum):
@@ -194,15 +193,6 @@ def failure(phase: Phase, error: BaseException, status: Status = Status.FAILED) 
         "shard_rank": _int_of(error, "shard_rank"),
     }
     return Vote(phase, status, detail=strict_json.dumps(fields).encode())
-
-
-def named(ranks: Sequence[int]) -> str:
-    """Name some ranks, for people: "rank 1", "ranks 1, 2 and 14 more"."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    rest = len(ranks) - _MAX_NAMED
-    shown = ", ".join(map(str, sorted(ranks)[:_MAX_NAMED]))
-    return f"ranks {shown} and {rest} more" if rest > 0 else f"ranks {shown}"
 
 
 def describe(error: BaseException) -> str:

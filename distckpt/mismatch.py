@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from distckpt import words
 from distckpt.dtypes import FLOATS
 from distckpt.errors import MismatchError
 from distckpt.restore_names import parameter_of
-from distckpt.units import plural
 
 NOT_HERE = "in the checkpoint, nothing here"
 NO_MATCH = "a pattern that matches nothing"
@@ -35,7 +35,7 @@ def mismatch(what: str, problems: Sequence[str]) -> MismatchError:
     hint = "".join(f"\n{line}" for line in _ways_on(problems))
     return MismatchError(
         f"{what} does not fit the live objects; nothing of it was read. "
-        f"{plural(len(problems), 'difference')}:{shown}{hint}"
+        f"{words.count(len(problems), 'difference')}:{shown}{hint}"
     )
 
 

@@ -7,22 +7,31 @@ Without torch, unless a tensor of torch's is asked for.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from datetime import datetime
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from html import escape
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distckpt import readers, values
+from distckpt import readers, state_dicts, values, words
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, ManifestError, TensorNotFound
-from distckpt.locations import Path
 from distckpt.manifest import Manifest
+from distckpt.near import did_you_mean
 from distckpt.selection import Selection
+from distckpt.stamp import FIRST_FORMAT
 from distckpt.stored_tensor import Files, StoredTensor
-from distckpt.values import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_NAMES = 8
+_MAX_ROWS = 40
 
 
-def open(path: Path) -> OpenedCheckpoint:
+def open(path: str | os.PathLike[str]) -> OpenedCheckpoint:
     """Open a checkpoint for reading: no process group, no torch, nothing tracked.
 
     The manifest is read and checked; shard files are opened when they are first needed.
@@ -44,6 +53,27 @@ def open(path: Path) -> OpenedCheckpoint:
     return OpenedCheckpoint(located.directory, manifest)
 
 
+class PlainValues(dict[str, Any]):
+    """Plain values by name; a name that is not there is answered with near ones.
+
+    Args:
+        values: The values.
+        where: Whose they are, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self._where = where
+
+    def __missing__(self, name: object) -> Any:
+        hint = did_you_mean(str(name), self)
+        msg = f"{self._where}: no plain value {name!r:.200} among {len(self)}{hint}"
+        raise TensorNotFound(msg)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*self]
+
+
 class _Named(Mapping[str, StoredTensor]):
     """Tensors by full name, and plain values beside.
 
@@ -52,20 +82,45 @@ class _Named(Mapping[str, StoredTensor]):
     """
 
     def __init__(
-        self, handles: dict[str, StoredTensor], encoded: dict[str, Any], where: str
+        self,
+        handles: dict[str, StoredTensor],
+        encoded: dict[str, Any],
+        where: str,
+        manifest: Manifest,
+        same_as: Mapping[str, str],
     ) -> None:
         self._handles = handles
         self.encoded_values: Mapping[str, Any] = encoded
         self._where = where
+        self._source = state_dicts.Source(
+            where, handles.keys(), encoded, manifest.stamp.format != FIRST_FORMAT
+        )
+        self._same_as = same_as
 
     def __getitem__(self, name: str) -> StoredTensor:
         handle = self._handles.get(name)
         if handle is None:
-            close = [known for known in self._handles if str(name) in known][:5]
-            hint = f"; did you mean {', '.join(close)}?" if close else "."
-            msg = f"{self._where}: no tensor {name!r:.200} among {len(self)}{hint}"
-            raise TensorNotFound(msg)
+            msg = f"{self._where}: no tensor {name!r:.200} among {len(self)}"
+            raise TensorNotFound(f"{msg}{self._hint(name)}")
         return handle
+
+    # A mapping's own would ask for the tensor, and look for near names in vain.
+    def __contains__(self, name: object) -> bool:
+        return name in self._handles
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the handle of a tensor, or the default where there is none."""
+        return self._handles.get(name, default)
+
+    def _hint(self, name: object) -> str:
+        if name in self.encoded_values:
+            return f"; it is a plain value: plain_values[{name!r:.200}]."
+        below = f"{name}/", f"{name}."
+        num_below = sum(full.startswith(below) for full in self._handles)
+        if num_below:
+            tensors = words.count(num_below, "tensor")
+            return f"; below it are {tensors}, see state_dict({name!r:.200})."
+        return did_you_mean(str(name), [*self._handles, *self.encoded_values])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._handles)
@@ -73,25 +128,128 @@ class _Named(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self._handles)
 
+    def keys(self) -> KeysView[str]:
+        """Return the names of the tensors."""
+        return _Names(self)
+
+    def values(self) -> ValuesView[StoredTensor]:
+        """Return the handles of the tensors."""
+        return _Handles(self)
+
+    def items(self) -> ItemsView[str, StoredTensor]:
+        """Return the names of the tensors, each with its handle."""
+        return _Items(self)
+
     @cached_property
     def plain_values(self) -> Mapping[str, Any]:
         """The plain values by name, decoded; a tensor inside one is its handle."""
-        return {
-            name: self._with_handles(values.decode(encoded))
+        decoded = {
+            name: state_dicts.filled(values.decode(encoded), self._handle_in_value)
             for name, encoded in self.encoded_values.items()
         }
+        return PlainValues(decoded, self._where)
 
-    def _with_handles(self, value: Any) -> Any:
-        if isinstance(value, TensorRef):
-            if value.name not in self._handles:
-                msg = f"{self._where}: a value refers to tensor {value.name!r}: not there."
-                raise ManifestError(msg)
-            return self._handles[value.name]
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._with_handles, value))
-        if isinstance(value, dict) and not isinstance(value, Counter):
-            return type(value)((k, self._with_handles(v)) for k, v in value.items())
-        return value
+    def _handle_in_value(self, name: str) -> StoredTensor:
+        if name not in self._handles:
+            msg = f"{self._where}: a value refers to tensor {name!r}: not there."
+            raise ManifestError(msg)
+        return self._handles[name]
+
+    def state_dict(
+        self, name: str, *, device: str | torch.device | None = None
+    ) -> dict[str, Any]:
+        """Read what is below a name as a state dict of torch tensors, verified.
+
+        Of a module the keys are its own names, whatever wrapped it when it was saved, and
+        tied names share one tensor, as in ``module.state_dict()``. Extra state and the
+        versions that its classes declare are part of it. Of any other object with a state
+        dict (a scheduler, a data loader) it is the state that this has returned. Each rank
+        of a sharded module needs memory for the whole of it: to restore a job, use
+        ``CheckpointManager`` or ``Checkpoint.restore``.
+
+        Args:
+            name: The name that the object is tracked under, such as ``"model"``; or the
+                path of a submodule, such as ``"model/encoder.layers.0"``.
+            device: Where the tensors are put, each after it was read; by default the CPU.
+
+        Raises:
+            TensorNotFound: There is nothing of that name; the message has near ones.
+            ConfigError: It is a tensor, a plain value, several objects, or an optimizer,
+                which is restored together with its module; the message says what to do.
+            UnsupportedError: This version of torch does not have a dtype.
+            ChecksumError, ShardFileError: The bytes are not those that were written.
+            StorageError: They cannot be read.
+
+        Example:
+            >>> with distckpt.open("runs/gpt") as opened:
+            ...     model.load_state_dict(opened.state_dict("model"))
+        """
+        read: dict[str, torch.Tensor] = {}
+
+        def read_once(full: str) -> torch.Tensor:
+            first = self._same_as.get(full) or full
+            if first not in read:
+                tensor = self._handle_in_value(full).torch()
+                read[first] = tensor if device is None else tensor.to(device)
+            return read[first]
+
+        return state_dicts.state_dict_of(self._source, name, read_once)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Offer the names where somebody types ``opened["``, in IPython and Jupyter."""
+        return [*self._handles]
+
+    def _title(self) -> str:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Make the table that notebooks show."""
+        cells = [
+            (
+                handle.name,
+                handle.dtype,
+                " x ".join(map(str, handle.shape)) or "scalar",
+                words.size(handle.size_bytes),
+            )
+            for handle in islice(self._handles.values(), _MAX_ROWS)
+        ]
+        rows = [
+            f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells
+        ]
+        more = len(self) - len(rows)
+        if more > 0:
+            rows.append(f'<tr><td colspan="4">... and {more} more</td></tr>')
+        head = "".join(f"<th>{c}</th>" for c in ("tensor", "dtype", "shape", "size"))
+        table = (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+        return f"<div><p>{escape(self._title())}</p>{table if rows else ''}</div>"
+
+
+class _Names(KeysView[str]):
+    def __repr__(self) -> str:
+        return _listed("name", len(self), self)
+
+
+class _Handles(ValuesView[StoredTensor]):
+    def __repr__(self) -> str:
+        return _listed("tensor", len(self), map(_described, self))
+
+
+class _Items(ItemsView[str, StoredTensor]):
+    def __repr__(self) -> str:
+        # Each handle has the name.
+        return _listed("tensor", len(self), (_described(handle) for _, handle in self))
+
+
+def _described(handle: StoredTensor) -> str:
+    return f"{handle.name}: {handle.dtype} {list(handle.shape)}"
+
+
+def _listed(noun: str, number: int, texts: Iterable[str]) -> str:
+    shown = [*islice(texts, _MAX_NAMES)]
+    more = f", ... and {number - len(shown)} more" if number > len(shown) else ""
+    return f"<{words.count(number, noun)}{': ' * bool(shown)}{', '.join(shown)}{more}>"
 
 
 class RankTensors(_Named):
@@ -113,14 +271,21 @@ class RankTensors(_Named):
             )
             for name, stored in header.entries.per_rank.items()
         }
-        super().__init__(
-            handles, header.per_rank_values, f"rank {rank} of {files.directory}"
-        )
+        where = f"rank {rank} of {files.directory}"
+        # Of a rank's own tensors those that are tied were stored one by one.
+        super().__init__(handles, header.per_rank_values, where, files.manifest, {})
         self.rank = rank
 
+    def _title(self) -> str:
+        return f"rank {self.rank}'s own: {_counted(self)}"
+
     def __repr__(self) -> str:
-        num_values = len(self.encoded_values)
-        return f"<rank {self.rank}'s own: {len(self)} tensors, {num_values} values>"
+        return f"<{self._title()}>"
+
+
+def _counted(named: _Named) -> str:
+    tensors = words.count(len(named), "tensor")
+    return f"{tensors}, {words.count(len(named.encoded_values), 'plain value')}"
 
 
 class Part(NamedTuple):
@@ -167,7 +332,9 @@ class OpenedCheckpoint(_Named):
             )
             for row in manifest.assignment.rows.values()
         }
-        super().__init__(handles, manifest.values, directory)
+        rows = manifest.assignment.rows
+        same_as = {name: row.same_as for name, row in rows.items() if row.same_as}
+        super().__init__(handles, manifest.values, directory, manifest, same_as)
 
     @property
     def number(self) -> int:
@@ -183,6 +350,11 @@ class OpenedCheckpoint(_Named):
     def created(self) -> float:
         """When it was saved, seconds since the epoch."""
         return self.manifest.created
+
+    @property
+    def created_date(self) -> datetime:
+        """The same as a datetime in UTC."""
+        return words.utc(self.created)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -212,7 +384,8 @@ class OpenedCheckpoint(_Named):
             FormatError, StorageError: Its file is not what was committed.
         """
         if type(rank) is not int or not 0 <= rank < self.world_size:
-            msg = f"{self.directory} was saved by {self.world_size} ranks, got {rank!r}."
+            ranks = words.count(self.world_size, "rank")
+            msg = f"{self.directory} was saved by {ranks}; there is no rank {rank!r:.100}."
             raise ConfigError(msg)
         return RankTensors(self._files, rank)
 
@@ -242,8 +415,19 @@ class OpenedCheckpoint(_Named):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _title(self) -> str:
+        step = "" if self.step is None else f" (step {self.step})"
+        return f"checkpoint {self.manifest.attempt.prefix}{step}: {_counted(self)}"
+
     def __repr__(self) -> str:
-        return (
-            f"<checkpoint {self.manifest.attempt.prefix} (step {self.step}): "
-            f"{len(self)} tensors, {len(self.encoded_values)} plain values>"
-        )
+        return f"<{self._title()}>"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            f"saved {words.utc_date(self.created)}",
+            f"by {words.count(self.world_size, 'rank')}",
+            words.size(self.size_bytes),
+        ]
+        if self.metrics:
+            facts.append(words.metrics(self.metrics))
+        return f"<div><p>{escape(', '.join(facts))}</p>{super()._repr_html_()}</div>"

@@ -42,6 +42,9 @@ class Parts(Sequence[_Part], Generic[_Part]):
         msg = f"Parts takes modules or optimizers, at least one, not both; got [{found}]."
         raise ConfigError(msg)
 
+    def __repr__(self) -> str:
+        return f"Parts([{', '.join(type(part).__name__ for part in self._parts)}])"
+
     def __getitem__(self, index: int) -> _Part:  # type: ignore[override]
         return self._parts[index]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from itertools import islice, repeat
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from distckpt.errors import ConfigError
+from distckpt.parts import Parts
 
 # What a rank gets when as many ranks as saved are not there; see ``PerRank``.
 Resize: TypeAlias = Literal["error", "by_rank"] | Callable[[list[Any], int, int], Any]
@@ -41,7 +43,7 @@ class PerRank:
         self.resize = resize
 
     def __repr__(self) -> str:
-        return f"PerRank({self.value!r})"
+        return kinds_of(self)
 
 
 class PerGroup:
@@ -78,7 +80,7 @@ class PerGroup:
             self.group = self.group * int(length) + int(index)
 
     def __repr__(self) -> str:
-        return f"PerGroup({self.value!r}, group {self.group} of {self.num_groups})"
+        return kinds_of(self)
 
 
 class OneRank:
@@ -94,7 +96,7 @@ class OneRank:
         self.value = value
 
     def __repr__(self) -> str:
-        return f"OneRank({self.value!r})"
+        return kinds_of(self)
 
 
 class Replicated:
@@ -111,7 +113,7 @@ class Replicated:
         self.value = value
 
     def __repr__(self) -> str:
-        return f"Replicated({self.value!r})"
+        return kinds_of(self)
 
 
 class RngState:
@@ -121,6 +123,9 @@ class RngState:
     current CUDA device. Each rank has its own: track it as ``PerRank(RngState())``.
     Generator objects of your own are not covered.
     """
+
+    def __repr__(self) -> str:
+        return "RngState()"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states as plain values.
@@ -151,6 +156,60 @@ class RngState:
             np.random.set_state((kind, np.frombuffer(keys, dtype="<u4"), *rest))
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(_to_tensor(state["cuda"]))
+
+
+# Containers are shown up to this depth, and up to so many items.
+_MAX_DEPTH = 4
+_MAX_ITEMS = 8
+_MAX_LENGTH = 40
+
+
+def kinds_of(value: Any, depth: int = 0) -> str:
+    """Spell what a tracked object is: by its type, numbers and short texts as they are.
+
+    No state dict is taken and no tensor is read, which may be on a device.
+    """
+    kind = type(value)
+    if depth > _MAX_DEPTH:
+        return kind.__name__
+    if isinstance(value, (PerRank, PerGroup, OneRank, Replicated)):
+        return f"{kind.__name__}({kinds_of(value.value, depth + 1)}{_more_of(value)})"
+    if isinstance(value, (Parts, RngState)):
+        return repr(value)
+    if kind in (dict, list, tuple) and value:
+        return _items_of(value, depth)
+    if value is None or kind in (bool, float) or (kind is int and abs(value) < 2**64):
+        return repr(value)
+    if kind is str and len(value) <= _MAX_LENGTH:
+        return repr(value)
+    return kind.__name__
+
+
+def _more_of(mark: PerRank | PerGroup | OneRank | Replicated) -> str:
+    if isinstance(mark, PerGroup):
+        return f", group {mark.group} of {mark.num_groups}"
+    if not isinstance(mark, PerRank) or mark.resize == "error":
+        return ""
+    if callable(mark.resize):
+        name = getattr(mark.resize, "__name__", type(mark.resize).__name__)
+        return f", resize={name}"
+    return f', resize="{mark.resize}"'
+
+
+def _items_of(value: Any, depth: int) -> str:
+    is_dict = type(value) is dict
+    keys = (f"{key!r:.{_MAX_LENGTH}}: " for key in value) if is_dict else repeat("")
+    items = value.values() if is_dict else value
+    shown = [
+        f"{key}{kinds_of(item, depth + 1)}"
+        for key, item in islice(zip(keys, items, strict=False), _MAX_ITEMS)
+    ]
+    if len(value) > _MAX_ITEMS:
+        shown.append("...")
+    text = ", ".join(shown)
+    if is_dict:
+        return f"{{{text}}}"
+    return f"[{text}]" if type(value) is list else f"({text})"
 
 
 def _to_bytes(state: torch.Tensor) -> bytes:

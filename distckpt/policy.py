@@ -14,24 +14,32 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from datetime import datetime, timedelta
+from functools import wraps
+from inspect import signature
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
-from distckpt import strict_json
+from distckpt import strict_json, words
 from distckpt.durations import seconds_of
 from distckpt.errors import ConfigError
 from distckpt.locations import absolute, checked_path
+from distckpt.near import did_you_mean, near_names
 
 # The system does not let anybody handle these; Python and Ctrl-C have use for the others.
 _NOT_HANDLED = {"SIGKILL", "SIGSTOP", "SIGINT", "SIGCHLD", "SIGSEGV", "SIGFPE", "SIGBUS"}
 _SECONDS_OF = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 MIN, MAX = "min", "max"
+# What ``every`` takes.
+_UNITS = ("steps", *_SECONDS_OF, "overhead", "optimal_for_mtbf_hours")
 
 
 class Rule:
     """One word, or several with ``|`` between them."""
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)  # the way it is written
 
     def __or__(self, other: Any) -> AnyOf:
         return AnyOf((*parts_of(self), *parts_of(other)))
@@ -40,7 +48,7 @@ class Rule:
         return AnyOf((*parts_of(other), *parts_of(self)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AnyOf(Rule):
     """Rules with ``|`` between them: each is asked, and each counts.
 
@@ -81,7 +89,7 @@ def spelled(rule: Any) -> str:
     return str(rule)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Every(Rule):
     """One for every so many; see ``every``.
 
@@ -103,7 +111,7 @@ class Every(Rule):
         return f"every({self.unit}={self.amount!r})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Latest(Rule):
     """The newest few; see ``latest``."""
 
@@ -113,7 +121,7 @@ class Latest(Rule):
         return f"latest({self.number})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Best(Rule):
     """The best few by a metric; see ``best``."""
 
@@ -126,7 +134,7 @@ class Best(Rule):
         return f'best({self.number}, {metric}, mode="{self.mode}")'
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class OnSignal(Rule):
     """When a job is told that it will be ended; see ``on_signal``."""
 
@@ -142,7 +150,7 @@ class OnSignal(Rule):
         return f"on_signal({', '.join(given)})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class OnRequest(Rule):
     """When another process asks for it; see ``on_request``."""
 
@@ -150,7 +158,7 @@ class OnRequest(Rule):
         return "on_request()"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CheckpointInfo:
     """A committed checkpoint, as a retention rule of your own sees it.
 
@@ -170,10 +178,91 @@ class CheckpointInfo:
     size_bytes: int
     metrics: dict[str, float | None]
 
+    @property
+    def date(self) -> datetime:
+        """The time as a datetime in UTC."""
+        return words.utc(self.time)
+
+    def __repr__(self) -> str:
+        return (
+            f"CheckpointInfo(name={self.name!r}, number={self.number}, step={self.step}, "
+            f"date={words.utc_date(self.time)!r}, size_bytes={self.size_bytes}, "
+            f"metrics={self.metrics})"
+        )
+
+
+_Parameters = ParamSpec("_Parameters")
+_Made = TypeVar("_Made")
+
+
+def _says_how(
+    example: Callable[[tuple[Any, ...], dict[str, Any]], str],
+) -> Callable[[Callable[_Parameters, _Made]], Callable[_Parameters, _Made]]:
+    """Have a call with other arguments answered with the line that was meant.
+
+    Args:
+        example: Makes that line of the arguments.
+    """
+
+    def decorate(function: Callable[_Parameters, _Made]) -> Callable[_Parameters, _Made]:
+        takes = signature(function)
+
+        @wraps(function)
+        def call(*arguments: _Parameters.args, **named: _Parameters.kwargs) -> _Made:
+            try:
+                takes.bind(*arguments, **named)
+            except TypeError as error:
+                given = [f"{value!r:.50}" for value in arguments]
+                given += [f"{name}={value!r:.50}" for name, value in named.items()]
+                msg = (
+                    f"{function.__name__}({', '.join(given)}): {error}; write "
+                    f"{example(arguments, named)}."
+                )
+                raise ConfigError(msg) from None
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
+
+
+def _meant_by_every(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """Spell the call of ``every`` that these arguments may have meant."""
+    for name, value in named.items():
+        near = near_names(name, _UNITS, 1)
+        if name not in _UNITS and near:
+            return f"every({near[0]}={value!r:.50})"
+    amount = arguments[0] if arguments else 500
+    if isinstance(amount, timedelta):
+        return f"every(minutes={amount.total_seconds() / 60:g})"
+    is_number = type(amount) in (int, float)
+    return f"every(steps={amount if is_number else 500!r:.50})"
+
+
+def _meant_by_latest(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    numbers = [value for value in (*arguments, *named.values()) if type(value) is int]
+    return f"latest({numbers[0] if numbers else 3})"
+
+
+def _meant_by_best(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """Spell the call of ``best`` that these arguments may have meant."""
+    values = [*arguments, *(value for name, value in named.items() if name != "mode")]
+    metrics = [value for value in values if isinstance(value, str) and value]
+    if metrics[1:] and metrics[-1] in (MIN, MAX):
+        named = {"mode": metrics.pop(), **named}  # given without its name
+    numbers = [f"{value}, " for value in values if type(value) is int and value > 0]
+    number = numbers[0] if numbers else ""
+    metric = strict_json.quote(metrics[0] if metrics else "val_loss")
+    mode = named.get("mode")
+    if mode in (MIN, MAX):
+        return f'best({number}{metric}, mode="{mode}")'
+    return f'best({number}{metric}, mode="{MIN}") if the lowest is best, else mode="{MAX}"'
+
 
 KeepFunction: TypeAlias = Callable[[Sequence[CheckpointInfo]], Iterable[CheckpointInfo]]
 
 
+@_says_how(_meant_by_every)
 def every(
     *,
     steps: int | None = None,
@@ -217,7 +306,10 @@ def every(
     }
     given = {unit: amount for unit, amount in arguments.items() if amount is not None}
     if len(given) != 1:
-        msg = f"every: give one of {', '.join(arguments)}; got {given or 'none'}."
+        msg = (
+            f"every: give one of {', '.join(arguments)}, such as every(steps=500); got "
+            f"{given or 'none'}."
+        )
         raise ConfigError(msg)
     amount: Any
     ((unit, amount),) = given.items()
@@ -234,24 +326,52 @@ def every(
     return Every(unit, amount)
 
 
+@_says_how(_meant_by_latest)
 def latest(number: int = 1) -> Latest:
     """Keep the newest few: the last so many that were committed."""
     return Latest(_positive("latest", number))
 
 
-def best(number: int, metric: str, *, mode: Literal["min", "max"]) -> Best:
+@overload
+def best(number: int, metric: str, *, mode: Literal["min", "max"]) -> Best: ...
+
+
+@overload
+def best(metric: str, /, *, mode: Literal["min", "max"]) -> Best: ...
+
+
+@overload
+def best(*, metric: str, mode: Literal["min", "max"]) -> Best: ...
+
+
+@_says_how(_meant_by_best)
+def best(
+    number: int | str = 1, metric: str | None = None, *, mode: Literal["min", "max"]
+) -> Best:
     """Keep the best few, by a metric given to ``save(metrics=...)``.
 
-    A checkpoint without that metric, or with one that is not a number (NaN), is never
-    among them, and displaces none. Of equal ones the newer is the better.
+    ``best(2, "val_loss", mode="min")``; ``best("val_loss", mode="min")`` keeps one. A
+    checkpoint without that metric, or with one that is not a number (NaN), is never among
+    them, and displaces none. Of equal ones the newer is the better.
 
     Args:
         number: How many.
         metric: The metric's name.
         mode: Whether the lowest (``"min"``) or the highest (``"max"``) is best.
+
+    Raises:
+        ConfigError: Another number, metric or mode.
     """
+    if isinstance(number, str):
+        if metric is not None:
+            hint = _meant_by_best((number, metric), {"mode": mode})
+            msg = f"best: the number comes first; write {hint}."
+            raise ConfigError(msg)
+        metric = number
+        number = 1
     if not isinstance(metric, str) or not metric:
-        msg = f"best: metric must be the name of one, got {metric!r:.100}."
+        hint = _meant_by_best((number,), {"mode": mode})
+        msg = f"best: metric must be the name of one, got {metric!r:.100}; write {hint}."
         raise ConfigError(msg)
     if mode not in (MIN, MAX):
         msg = f"best: mode must be {MIN!r} or {MAX!r}, got {mode!r:.100}."
@@ -349,17 +469,27 @@ def parse(text: str) -> Rule:
         raise ConfigError(msg) from error
 
 
+def best_rules(rules: Iterable[str]) -> list[Best]:
+    """Return those of a record's rules that say which checkpoint is the best."""
+    found: list[Best] = []
+    for text in rules:
+        try:
+            found += [part for part in parts_of(parse(text)) if isinstance(part, Best)]
+        except ConfigError:
+            continue  # a number, or a function of the user's
+    return found
+
+
 def _parse(node: ast.expr) -> Rule:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _parse(node.left) | _parse(node.right)
-    words: dict[str, Callable[..., Rule]] = {"latest": latest, "best": best, "every": every}
-    if not (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in words
-    ):
-        msg = f"not a call of {', '.join(words)}: {ast.unparse(node):.100}"
+    known: dict[str, Callable[..., Rule]] = {"latest": latest, "best": best, "every": every}
+    function = node.func if isinstance(node, ast.Call) else node
+    name = function.id if isinstance(function, ast.Name) else ""
+    if not isinstance(node, ast.Call) or name not in known:
+        hint = "" if name in known else did_you_mean(name, known).removesuffix(".")
+        msg = f"not a call of {', '.join(known)}: {ast.unparse(node):.100}{hint}"
         raise ValueError(msg)
     positional = [ast.literal_eval(argument) for argument in node.args]
     by_name = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    return words[node.func.id](*positional, **by_name)
+    return known[name](*positional, **by_name)

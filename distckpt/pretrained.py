@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ from distckpt.torch_versions import dtype_of_name
 
 
 def from_pretrained(
-    path: Path,
+    path: str | os.PathLike[str],
     options: RestoreOptions | None = None,
     *,
     tracked_as: str | None = None,

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 
-from distckpt import paths, storage
+from distckpt import paths, storage, words
 from distckpt.errors import StorageError
 
 _MIN_FREE_BYTES = 2**20
@@ -93,5 +93,5 @@ def check_filesystem(directory: str, epoch: int) -> None:
         storage.remove_file(other)
     free = storage.free_bytes(directory)
     if free < _MIN_FREE_BYTES:
-        msg = f"{directory}: only {free} bytes are free; make room first."
+        msg = f"{directory}: only {words.size(free)} are free; make room first."
         raise StorageError(msg, operation="statvfs", path=directory)

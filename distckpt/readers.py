@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Literal, overload
 
-from distckpt import paths, state, storage
+from distckpt import paths, state, storage, words
 from distckpt.durations import seconds_of
 from distckpt.errors import (
     CheckpointNotFound,
@@ -30,6 +30,7 @@ from distckpt.layout import Assignment
 from distckpt.leases import SECONDS, Lease, checked_seconds, leased, names_of
 from distckpt.locations import Path, absolute, checked_path
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
+from distckpt.near_paths import there_is
 from distckpt.record import Entry, Record, digest
 from distckpt.run_directory import instead_of_records
 from distckpt.shard_file import ShardReader
@@ -41,7 +42,7 @@ _MAX_RACES = 100
 _MAX_SHOWN = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CheckpointState:
     """TensorFlow's four fields of the state file, paths joined to the directory.
 
@@ -57,8 +58,27 @@ class CheckpointState:
     all_model_checkpoint_timestamps: list[float]
     last_preserved_timestamp: float
 
+    @property
+    def all_model_checkpoint_dates(self) -> list[datetime]:
+        """The timestamps as datetimes in UTC."""
+        return [*map(words.utc, self.all_model_checkpoint_timestamps)]
 
-def get_checkpoint_state(directory: Path) -> CheckpointState | None:
+    @property
+    def last_preserved_date(self) -> datetime:
+        """The timestamp as a datetime in UTC."""
+        return words.utc(self.last_preserved_timestamp)
+
+    def __repr__(self) -> str:
+        dates = [*map(words.utc_date, self.all_model_checkpoint_timestamps)]
+        last_preserved = words.utc_date(self.last_preserved_timestamp)
+        return (
+            f"CheckpointState(model_checkpoint_path={self.model_checkpoint_path!r}, "
+            f"all_model_checkpoint_paths={self.all_model_checkpoint_paths}, "
+            f"all_model_checkpoint_dates={dates}, last_preserved_date={last_preserved!r})"
+        )
+
+
+def get_checkpoint_state(directory: str | os.PathLike[str]) -> CheckpointState | None:
     """Read what is managed in a run directory; None if nothing is.
 
     Raises:
@@ -80,14 +100,20 @@ def get_checkpoint_state(directory: Path) -> CheckpointState | None:
 
 
 @overload
-def latest_checkpoint(directory: Path, *, strict: Literal[True]) -> str: ...
+def latest_checkpoint(
+    directory: str | os.PathLike[str], *, strict: Literal[True]
+) -> str: ...
 
 
 @overload
-def latest_checkpoint(directory: Path, *, strict: bool = False) -> str | None: ...
+def latest_checkpoint(
+    directory: str | os.PathLike[str], *, strict: bool = False
+) -> str | None: ...
 
 
-def latest_checkpoint(directory: Path, *, strict: bool = False) -> str | None:
+def latest_checkpoint(
+    directory: str | os.PathLike[str], *, strict: bool = False
+) -> str | None:
     """Return the path of the newest committed checkpoint; None if there is none.
 
     The path is the prefix that users see, ``<directory>/<name>-<number>``. A committed
@@ -131,7 +157,7 @@ def _none_in(root: str) -> str:
 
 
 def checkpoints_iterator(
-    directory: Path,
+    directory: str | os.PathLike[str],
     min_interval_secs: float | timedelta = 0,
     timeout: float | timedelta | None = None,
     timeout_fn: Callable[[], bool] | None = None,
@@ -270,10 +296,11 @@ def locate(path: Path) -> Located:
         msg = (
             f"{text} is no checkpoint: neither a path like 'runs/gpt/ckpt-12' nor a "
             f"directory with a {paths.MANIFEST_FILE}. {instead_of_records(text)}"
+            f"{there_is(text)}"
         )
         raise CheckpointNotFound(msg.strip())
     if not storage.is_directory(root):
-        msg = f"{text}: no such checkpoint. {instead_of_records(root)}"
+        msg = f"{text}: no such checkpoint. {instead_of_records(root)}{there_is(root)}"
         raise CheckpointNotFound(msg.strip())
     if not state.has_records(root):
         return Located(_newest_whole(root, name), None)
@@ -353,7 +380,10 @@ def _newest_whole(root: str, prefix: str) -> str:
                 continue
             found.append((attempt.epoch, manifest.created, directory))
     if not found:
-        msg = f"{os.path.join(root, prefix)}: no such checkpoint."
+        path = os.path.join(root, prefix)
+        msg = f"{path}: no such checkpoint."
+        if not storage.is_directory(root):
+            msg = f"{path}: no such checkpoint; {root} is not a directory.{there_is(path)}"
         raise CheckpointNotFound(msg)
     return max(found)[2]
 

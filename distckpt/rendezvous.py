@@ -17,6 +17,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, not exp
 )
 from torch.distributed.constants import default_pg_timeout
 
+from distckpt import words
 from distckpt.durations import seconds_of
 
 _KEYS = "distckpt/rendezvous"
@@ -137,7 +138,7 @@ def _answer_all(store: Store, name: str, ranks: Sequence[int], deadline: float) 
 
 
 def _absent(ranks: Sequence[int]) -> str:
-    return f"ranks {ranks[:16]} did not come to init_process_group in time."
+    return f"{words.ranks(ranks)} did not come to init_process_group in time."
 
 
 def _left(deadline: float) -> timedelta:

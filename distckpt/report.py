@@ -21,7 +21,6 @@ from markupsafe import Markup
 
 from distckpt import charts, state
 from distckpt.charts import DOTS, NARROW, WIDE, Mark, Point, Series
-from distckpt.errors import ConfigError
 from distckpt.events import (
     CAPTURE,
     CLAIM,
@@ -39,11 +38,10 @@ from distckpt.events import (
     Event,
 )
 from distckpt.history import read_history
-from distckpt.policy import MIN, Best, parse, parts_of
+from distckpt.policy import MIN, best_rules
 from distckpt.record import Entry, Record
-from distckpt.retention import best_of
-from distckpt.terminal import age, date, metrics
-from distckpt.units import size, took
+from distckpt.retention import best_metrics
+from distckpt.words import age, count, date, metrics, size, took
 
 _PHASES = {
     CAPTURE: "collect names and layouts",
@@ -110,7 +108,9 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size, date=date, age=age, took=took, metrics=metrics)
+    environment.filters.update(
+        count=count, size=size, date=date, age=age, took=took, metrics=metrics
+    )
     return environment.get_template("report.html.j2").render(
         run=run, now=time.time(), max_rows=_MAX_ROWS, **summary(run), **_charts(run)
     )
@@ -195,11 +195,7 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 def _rows(run: Run) -> list[dict[str, Any]]:
     rules = () if run.record is None else run.record.rules
     committed = [entry for where, entry in run.entries if where != "bad"]
-    best = {
-        (rule.metric, entry.attempt)
-        for rule in _best_rules(rules)
-        for entry in best_of(committed, rule)[:1]
-    }
+    best = best_metrics(committed, rules)
     rows = []
     for where, entry in run.entries:
         rows.append(
@@ -211,20 +207,10 @@ def _rows(run: Run) -> list[dict[str, Any]]:
                 "size_bytes": entry.size_bytes,
                 "metrics": dict(entry.metrics),
                 "why": entry.kept_by(rules),
-                "best_in": sorted(m for m, attempt in best if attempt == entry.attempt),
+                "best_in": sorted(best.get(entry.attempt, ())),
             }
         )
     return rows
-
-
-def _best_rules(rules: Sequence[str]) -> list[Best]:
-    found = []
-    for text in rules:
-        try:
-            found += [part for part in parts_of(parse(text)) if isinstance(part, Best)]
-        except ConfigError:
-            continue  # a function of the user's
-    return found
 
 
 # Charts
@@ -285,7 +271,12 @@ def _why(event: Event) -> str:
 
 def _job_of(event: Event) -> str:
     run, restart = event.detail.get("run"), event.detail.get("restart")
-    return f" by {run}, restart {restart}, {event.detail.get('ranks')} ranks" if run else ""
+    return f" by {run}, restart {restart}, {_ranks_of(event)}" if run else ""
+
+
+def _ranks_of(event: Event) -> str:
+    number = event.detail.get("ranks")
+    return count(number, "rank") if isinstance(number, int) else "ranks unknown"
 
 
 def _skew(commits: Sequence[Event]) -> list[Series]:
@@ -335,7 +326,7 @@ def _metric_charts(run: Run, commits: Sequence[Event]) -> list[tuple[str, Markup
         x = entry.time if entry.step is None else entry.step
         add(dict(entry.metrics), float(x), entry.attempt.prefix)
     rules = () if run.record is None else run.record.rules
-    modes = {rule.metric: rule.mode for rule in _best_rules(rules)}
+    modes = {rule.metric: rule.mode for rule in best_rules(rules)}
     drawn = []
     for name, by_x in [*sorted(found.items())][:_MAX_CHARTS]:
         points = [by_x[x] for x in sorted(by_x)]

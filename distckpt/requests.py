@@ -18,6 +18,8 @@ from distckpt.errors import CheckpointNotFound, ConfigError
 from distckpt.identity import this_process
 from distckpt.locations import Path, absolute, checked_path
 from distckpt.mailbox import METRICS, PIN, SAVE, UNPIN, Request
+from distckpt.near import did_you_mean
+from distckpt.near_paths import there_is
 from distckpt.readers import read_record
 from distckpt.record import Entry
 from distckpt.remarks import Remarks
@@ -25,7 +27,7 @@ from distckpt.remarks import Remarks
 _POLL_SECONDS = 0.2
 
 
-def pin(path: Path, *, timeout: float | timedelta | None = 0) -> bool:
+def pin(path: str | os.PathLike[str], *, timeout: float | timedelta | None = 0) -> bool:
     """Keep a checkpoint, whatever the retention rules say, until it is unpinned.
 
     After return that is asked for, durably. The running job takes it up with its next
@@ -47,13 +49,16 @@ def pin(path: Path, *, timeout: float | timedelta | None = 0) -> bool:
     return _ask(path, PIN, timeout=timeout, is_done=lambda entry: entry.pinned)
 
 
-def unpin(path: Path, *, timeout: float | timedelta | None = 0) -> bool:
+def unpin(path: str | os.PathLike[str], *, timeout: float | timedelta | None = 0) -> bool:
     """Leave a checkpoint to the retention rules again; see ``pin``."""
     return _ask(path, UNPIN, timeout=timeout, is_done=lambda entry: not entry.pinned)
 
 
 def add_metrics(
-    path: Path, metrics: Mapping[str, Any], *, timeout: float | timedelta | None = 0
+    path: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    *,
+    timeout: float | timedelta | None = 0,
 ) -> bool:
     """Add to what ``save(metrics=...)`` has said: for an evaluation that ends later.
 
@@ -87,7 +92,9 @@ def add_metrics(
     )
 
 
-def request_save(directory: Path, *, timeout: float | timedelta | None = 0) -> str | None:
+def request_save(
+    directory: str | os.PathLike[str], *, timeout: float | timedelta | None = 0
+) -> str | None:
     """Have the running job save; with the rule ``on_request()`` within about a second.
 
     Without that rule the next save of the job answers it.
@@ -109,7 +116,7 @@ def request_save(directory: Path, *, timeout: float | timedelta | None = 0) -> s
     root = absolute(given)
     seconds = _checked(timeout)
     if not storage.is_directory(root):
-        msg = f"{given} is not a directory."
+        msg = f"{given} is not a directory.{there_is(root)}"
         raise CheckpointNotFound(msg)
     # Read whole: nothing is left in a directory whose records this version cannot read.
     if read_record(root) is None:
@@ -153,7 +160,7 @@ def _entry_of(path: Path) -> tuple[str, Entry]:
     text = checked_path(path).rstrip(os.sep)
     root, name = os.path.split(absolute(text))
     if not state.has_records(root):
-        msg = f"{text}: {root} is not a run directory."
+        msg = f"{text}: {root} is not a run directory.{there_is(root)}"
         raise CheckpointNotFound(msg)
     return root, _listed(root, name)
 
@@ -167,9 +174,10 @@ def _listed(root: str, name: str) -> Entry:
     attempt = paths.parse_published(name)
     path = os.path.join(root, name if attempt is None else attempt.prefix)
     known = [entry.attempt.prefix for entry in committed]
+    hint = did_you_mean(os.path.basename(path), known)
     msg = (
-        f"{path}: not committed, or dropped before this was asked for. Committed, newest "
-        f"first: {', '.join(known[:10]) or 'none'}."
+        f"{path}: not committed, or dropped before this was asked for{hint} Committed, "
+        f"newest first: {', '.join(known[:10]) or 'none'}."
     )
     raise CheckpointNotFound(msg)
 

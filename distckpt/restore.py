@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt import paths, run_directory, savable, storage, strict_json
+from distckpt import paths, run_directory, savable, storage, strict_json, words
 from distckpt.checkpoint import COUNTER, nodes_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.choice import LATEST, spelled
@@ -230,7 +230,7 @@ def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
         raise_failures(votes, "restore() was refused", RestoreFailed)
         ranks = [vote.rank for vote in votes if vote.digest_a != votes[0].digest_a]
         if ranks:
-            msg = f"restore() was asked for another checkpoint on ranks {ranks[:16]}."
+            msg = f"restore() was asked for another checkpoint on {words.ranks(ranks)}."
             raise ConfigError(msg)
         assert job.chief is not None
         entries = job.chief.choose(meant)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import translate
 from typing import Any, TypeAlias
 
@@ -190,11 +189,6 @@ class _Pattern:
 
 # A pattern for all that one tracked object has; see decision 25.
 _WHOLE_OBJECT = re.compile(r"[^/.]*(/\*)?")
-
-
-def near_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return three names that are like a pattern that matches none of them."""
-    return get_close_matches(pattern, names, n=3, cutoff=0.0)
 
 
 def parameter_of(name: str) -> str | None:

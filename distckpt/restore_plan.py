@@ -18,7 +18,8 @@ from distckpt.errors import DistckptError, MismatchError, RestoreFailed
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
 from distckpt.mismatch import NO_MATCH, NOT_HERE, mismatch
-from distckpt.restore_names import Names, near_names
+from distckpt.near import near_names
+from distckpt.restore_names import Names
 from distckpt.values import TensorRef
 
 _Item = TypeVar("_Item")
@@ -182,7 +183,7 @@ class Saved:
         every = [*self._every_row, *self._every_value] if patterns else []
         return [
             f"{pattern}: {NO_MATCH}, neither in the checkpoint nor "
-            f"here; near names are {', '.join(near_names(pattern, every))}"
+            f"here; near names are {', '.join(near_names(pattern, every, least=0))}"
             for pattern in patterns
         ]
 

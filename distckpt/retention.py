@@ -15,7 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from distckpt.errors import ConfigError
-from distckpt.policy import MIN, Best, CheckpointInfo, Every, Latest, parts_of, spelled
+from distckpt.paths import Attempt
+from distckpt.policy import (
+    MIN,
+    Best,
+    CheckpointInfo,
+    Every,
+    Latest,
+    best_rules,
+    parts_of,
+    spelled,
+)
 from distckpt.record import MAX_RULES, Entry, Record
 
 _logger = logging.getLogger(__name__)
@@ -276,6 +286,18 @@ def best_of(entries: Sequence[Entry], rule: Best) -> list[Entry]:
         if (value := entry.metric(rule.metric)) is not None
     ]
     return [entry for _, _, entry in sorted(found, key=lambda one: one[:2])]
+
+
+def best_metrics(entries: Sequence[Entry], rules: Sequence[str]) -> dict[Attempt, set[str]]:
+    """Return the metrics in which each is the best of all, by the rules of a record.
+
+    Those that are the best in none are left out.
+    """
+    found: dict[Attempt, set[str]] = {}
+    for rule in best_rules(rules):
+        for entry in best_of(entries, rule)[:1]:
+            found.setdefault(entry.attempt, set()).add(rule.metric)
+    return found
 
 
 def _best(entries: Sequence[Entry], rule: Best) -> set[int]:

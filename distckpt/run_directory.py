@@ -28,7 +28,7 @@ def check_usable(directory: str) -> None:
         StorageError: It cannot be looked at.
     """
     if not storage.exists(directory):
-        parent = os.path.dirname(directory)
+        parent = os.path.dirname(os.path.abspath(directory))
         while not storage.exists(parent):
             parent = os.path.dirname(parent)
         if not storage.is_directory(parent):

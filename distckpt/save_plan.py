@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from functools import partial
 from typing import Any, NamedTuple
 
-from distckpt import paths, strict_json
+from distckpt import paths, strict_json, words
 from distckpt.checkpoint import COUNTER, Captured, capture
 from distckpt.collector import collector_paused
 from distckpt.comm import Answer
@@ -27,7 +27,6 @@ from distckpt.messages import (
     Phase,
     Vote,
     check_called_alike,
-    named,
     raise_failures,
 )
 from distckpt.paths import Attempt
@@ -36,7 +35,6 @@ from distckpt.replica_digests import Report, report_all
 from distckpt.replicas import Asked, differing, name_differing, report_of
 from distckpt.restore_names import parameter_of
 from distckpt.sharding import Sharding
-from distckpt.units import plural
 from distckpt.values import class_of_state, is_of_one_rank
 
 _logger = logging.getLogger(__name__)
@@ -315,8 +313,8 @@ def _check_meshes(tables: Sequence[Table], copies: Set[str]) -> None:
         if copies.isdisjoint((row.name, parameter)):
             where = row.name.partition("/")[0]
             msg = (
-                f"tensor {row.name!r} lies on ranks {other.mesh.ranks[:8]} and, by itself, "
-                f"on ranks {row.sharding.mesh.ranks[:8]} (placements "
+                f"tensor {row.name!r} lies on {words.ranks(other.mesh.ranks)} and, by "
+                f"itself, on {words.ranks(row.sharding.mesh.ranks)} (placements "
                 f"{[*other.placements]} and {[*row.sharding.placements]}). If these are "
                 "two tensors (experts, stages), declare "
                 f"Checkpoint({where}=PerGroup({where}, mesh)), with the mesh along which "
@@ -343,7 +341,7 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
             _spell_difference(name, united[name], texts)
             for name, texts in list(differing.items())[:16]
         ]
-        number = plural(len(differing), "plain value")
+        number = words.count(len(differing), "plain value")
         verb = "differs" if len(differing) == 1 else "differ"
         where = next(iter(differing)).partition("/")[0]
         way_on = (
@@ -360,10 +358,10 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
 def _spell_difference(name: str, value: Any, texts: Mapping[str, Sequence[int]]) -> str:
     class_name = class_of_state(value)
     if class_name:
-        groups = " and ".join(named(ranks) for ranks in texts.values())
+        groups = " and ".join(words.ranks(ranks) for ranks in texts.values())
         return f"{name} (state of {class_name}) differs between {groups}"
     return f"{name} is " + ", ".join(
-        f"{text:.60} on {named(ranks)}" for text, ranks in texts.items()
+        f"{text:.60} on {words.ranks(ranks)}" for text, ranks in texts.items()
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from distckpt import words
+
 # Lists that have one item for each group of the optimizer.
 _BY_GROUP = (
     "base_lrs",
@@ -34,8 +36,8 @@ def refusals(scheduler: LRScheduler, state: Any) -> Iterator[str]:
         values = state.get(key)
         if isinstance(values, (list, tuple)) and len(values) not in (0, len(groups)):
             yield (
-                f"{key} of {len(values)} groups in the checkpoint, the optimizer has "
-                f"{len(groups)} here; to begin without its state, exclude it"
+                f"{key} of {words.count(len(values), 'group')} in the checkpoint, the "
+                f"optimizer has {len(groups)} here; to begin without its state, exclude it"
             )
             return
     # Of those that are made of schedulers.

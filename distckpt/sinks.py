@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from distckpt import paths, storage
+from distckpt import paths, storage, words
 from distckpt.errors import ConfigError
 from distckpt.events import (
     CLAIM,
@@ -217,12 +217,17 @@ def say_line(event: Event, logger: logging.Logger = _logger) -> None:
     if event.kind == COMMIT:
         detail = event.detail
         seconds = float(detail.get("total_seconds", event.seconds))
+        slowest = ""
+        if detail.get("ranks", 1) > 1:
+            writing = words.took(float(detail.get("slowest_seconds", 0.0)))
+            slowest = f" (rank {detail.get('slowest_rank')} was slowest, {writing})"
         logger.info(
-            "saved %s%s: %.2f GiB in %.2f s, %.2f GiB/s (rank %s was slowest, %.2f s); %s",
-            *(event.checkpoint, at_step, event.size_bytes / _GIB, seconds),
-            event.size_bytes / _GIB / max(seconds, 1e-9),
-            *(detail.get("slowest_rank"), float(detail.get("slowest_seconds", 0.0))),
-            "; ".join(detail.get("reasons", ())),
+            "saved %s%s: %s in %s, %s/s%s; %s",
+            *(event.checkpoint, at_step, words.size(event.size_bytes)),
+            *(words.took(seconds), words.size(event.size_bytes / max(seconds, 1e-9))),
+            *(slowest, "; ".join(detail.get("reasons", ()))),
         )
     elif event.kind == RESTORE and event.rank == 0:
-        logger.info("restored %s%s in %.2f s", event.checkpoint, at_step, event.seconds)
+        logger.info(
+            "restored %s%s in %s", event.checkpoint, at_step, words.took(event.seconds)
+        )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 
-from distckpt import shard_file, tensors
+from distckpt import shard_file, tensors, words
 from distckpt.arena import Arena
 from distckpt.errors import SaveFailed
 from distckpt.known import window
@@ -21,7 +21,6 @@ from distckpt.own_file import Move, Moves
 from distckpt.shard_file import Written
 from distckpt.shard_header import Draft, Outline
 from distckpt.storage import Buffer
-from distckpt.units import plural
 
 # Entries of up to so many bytes are gathered before they are copied: for each of them, a
 # call of its own would take longer than the copy.
@@ -285,9 +284,8 @@ class Snapshot:
 
 def _changed_too_soon(names: Sequence[str]) -> SaveFailed:
     more = ", ..." if len(names) > _MAX_NAMED else ""
-    verb = "was" if len(names) == 1 else "were"
     return SaveFailed(
-        f"{plural(len(names), 'tensor')} ({', '.join(names[:_MAX_NAMED])}{more}) {verb} "
+        f"{words.count(len(names), 'tensor')} ({', '.join(names[:_MAX_NAMED])}{more}) "
         "changed before being copied, and not by the step of an optimizer. Call "
         'wait_staged() before whatever changes them, or use staging="eager".'
     )

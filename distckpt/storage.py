@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeAlias
 
-from distckpt import units
+from distckpt import words
 from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
 
@@ -617,8 +617,9 @@ def _fail(operation: str, path: str, error: OSError, needed_bytes: int) -> NoRet
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with suppress(OSError):
             status = os.statvfs(os.path.dirname(path) or ".")
-            needed = f"{units.size(needed_bytes)} needed, " if needed_bytes else ""
-            free = units.size(status.f_bavail * status.f_frsize)
-            hint = f" ({needed}{free} and {status.f_favail} inodes are free there)"
+            needed = f"{words.size(needed_bytes)} needed, " if needed_bytes else ""
+            free = words.size(status.f_bavail * status.f_frsize)
+            inodes = words.count(status.f_favail, "inode")
+            hint = f" ({needed}{free} and {inodes} are free there)"
     msg = f"{operation} {path}: {reason}{hint}"
     raise StorageError(msg, operation=operation, path=path, errno=error.errno) from error

@@ -6,14 +6,13 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import click
 
 from distckpt.errors import DistckptError
-from distckpt.units import duration
 
 EXIT_OK = 0
 EXIT_BAD = 1
@@ -25,6 +24,8 @@ _SHOW_AFTER_SECONDS = 1.0
 # A table that folds its cells takes 1.5 ms a row.
 _MOST_FOLDED_ROWS = 200
 _GAP = "  "
+_CUT = "..."
+_LEAST_CUT_WIDTH = 8
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -62,30 +63,25 @@ def print_json(tree: dict[str, Any]) -> None:
     click.echo(json.dumps(tree, separators=(",\n", ": ")))
 
 
-def metrics(values: Mapping[str, float | None]) -> str:
-    """Spell metrics for people; one that is no finite number has a dash."""
-    return ", ".join(
-        f"{name} {'-' if value is None else f'{value:.6g}'}"
-        for name, value in values.items()
-    )
+def is_terminal() -> bool:
+    """Tell whether what is printed goes to a terminal."""
+    return sys.stdout.isatty()
 
 
-def date(seconds: float) -> str:
-    """Spell seconds since the epoch for people, in their own time zone."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return f"{seconds:.0f} s"
-
-
-def age(seconds: float) -> str:
-    """Spell for how long something has been there."""
-    return "in the future" if seconds < 0 else duration(seconds)
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Tell whether a table has room where it is printed: always in a file or pipe."""
+    if not is_terminal():
+        return True
+    cells = [[printable(cell) for cell in row] for row in rows]
+    return _total(_widths([columns, *cells])) <= _terminal_width()
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
-) -> None:
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    cut: Sequence[str] = (),
+) -> bool:
     """Print a table.
 
     Cells are folded to the terminal's width. Of a long table, and into a file or pipe, each
@@ -95,12 +91,60 @@ def print_table(
         columns: Their names.
         rows: The cells.
         right: Columns that are aligned to the right.
+        cut: Columns whose cells are cut rather than folded, where that makes enough room.
+
+    Returns:
+        Whether anything was cut.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty() and len(rows) <= _MOST_FOLDED_ROWS:
+    if is_terminal() and cut:
+        shorter = _cut(columns, rows, cut, _terminal_width())
+        if shorter != rows:
+            print_table(columns, shorter, right)
+            return True
+    if is_terminal() and len(rows) <= _MOST_FOLDED_ROWS:
         _print_folded(columns, rows, right)
     else:
         click.echo("\n".join(_aligned([columns, *rows], [c in right for c in columns])))
+    return False
+
+
+def _terminal_width() -> int:
+    from rich.console import Console
+
+    return Console().width
+
+
+def _cut(
+    columns: Sequence[str],
+    rows: list[list[str]],
+    cut: Sequence[str],
+    width: int,
+) -> list[list[str]]:
+    """Cut the cells of some columns so that rows have room; the same rows if it is vain."""
+    lines = [[*columns], *rows]
+    widths = _widths(lines)
+    excess = _total(widths) - width
+    allowed = {}
+    for index, column in enumerate(columns):
+        if column in cut and excess > 0:
+            shorter = max(widths[index] - excess, len(column), _LEAST_CUT_WIDTH)
+            excess -= max(0, widths[index] - shorter)
+            allowed[index] = shorter
+    if excess > 0 or not allowed:
+        return rows
+    return [
+        [_shortened(cell, allowed.get(at, len(cell))) for at, cell in enumerate(row)]
+        for row in rows
+    ]
+
+
+def _shortened(cell: str, width: int) -> str:
+    if cell.isascii():
+        return cell if len(cell) <= width else f"{cell[: width - len(_CUT)]}{_CUT}"
+    while _width_of([[cell]])(cell) > width:
+        cell = f"{cell.removesuffix(_CUT)[:-1]}{_CUT}"
+    return cell
 
 
 def _print_folded(
@@ -124,7 +168,7 @@ def _aligned(lines: Sequence[Sequence[str]], is_right: Sequence[bool]) -> Iterat
     """Spell lines of cells so that each column has one width."""
     width_of = _width_of(lines)
     columns = list(zip(*lines, strict=True))
-    widths = [max(map(width_of, column)) for column in columns]
+    widths = _widths(lines)
     padded = [
         [
             f"{' ' * (width - width_of(cell))}{cell}"
@@ -135,6 +179,16 @@ def _aligned(lines: Sequence[Sequence[str]], is_right: Sequence[bool]) -> Iterat
         for column, width, right in zip(columns, widths, is_right, strict=True)
     ]
     return (_GAP.join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Return how wide each column is."""
+    width_of = _width_of(lines)
+    return [max(map(width_of, column)) for column in zip(*lines, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def _width_of(lines: Sequence[Sequence[str]]) -> Callable[[str], int]:

@@ -29,6 +29,7 @@ class Report:
         problems: One sentence for each fault; empty if the checkpoint is whole.
         foreign: Names in the directory that do not belong to it; harmless.
         notes: What else is worth knowing; no fault.
+        files_size_bytes: Bytes of its shard files, as ``list`` has them; 0: not known.
     """
 
     directory: str
@@ -37,6 +38,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files_size_bytes: int = 0
 
     @property
     def ok(self) -> bool:
@@ -71,6 +73,7 @@ def verify_attempt(
         report.problems.append(str(error))
         return report
     report.num_files = manifest.world_size
+    report.files_size_bytes = manifest.size_bytes
     for rank in range(manifest.world_size):
         try:
             with open_shard(directory, manifest, rank) as reader:

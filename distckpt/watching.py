@@ -16,7 +16,7 @@ from distckpt import record, state, storage
 from distckpt.errors import CorruptStateError, NewerFormatError, StorageError
 from distckpt.record import Entry, Record
 from distckpt.state import Head
-from distckpt.units import duration
+from distckpt.words import count, duration
 
 # What can happen.
 WAITING = "waiting"
@@ -124,7 +124,8 @@ class Watcher:
         oldest_first = newest.committed[::-1]
         self._pace = _Pace()
         self._pace.begin(oldest_first)
-        text = f"{_job(newest)}, epoch {newest.epoch}: {len(oldest_first)} checkpoints"
+        checkpoints = count(len(oldest_first), "checkpoint")
+        text = f"{_job(newest)}, epoch {newest.epoch}: {checkpoints}"
         yield Event(BEGIN, newest.written, text, newest)
         for entry in oldest_first[len(oldest_first) - self._num_last :]:
             yield Event(COMMIT, entry.time, record=newest, entry=entry)
@@ -153,7 +154,8 @@ class Watcher:
                     num_missed += 1  # pruned already; only the newest must be whole
                     continue
             if num_missed:
-                text = f"{num_missed} records were gone before they could be read"
+                records = count(num_missed, "record")
+                text = f"{records} gone before it could be told what was in them"
                 yield Event(GAP, after.written, text, after)
                 num_missed = 0
             yield from self._between(before, after)

@@ -181,7 +181,7 @@ def test_claim_with_full_disk_fails_before_anything_is_claimed(
     disk = small_disk("size=4m")
     fillers = _fill_bytes(disk, 2**19)
     chief = make_chief(os.path.join(disk, "run"))
-    with pytest.raises(StorageError, match="bytes are free"):
+    with pytest.raises(StorageError, match="are free; make room"):
         claim(chief)
     assert not chief.is_claimed
     for filler in fillers:

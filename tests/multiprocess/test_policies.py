@@ -318,7 +318,7 @@ def test_restore_takes_what_is_asked_for(tmp_path):
     assert "newest first: ckpt-4, ckpt-3" in errors["gone"][1]
     assert "has the metric 'accuracy'" in errors["no metric"][1]
     assert "from_pretrained" in errors["elsewhere"][1]
-    assert "on ranks [1]" in errors["not alike"][1]
+    assert "on rank 1." in errors["not alike"][1]
 
 
 def _restore_nothing(rank, directory):

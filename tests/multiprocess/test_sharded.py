@@ -752,7 +752,7 @@ def test_separate_meshes_are_copies_if_they_hold_one_tensor(tmp_path):
     found = values_of(run_ranks(_in_separate_halves, 4, str(tmp_path / "run")))
     path, of_stages, undeclared, drifted, _ = found[0]
     assert undeclared.kind == "ConfigError"
-    assert "lies on ranks [0, 1] and, by itself, on ranks [2, 3]" in undeclared.text
+    assert "lies on ranks 0, 1 and, by itself, on ranks 2, 3" in undeclared.text
     assert "Checkpoint(tensors=Replicated(tensors))" in undeclared.text
     assert "Checkpoint(tensors=PerGroup(tensors, mesh))" in undeclared.text
     assert drifted.failures == {3: "tensors/cut[256, 0]"}

@@ -16,28 +16,22 @@ import distckpt
 # names out lazily.
 LAYERS = {
     -2: {"errors"},
-    -1: {"_version", "durations", "units"},
+    -1: {"_version", "durations"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open", "parts", "locations"}
+    | {"collector", "few_open", "parts", "locations", "near", "words"}
     | {"generators", "step_watch", "trainable"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
+    | {"rendezvous"}
     | {"policy", "elements", "torch_versions"},
-    2: {"mismatch", "layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
+    2: {"mismatch", "layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
+    | {"state_dicts"},
     3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
-    | {"history"},
-    4: {
-        "run_directory",
-        "shard_file",
-        "janitor",
-        "known",
-        "read_plan",
-        "waiting",
-        "lookout",
-        "report",
-    }
+    | {"history", "near_paths"},
+    4: {"run_directory", "shard_file", "janitor", "known", "read_plan", "waiting"}
+    | {"lookout", "report"}
     | {"watching"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
@@ -99,8 +93,8 @@ TORCH_FREE = {
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
-    *{"report", "torch_versions", "locations", "durations", "units", "mismatch"},
-    *{"run_directory", "step_watch"},
+    *{"report", "torch_versions", "locations", "durations", "mismatch", "words"},
+    *{"run_directory", "step_watch", "near", "near_paths", "state_dicts"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 

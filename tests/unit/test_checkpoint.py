@@ -45,7 +45,7 @@ def test_objects_are_attributes_that_can_be_set_and_deleted():
     assert (checkpoint.epoch, checkpoint.more) == (2, [1])
     del checkpoint.more
     with pytest.raises(
-        AttributeError, match=r"tracks no 'more'; it tracks \['epoch', 'mod"
+        AttributeError, match=r"tracks no 'more'.* It tracks 'epoch', 'model'\."
     ):
         _ = checkpoint.more
     with pytest.raises(AttributeError, match="more"):
@@ -60,6 +60,35 @@ def test_names_that_are_taken_are_refused(name):
         Checkpoint(**{name: 1})
     with pytest.raises(ConfigError, match=f"'{name}' cannot be tracked"):
         setattr(Checkpoint(), name, 1)
+
+
+class _Shy(nn.Linear):
+    """A module that may not be asked for its state."""
+
+    def state_dict(self, *_, **__):
+        """Fail."""
+        raise AssertionError
+
+    def __repr__(self):
+        raise AssertionError
+
+
+def test_repr_shows_names_and_types():
+    """No state dict is taken and no tensor read: it may lie on a device that is busy."""
+    checkpoint = Checkpoint(model=_Shy(1, 1), step=torch.tensor(3), own=PerRank({"a": 1}))
+    checkpoint.save_counter = 3
+    expected = "Checkpoint(model=_Shy, step=Tensor, own=PerRank({'a': 1}), save_counter=3)"
+    assert repr(checkpoint) == expected
+    assert repr(object.__new__(Checkpoint)) == "Checkpoint(save_counter=0)"
+
+
+def test_mistyped_attribute_is_answered_with_a_near_one():
+    checkpoint = Checkpoint(model=nn.Linear(1, 1), step=torch.tensor(3))
+    with pytest.raises(AttributeError, match=r"'modle'; did you mean 'model'\? It tracks"):
+        _ = checkpoint.modle
+    with pytest.raises(AttributeError, match="did you mean 'step'"):
+        del checkpoint.stpe
+    assert {"model", "step", "restore", "save_counter"} <= {*dir(checkpoint)}
 
 
 def test_save_counter_is_an_int_that_can_be_set():

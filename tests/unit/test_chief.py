@@ -158,7 +158,7 @@ def test_claim_where_there_are_no_hard_links_is_refused(run_dir, monkeypatch):
 def test_claim_on_a_full_disk_is_refused(run_dir, monkeypatch):
     """Said at the start, not after the first hour of training."""
     monkeypatch.setattr(storage, "free_bytes", lambda _: 10)
-    with pytest.raises(StorageError, match="only 10 bytes are free"):
+    with pytest.raises(StorageError, match="only 10 B are free"):
         make_chief(run_dir).prepare_claim()
 
 

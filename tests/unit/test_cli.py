@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -26,12 +27,13 @@ from unit_helpers import (
     write_attempt,
 )
 
-from distckpt import cli, state, storage
+from distckpt import cli, state, storage, terminal
 from distckpt.layout import SPLIT, Row, Table
 from distckpt.manifest import Manifest, Shard
 from distckpt.opened import open as open_checkpoint
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
+from distckpt.requests import pin, unpin
 from distckpt.terminal import Progress
 
 pytestmark = pytest.mark.alone
@@ -77,7 +79,8 @@ def several(run_dir, clock):
 
 def test_list_shows_each_checkpoint_newest_first(several):
     """Path, state, step, on a line each."""
-    lines = run("list", several).stdout.splitlines()
+    *lines, last = run("list", several).stdout.splitlines()
+    assert last == "4 checkpoints, 1.5 MiB in all."
     found = [line.split()[:3] for line in lines[1:]]
     assert found == [
         [f"{several}/ckpt-4", "live", found[0][2]],
@@ -115,7 +118,7 @@ def test_list_with_a_limit_shows_the_newest(several):
     """And says that there are more; as JSON it is just shorter."""
     lines = run("list", several, "--limit", "2").stdout.splitlines()
     assert [line.split()[0][-6:] for line in lines[1:3]] == ["ckpt-4", "ckpt-3"]
-    assert lines[3:] == ["Shown are the newest 2 of 4."]
+    assert lines[3:] == ["Shown are the newest 2 of 4 checkpoints, 1.5 MiB in all."]
     found = run_json("list", several, "--limit", "2")["checkpoints"]
     assert [item["number"] for item in found] == [4, 3]
 
@@ -133,11 +136,65 @@ def remarked(run_dir):
 
 
 def test_list_shows_metrics_and_what_keeps_each(remarked):
-    lines = run("list", remarked).stdout.splitlines()[1:]
+    lines = run("list", remarked).stdout.splitlines()[1:-1]
     assert [line.split("KiB")[1].strip() for line in lines] == [
-        "loss 1.5   latest(1)",
-        'loss 0.25  best(1, "loss", mode="min")',
+        "loss 1.5          latest(1)",
+        'loss 0.25 (best)  best(1, "loss", mode="min")',
     ]
+
+
+def test_list_marks_what_is_pinned_and_what_will_be(remarked):
+    """The next commit of a job takes it up; until then it is asked for."""
+    pin(f"{remarked}/ckpt-4")
+    line = run("list", remarked).stdout.splitlines()[1]
+    assert line.endswith("loss 1.5          to be pinned, latest(1)")
+    assert not run_json("list", remarked)["checkpoints"][0]["pinned"]
+    chief = make_claimed(remarked, keep=latest(9))
+    save(chief, remarked, 5)
+    chief.close()
+    lines = run("list", remarked).stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:-1]] == [
+        "latest(9)",
+        "pinned",
+        "latest(9)",
+    ]
+    unpin(f"{remarked}/ckpt-4")
+    assert "to be unpinned, pinned\n" in run("list", remarked).stdout
+
+
+@pytest.fixture
+def terminal_of(monkeypatch):
+    """Return what makes standard output a terminal of some columns."""
+
+    def make(columns):
+        monkeypatch.setattr(terminal, "_terminal_width", lambda: columns)
+        monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return make
+
+
+@pytest.mark.parametrize("columns", [200, 110, 80, 60])
+def test_list_on_a_terminal_has_a_line_for_each_checkpoint(remarked, terminal_of, columns):
+    """The directory stands once, the date gives way to the age, long cells are cut."""
+    terminal_of(columns)
+    long = f"{os.path.dirname(remarked)}/{'x' * 40}"
+    os.rename(remarked, long)
+    lines = run("list", long).stdout.splitlines()
+    assert max(map(len, lines[1:-1])) <= columns
+    if columns == 200:
+        assert [line.split()[0] for line in lines[1:3]] == [
+            f"{long}/ckpt-4",
+            f"{long}/ckpt-2",
+        ]
+        assert lines[3] == "2 checkpoints, 784.1 KiB in all."
+        return
+    assert lines[0] == f"{long}:"
+    assert [line.split()[0] for line in lines[1:4]] == ["name", "ckpt-4", "ckpt-2"]
+    assert ("saved" in lines[1].split()) == (columns == 110)
+    is_cut = columns < 110
+    assert ("Lines are cut to the terminal" in lines[-1]) == is_cut
+    assert ("..." in lines[3]) == is_cut
 
 
 def test_list_as_json_says_metrics_and_what_keeps_each(remarked):
@@ -202,7 +259,7 @@ def test_list_never_folds_a_line_into_a_pipe(tmp_path):
     """One checkpoint is one line, however long the path."""
     directory = str(tmp_path / ("x" * 200))
     make_saved(directory, 1)
-    assert len(run("list", directory).stdout.splitlines()) == 2
+    assert len(run("list", directory).stdout.splitlines()) == 3
 
 
 def test_list_of_a_directory_with_markup_in_its_name_shows_it(tmp_path):
@@ -296,15 +353,29 @@ def test_show_of_a_manifest_with_differing_tables_exits_with_3(run_dir):
 def test_verify_of_a_whole_checkpoint_exits_with_0(saved):
     """And says how much was read."""
     result = run("verify", saved.prefix)
+    last = result.stdout.splitlines()[-1]
     assert (result.exit_code, result.stdout) == (
         0,
-        f"ok   {saved.prefix}: 2 files, 384.0 KiB\n",
+        f"ok   {saved.prefix}: 2 files, 392.0 KiB\n{last}\n",
     )
+    assert re.fullmatch(r"1 checkpoint, 392.0 KiB, all ok; verified in [\d.]+ m?s\.", last)
+
+
+def test_list_show_verify_and_report_agree_on_the_size(saved):
+    """Of the files, and not of the tensors in them."""
+    assert " 392.0 KiB " in run("list", saved.directory).stdout
+    assert "size       392.0 KiB\n" in run("show", saved.prefix).stdout
+    assert ": 2 files, 392.0 KiB\n" in run("verify", saved.prefix).stdout
+    (report,) = run_json("verify", saved.prefix)["checkpoints"]
+    assert (report["size_bytes"], report["files_size_bytes"]) == (393252, 401444)
+    assert report["files_size_bytes"] == run_json("show", saved.prefix)["size_bytes"]
+    assert run_json("report", saved.directory)["kept_bytes"] == 401444
 
 
 def test_verify_of_a_directory_verifies_all_that_can_be_restored(several):
     """Newest first; what is known to be bad is not read again."""
-    lines = run("verify", several).stdout.splitlines()
+    *lines, last = run("verify", several).stdout.splitlines()
+    assert last.startswith("3 checkpoints, 1.1 MiB, all ok; verified in ")
     assert [line.split(":")[0] for line in lines] == [
         f"ok   {several}/ckpt-{number}" for number in (4, 2, 1)
     ]
@@ -370,7 +441,7 @@ def test_verify_of_one_bad_among_good_counts_them(several):
     name = next(name for name in published if name.startswith("ckpt-2."))
     os.unlink(os.path.join(several, name, "rank-00000-of-00002.safetensors"))
     result = run("verify", several)
-    assert result.stdout.splitlines()[-1].startswith("1 of 3 are bad.")
+    assert result.stdout.splitlines()[-1].startswith("1 of 3 is bad. A restore takes")
 
 
 def test_verify_as_json_says_what_was_found(saved):

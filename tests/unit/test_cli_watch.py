@@ -299,7 +299,7 @@ def test_once_says_how_things_stand_and_leaves(run_dir):
     done = run(run_dir, "--once")
     lines = done.stdout.splitlines()
     assert done.exit_code == 0
-    assert lines[0].split(maxsplit=3)[2:] == ["begin", "job 'unit', epoch 1: 1 checkpoints"]
+    assert lines[0].split(maxsplit=3)[2:] == ["begin", "job 'unit', epoch 1: 1 checkpoint"]
     assert lines[1].split(maxsplit=3)[2:] == [
         "commit",
         'ckpt-1  step 10  392.0 KiB  loss 0.5  kept by latest(1), best(1, "loss", '

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from examples import examples
@@ -295,11 +296,24 @@ def test_a_save_is_one_line_and_all_else_is_for_debugging(caplog):
     found = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert found[0] == (
         "INFO",
-        "saved ckpt-7 at step 70: 2.00 GiB in 2.00 s, 1.00 GiB/s (rank 3 was slowest, "
-        "1.50 s); every(steps=10): 10 since step 60",
+        "saved ckpt-7 at step 70: 2.0 GiB in 2 s, 1.0 GiB/s (rank 3 was slowest, 1.5 s); "
+        "every(steps=10): 10 since step 60",
     )
     assert found[1][0] == "DEBUG" and found[1][1].startswith("rank 1: {")
-    assert found[2] == ("INFO", "restored c-1 in 0.00 s")
+    assert found[2] == ("INFO", "restored c-1 in 0 ms")
+
+
+def test_the_line_of_a_small_save_of_one_rank_has_units_that_suit_it(caplog):
+    """No rank is the slowest of one."""
+    event = Event(COMMIT, 1.0, 0, 0.01, "c-1", 1, 3000, {"ranks": 1, "total_seconds": 0.12})
+    with caplog.at_level(logging.INFO):
+        say_line(replace(event, detail={**event.detail, "reasons": ["every call saves"]}))
+        say_line(Event(RESTORE, 1.0, 0, 200.0, "c-1"))
+    found = [record.getMessage() for record in caplog.records]
+    assert found == [
+        "saved c-1 at step 1: 2.9 KiB in 0.12 s, 24.4 KiB/s; every call saves",
+        "restored c-1 in 3 min",
+    ]
 
 
 def test_the_line_is_said_of_no_other_rank_and_nothing_else(caplog):

@@ -263,7 +263,7 @@ def test_row_that_differs_between_ranks_is_refused_by_name(row, text):
 def test_row_of_another_kind_is_refused_with_both_kinds():
     """How it lies on the ranks is told where that is what differs."""
     rows = Row("w", "float32", (4,), SPLIT), Row("w", "float32", (4,), WHOLE)
-    expected = r"\[4\] \(split\) on ranks 0, float32 \[4\] \(whole\) on ranks 1"
+    expected = r"\[4\] \(split\) on rank 0, float32 \[4\] \(whole\) on rank 1"
     with pytest.raises(ManifestError, match=expected):
         Assignment([rows[:1], rows[1:]], [0, 1])
 
@@ -741,7 +741,7 @@ def test_tied_sharded_tensor_is_stored_once():
                 (Row("w", "float32", (4,), SPLIT),),
             ],
             [0, 1],
-            r"'w' differs between ranks: .*\(split\) on ranks 1",
+            r"'w' differs between ranks: .*\(split\) on rank 1\.",
         ),
     ],
     ids=["no such rank", "not there", "overlap", "mesh shape", "placement", "kind"],

@@ -239,6 +239,7 @@ def test_one_that_cannot_be_read_counts_for_no_rule_of_this_job(run):
         run.save(manager, 4)
         assert _names(manager) == ["ckpt-2", "ckpt-3", "ckpt-4"]
         run.save(manager, 5)
+        manager.sync()
         assert _names(manager) == ["ckpt-3", "ckpt-4", "ckpt-5"] == run.there()
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from datetime import timezone
 
 import numpy as np
 import pytest
@@ -116,10 +117,88 @@ def test_handles_read_every_tensor_bit_for_bit(saved):
             assert_same(opened[name].torch(), torch.from_numpy(array.copy()))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model/wieght", "did you mean 'model/weight'"),
+        ("WEIGHT", "did you mean 'model/weight'"),
+        ("model", "below it are 2 tensors, see state_dict('model')"),
+        ("epoch", "it is a plain value: plain_values['epoch']"),
+        ("qqqqqqqqq", "among 3."),
+    ],
+)
+def test_mistyped_name_is_answered_with_what_was_meant(saved, name, hint):
+    with distckpt.open(saved.prefix) as opened:
+        assert name not in opened and opened.get(name, 5) == 5
+        with pytest.raises(TensorNotFound) as caught:
+            opened[name]
+    assert hint in str(caught.value)
+
+
+def test_mistyped_name_of_a_value_is_answered_with_near_ones(saved):
+    near = sorted(VALUES)[0]
+    with distckpt.open(saved.prefix) as opened:
+        assert opened.plain_values.get("nothing") is None
+        with pytest.raises(TensorNotFound, match=f"no plain value.*did you mean '{near}'"):
+            opened.plain_values[f"{near}x"]
+
+
+# In notebooks
+
+
+def test_names_complete_in_notebooks(saved):
+    """Where somebody types ``opened["``."""
+    with distckpt.open(saved.prefix) as opened:
+        assert opened._ipython_key_completions_() == [*ARRAYS]
+        assert opened.plain_values._ipython_key_completions_() == [*VALUES]
+        assert opened.per_rank(0)._ipython_key_completions_() == [*opened.per_rank(0)]
+
+
+def test_keys_values_and_items_show_what_is_in_them(saved):
+    """Of many the first, and how many more."""
+    with distckpt.open(saved.prefix) as opened:
+        assert repr(opened.keys()) == "<3 names: model/weight, model/bias, step>"
+        described = (
+            "model/weight: float32 [96, 1024], model/bias: float32 [7], step: int64 []"
+        )
+        assert repr(opened.values()) == repr(opened.items()) == f"<3 tensors: {described}>"
+        assert {*opened.keys()} == {*ARRAYS} and "step" in opened.keys()  # noqa: SIM118
+        assert [handle.name for handle in opened.values()] == [*ARRAYS]
+        assert [(name, handle.name) for name, handle in opened.items()] == [
+            (name, name) for name in ARRAYS
+        ]
+        assert opened.keys() & {"step", "x"} == {"step"}
+
+
+def test_a_checkpoint_is_shown_as_a_table(run_dir):
+    """Escaped: names come from anyone's files. Long ones are cut, and said to be."""
+    path = save_objects(run_dir, **{f"<b>{n}": torch.ones(n, 2) for n in range(50)})
+    with distckpt.open(path) as opened:
+        html = opened._repr_html_()
+    assert html.count("<tr>") == 1 + 40 + 1 and "... and 10 more" in html
+    assert "<b>" not in html and "&lt;b&gt;3" in html and "<script" not in html
+    assert "<td>float32</td><td>3 x 2</td><td>24 B</td>" in html
+    assert "50 tensors, 1 plain value" in html and "by 1 rank" in html
+
+
+def test_a_checkpoint_without_tensors_is_shown_too(run_dir):
+    path = save_objects(run_dir, own=PerRank(3))
+    with distckpt.open(path) as opened:
+        assert "<table>" not in opened._repr_html_()
+        assert "own: 0 tensors, 1 plain value" in opened.per_rank(0)._repr_html_()
+        assert repr(opened.keys()) == "<0 names>"
+
+
+def test_created_is_a_date_too(saved):
+    with distckpt.open(saved.prefix) as opened:
+        assert opened.created_date.timestamp() == pytest.approx(opened.created)
+        assert opened.created_date.tzinfo is timezone.utc
+
+
 def test_unknown_name_is_a_key_error_that_says_what_there_is(saved):
     """Of ours, and a mapping's."""
     with distckpt.open(saved.prefix) as opened:
-        with pytest.raises(TensorNotFound, match="did you mean model/weight"):
+        with pytest.raises(TensorNotFound, match="did you mean 'model/weight'"):
             opened["weight"]
         assert opened.get("nothing") is None
 
@@ -347,9 +426,9 @@ def test_per_rank_gives_one_ranks_own(run_dir):
         assert (rank.rank, list(rank)) == (0, ["own/x"])
         assert rank["own/x"][1:3].numpy().tolist() == [1, 2]
         assert rank.plain_values == {"own/seed": 9}
-        assert repr(rank) == "<rank 0's own: 1 tensors, 1 values>"
+        assert repr(rank) == "<rank 0's own: 1 tensor, 1 plain value>"
         for wrong in (1, -1, True, "0"):
-            with pytest.raises(ConfigError, match="saved by 1 ranks"):
+            with pytest.raises(ConfigError, match="saved by 1 rank; there is no rank"):
                 opened.per_rank(wrong)
 
 

@@ -371,7 +371,7 @@ def test_scheduler_of_fewer_groups_is_reported(run_dir, kind):
     live = net(1)
     groups = [{"params": live[0].parameters()}, {"params": live[2].parameters()}]
     other = torch.optim.SGD(groups, lr=0.5)
-    with pytest.raises(MismatchError, match=r"scheduler: .* of 1 groups in the checkpoint"):
+    with pytest.raises(MismatchError, match=r"scheduler: .* of 1 group in the checkpoint"):
         restore(run_dir, model=live, scheduler=_scheduler(kind, other))
 
 

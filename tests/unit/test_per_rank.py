@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch_helpers import assert_same, manifest_of, restore, rows_of, save, stored
 
-from distckpt import MismatchError, PerRank, RngState, values
+from distckpt import (
+    MismatchError,
+    OneRank,
+    Parts,
+    PerRank,
+    Replicated,
+    RngState,
+    values,
+)
 
 
 def _draw():
@@ -158,6 +166,33 @@ def test_job_without_per_rank_reads_a_checkpoint_that_has_it(run_dir):
     assert live == 1
 
 
-def test_repr_shows_what_is_inside():
-    """For people who print a checkpoint's attributes."""
-    assert repr(PerRank(3)) == "PerRank(3)"
+@pytest.mark.parametrize(
+    ("mark", "text"),
+    [
+        (PerRank(3), "PerRank(3)"),
+        (PerRank(torch.ones(2), resize="by_rank"), 'PerRank(Tensor, resize="by_rank")'),
+        (PerRank("x", resize=max), "PerRank('x', resize=max)"),
+        (
+            PerRank({"loader": [1, None], "rng": RngState()}),
+            "PerRank({'loader': [1, None], 'rng': RngState()})",
+        ),
+        (OneRank(torch.nn.Linear(1, 1)), "OneRank(Linear)"),
+        (Replicated(PerRank(0.5)), "Replicated(PerRank(0.5))"),
+        (Parts([torch.nn.ReLU(), torch.nn.Linear(1, 1)]), "Parts([ReLU, Linear])"),
+        (PerRank(b"x" * 9), "PerRank(bytes)"),
+        (PerRank("x" * 99), "PerRank(str)"),
+        (PerRank(10**5000), "PerRank(int)"),
+        (PerRank([*range(20)]), "PerRank([0, 1, 2, 3, 4, 5, 6, 7, ...])"),
+        (PerRank([[[[[[1]]]]]]), "PerRank([[[[list]]]])"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_repr_shows_what_is_inside_by_its_type(mark, text):
+    """For people who print a checkpoint's attributes: no tensor is read."""
+    assert repr(mark) == text
+
+
+def test_repr_of_a_container_that_holds_itself_ends():
+    held = {}
+    held["again"] = PerRank(held)
+    assert repr(PerRank(held)).startswith("PerRank({'again': PerRank({'again': ")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from inspect import signature
+
 import pytest
 
 from distckpt.errors import ConfigError
@@ -45,8 +48,8 @@ def test_on_signal_with_this_argument_is_refused(signals, more, text):
     ],
 )
 def test_rule_is_spelled_as_it_is_written(rule, text):
-    """Ranks compare the spelling, and people read it in records."""
-    assert str(rule) == text
+    """Ranks compare the spelling, and people read it in records and notebooks."""
+    assert str(rule) == repr(rule) == text
 
 
 def test_rules_are_values():
@@ -82,6 +85,62 @@ def test_rules_are_values():
 def test_rule_with_this_argument_is_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: every(500),
+            "every(500): too many positional arguments; write every(steps=500).",
+        ),
+        (lambda: every(step=5), "write every(steps=5)."),
+        (lambda: every(minute=2.5), "write every(minutes=2.5)."),
+        (lambda: every(500, minutes=1), "write every(steps=500)."),
+        (lambda: every("500"), "write every(steps=500)."),
+        (lambda: every(timedelta(minutes=5)), "write every(minutes=5)."),
+        (lambda: every(), "such as every(steps=500)"),
+        (lambda: latest(3, 4), "write latest(3)."),
+        (lambda: latest(count=2), "write latest(2)."),
+        (
+            lambda: best("loss"),
+            'write best("loss", mode="min") if the lowest is best, else',
+        ),
+        (
+            lambda: best(2, "loss"),
+            'write best(2, "loss", mode="min") if the lowest is best',
+        ),
+        (lambda: best(2, "loss", "max"), 'write best(2, "loss", mode="max").'),
+        (lambda: best("loss", 2, mode="min"), 'write best(2, "loss", mode="min").'),
+        (lambda: best(2, mode="min"), 'write best(2, "val_loss", mode="min").'),
+        (lambda: best(name="acc", mode="max"), 'write best("acc", mode="max").'),
+        (lambda: parse("every(500)"), "write every(steps=500)."),
+        (
+            lambda: parse("latest(1) | best(2, 'loss')"),
+            'write best(2, "loss", mode="min") if',
+        ),
+        (lambda: parse("lates(3)"), "did you mean 'latest'?"),
+        (lambda: parse("latest"), "write latest(...)"),
+    ],
+)
+def test_call_with_other_arguments_is_answered_with_the_line_to_write(call, text):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert text in str(caught.value)
+
+
+def test_best_without_a_number_keeps_one():
+    expected = best(1, "loss", mode="min")
+    assert best("loss", mode="min") == best(metric="loss", mode="min") == expected
+    assert best(number=1, metric="loss", mode="min") == expected
+    assert parse('best("loss", mode="min")') == expected
+
+
+def test_words_still_have_their_signatures():
+    """For help() and completion."""
+    assert [*signature(every).parameters][:2] == ["steps", "seconds"]
+    assert [*signature(best).parameters] == ["number", "metric", "mode"]
+    assert every.__name__ == "every" and "max_to_keep" in every.__doc__
 
 
 @pytest.mark.parametrize(

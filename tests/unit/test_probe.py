@@ -48,5 +48,5 @@ def test_a_filesystem_without_hard_links_is_refused(run_dir, monkeypatch):
 def test_a_full_filesystem_is_refused(run_dir, monkeypatch):
     """A claim of a full disk would only fail later."""
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
-    with pytest.raises(StorageError, match="only 1000 bytes are free"):
+    with pytest.raises(StorageError, match="only 1000 B are free"):
         check_filesystem(_directory(run_dir), 1)

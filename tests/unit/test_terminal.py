@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distckpt import terminal, units
+from distckpt import terminal, words
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_bar_is_shown_where_somebody_watches_and_it_takes_a_while(
 )
 def test_sizes_are_spelled_for_people(size_bytes, text):
     """With one digit behind the point."""
-    assert units.size(size_bytes) == text
+    assert words.size(size_bytes) == text
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_sizes_are_spelled_for_people(size_bytes, text):
 )
 def test_lengths_of_time_are_spelled_for_people(seconds, text):
     """In the largest unit of which there are two."""
-    assert units.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 def table_of(capsys, *arguments):

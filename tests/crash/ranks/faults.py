@@ -406,7 +406,7 @@ class Quota(Fault):
 class LittleRoom(FullDisk):
     """Something else has left less than a claim wants."""
 
-    reason = "bytes are free"
+    reason = "are free; make room"
 
     def __init__(self) -> None:
         super().__init__(2**19)
