@@ -108,7 +108,7 @@ class _Named(Mapping[str, StoredTensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._handles
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: Any = None) -> StoredTensor | Any:
         """Return the handle of a tensor, or the default where there is none."""
         return self._handles.get(name, default)
 
@@ -202,6 +202,9 @@ class _Named(Mapping[str, StoredTensor]):
     def _title(self) -> str:
         raise NotImplementedError
 
+    def _facts(self) -> list[str]:
+        return []
+
     def _repr_html_(self) -> str:
         """Make the table that notebooks show."""
         cells = [
@@ -223,7 +226,8 @@ class _Named(Mapping[str, StoredTensor]):
         table = (
             f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
-        return f"<div><p>{escape(self._title())}</p>{table if rows else ''}</div>"
+        title = "; ".join([self._title(), *self._facts()])
+        return f"<div><p>{escape(title)}</p>{table if rows else ''}</div>"
 
 
 class _Names(KeysView[str]):
@@ -422,12 +426,10 @@ class OpenedCheckpoint(_Named):
     def __repr__(self) -> str:
         return f"<{self._title()}>"
 
-    def _repr_html_(self) -> str:
+    def _facts(self) -> list[str]:
+        ranks = words.count(self.world_size, "rank")
         facts = [
-            f"saved {words.utc_date(self.created)}",
-            f"by {words.count(self.world_size, 'rank')}",
+            f"saved {words.utc_date(self.created)} by {ranks}",
             words.size(self.size_bytes),
         ]
-        if self.metrics:
-            facts.append(words.metrics(self.metrics))
-        return f"<div><p>{escape(', '.join(facts))}</p>{super()._repr_html_()}</div>"
+        return [*facts, words.metrics(self.metrics)] if self.metrics else facts

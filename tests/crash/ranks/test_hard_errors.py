@@ -367,7 +367,7 @@ SAVES = [
     Case(
         "full",
         faults.FullDisk(),
-        ("fallocate", "bytes and"),
+        ("fallocate", "inodes are free there"),
         failed="all",
         disk="size=16m",
     ),
