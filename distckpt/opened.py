@@ -58,7 +58,7 @@ class PlainValues(dict[str, Any]):
 
     Args:
         values: The values.
-        where: Whose they are, for messages.
+        where: The name of their owner, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -119,7 +119,7 @@ class _Named(Mapping[str, StoredTensor]):
         num_below = sum(full.startswith(below) for full in self._handles)
         if num_below:
             tensors = words.count(num_below, "tensor")
-            return f"; below it are {tensors}, see state_dict({name!r:.200})."
+            return f"; it holds {tensors}, see state_dict({name!r:.200})."
         return did_you_mean(str(name), [*self._handles, *self.encoded_values])
 
     def __iter__(self) -> Iterator[str]:
@@ -160,17 +160,19 @@ class _Named(Mapping[str, StoredTensor]):
     ) -> dict[str, Any]:
         """Read what is below a name as a state dict of torch tensors, verified.
 
-        Of a module the keys are its own names, whatever wrapped it when it was saved, and
-        tied names share one tensor, as in ``module.state_dict()``. Extra state and the
-        versions that its classes declare are part of it. Of any other object with a state
-        dict (a scheduler, a data loader) it is the state that this has returned. Each rank
-        of a sharded module needs memory for the whole of it: to restore a job, use
-        ``CheckpointManager`` or ``Checkpoint.restore``.
+        The keys of a module are its own names, without those of DDP or other wrappers. Tied
+        names share one tensor, as in ``module.state_dict()``. Extra state and the versions
+        that its classes declare are part of it. For another object with a state dict (a
+        scheduler, a data loader) the result is the state that it has returned.
+
+        The tensors are whole, so a sharded module needs memory for all of it. A job
+        restores with ``CheckpointManager`` or ``Checkpoint.restore``.
 
         Args:
             name: The name that the object is tracked under, such as ``"model"``; or the
                 path of a submodule, such as ``"model/encoder.layers.0"``.
-            device: Where the tensors are put, each after it was read; by default the CPU.
+            device: The device that each tensor is put on after it was read; by default the
+                CPU.
 
         Raises:
             TensorNotFound: There is nothing of that name; the message has near ones.
