@@ -142,6 +142,8 @@ def prune_command(directory: str, keep: str | None, yes: bool, as_json: bool) ->
     try:
         rule = prune.rule_of(keep, record)
         plan = prune.plan_prune(record, rule, directory)
+        if keep is not None:
+            prune.refuse_unknown_metrics(rule, plan)
     except ConfigError as error:
         fail(error, EXIT_USAGE)
     remaining = 0

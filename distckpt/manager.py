@@ -154,6 +154,8 @@ class CheckpointManager:
             f"{len(job.checkpoints)} managed",
         ]
         why = str(self._unusable or "").partition("\n")[0].rstrip(".")
+        # Without what to do, which the error says.
+        why = _CLOSED.partition(":")[0] if why in _CLOSED else why
         end = f"; {why:.200}" if why else ""
         return f"<CheckpointManager of {job.directory}: {', '.join(facts)}{end}>"
 

@@ -58,7 +58,7 @@ class PlainValues(dict[str, Any]):
 
     Args:
         values: The values.
-        where: Whose they are, for messages.
+        where: The name of their owner, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -108,7 +108,7 @@ class _Named(Mapping[str, StoredTensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._handles
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: Any = None) -> StoredTensor | Any:
         """Return the handle of a tensor, or the default where there is none."""
         return self._handles.get(name, default)
 
@@ -119,7 +119,7 @@ class _Named(Mapping[str, StoredTensor]):
         num_below = sum(full.startswith(below) for full in self._handles)
         if num_below:
             tensors = words.count(num_below, "tensor")
-            return f"; below it are {tensors}, see state_dict({name!r:.200})."
+            return f"; it holds {tensors}, see state_dict({name!r:.200})."
         return did_you_mean(str(name), [*self._handles, *self.encoded_values])
 
     def __iter__(self) -> Iterator[str]:
@@ -160,17 +160,19 @@ class _Named(Mapping[str, StoredTensor]):
     ) -> dict[str, Any]:
         """Read what is below a name as a state dict of torch tensors, verified.
 
-        Of a module the keys are its own names, whatever wrapped it when it was saved, and
-        tied names share one tensor, as in ``module.state_dict()``. Extra state and the
-        versions that its classes declare are part of it. Of any other object with a state
-        dict (a scheduler, a data loader) it is the state that this has returned. Each rank
-        of a sharded module needs memory for the whole of it: to restore a job, use
-        ``CheckpointManager`` or ``Checkpoint.restore``.
+        The keys of a module are its own names, without those of DDP or other wrappers. Tied
+        names share one tensor, as in ``module.state_dict()``. Extra state and the versions
+        that its classes declare are part of it. For another object with a state dict (a
+        scheduler, a data loader) the result is the state that it has returned.
+
+        The tensors are whole, so a sharded module needs memory for all of it. A job
+        restores with ``CheckpointManager`` or ``Checkpoint.restore``.
 
         Args:
             name: The name that the object is tracked under, such as ``"model"``; or the
                 path of a submodule, such as ``"model/encoder.layers.0"``.
-            device: Where the tensors are put, each after it was read; by default the CPU.
+            device: The device that each tensor is put on after it was read; by default the
+                CPU.
 
         Raises:
             TensorNotFound: There is nothing of that name; the message has near ones.
@@ -202,6 +204,9 @@ class _Named(Mapping[str, StoredTensor]):
     def _title(self) -> str:
         raise NotImplementedError
 
+    def _facts(self) -> list[str]:
+        return []
+
     def _repr_html_(self) -> str:
         """Make the table that notebooks show."""
         cells = [
@@ -223,7 +228,8 @@ class _Named(Mapping[str, StoredTensor]):
         table = (
             f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
-        return f"<div><p>{escape(self._title())}</p>{table if rows else ''}</div>"
+        title = "; ".join([self._title(), *self._facts()])
+        return f"<div><p>{escape(title)}</p>{table if rows else ''}</div>"
 
 
 class _Names(KeysView[str]):
@@ -422,12 +428,10 @@ class OpenedCheckpoint(_Named):
     def __repr__(self) -> str:
         return f"<{self._title()}>"
 
-    def _repr_html_(self) -> str:
+    def _facts(self) -> list[str]:
+        ranks = words.count(self.world_size, "rank")
         facts = [
-            f"saved {words.utc_date(self.created)}",
-            f"by {words.count(self.world_size, 'rank')}",
+            f"saved {words.utc_date(self.created)} by {ranks}",
             words.size(self.size_bytes),
         ]
-        if self.metrics:
-            facts.append(words.metrics(self.metrics))
-        return f"<div><p>{escape(', '.join(facts))}</p>{super()._repr_html_()}</div>"
+        return [*facts, words.metrics(self.metrics)] if self.metrics else facts

@@ -14,7 +14,8 @@ from distckpt import mailbox, state, storage
 from distckpt.chief import Chief
 from distckpt.errors import ConfigError, DirectoryInUseError
 from distckpt.identity import Identity, this_process
-from distckpt.policy import Rule, parse
+from distckpt.near import did_you_mean
+from distckpt.policy import Best, Rule, parse, parts_of
 from distckpt.record import Entry, Record
 from distckpt.retention import Retention, spells_number, sweep
 
@@ -63,6 +64,26 @@ def plan_prune(record: Record, rule: Rule, directory: str) -> Plan:
     requests, _ = mailbox.collect(directory)
     every = sorted(record.committed, key=lambda entry: entry.record)
     return _plan(mailbox.applied(every, requests), rule)
+
+
+def refuse_unknown_metrics(rule: Rule, plan: Plan) -> None:
+    """Raise if a rule goes by a metric that no checkpoint has: it would keep none.
+
+    For rules that somebody has typed in. A job may have rules for metrics that are to come.
+
+    Raises:
+        ConfigError: Names the metrics that there are.
+    """
+    entries = (*plan.staying, *plan.dropped)
+    known = sorted({name for entry in entries for name, _ in entry.metrics})
+    for part in parts_of(rule):
+        if isinstance(part, Best) and part.metric not in known:
+            msg = (
+                f"{part}: no checkpoint has that metric, so it would keep none"
+                f"{did_you_mean(part.metric, known)} Metrics that there are: "
+                f"{', '.join(known[:20]) or 'none'}."
+            )
+            raise ConfigError(msg)
 
 
 def prune(directory: str, rule: Rule) -> tuple[Plan, Iterator[Entry]]:

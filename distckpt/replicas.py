@@ -183,11 +183,10 @@ def note_drifting(job: Job, answer: Answer) -> None:
     job.replicas.drifting = job.replicas.drifting.union(names)
     if job.chief is not None:
         _logger.warning(
-            "%d buffers differ between ranks, and those of rank %d are stored: %s. They "
-            "are not compared any more. If they should be equal, synchronize them (for "
-            "batch normalization: SyncBatchNorm); if each rank needs its own, track them "
-            "in PerRank.",
-            len(names),
+            "buffers differ between ranks, and those of rank %d are stored: %s. They are "
+            "not compared any more. If they should be equal, synchronize them (for batch "
+            "normalization: SyncBatchNorm); if each rank needs its own, track them in "
+            "PerRank.",
             0,
             _told(names, len(names)),
         )

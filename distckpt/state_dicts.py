@@ -23,7 +23,7 @@ _MAX_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a checkpoint has, by full name.
+    """The names in a checkpoint, and its values.
 
     Attributes:
         where: Its directory, for messages.
@@ -51,7 +51,7 @@ def state_dict_of(
     """Make the state dict of what is stored under a name.
 
     Args:
-        source: What there is.
+        source: The names and values of the checkpoint.
         name: The path of a module, of a submodule in it, of another object with a state
             dict, or of a dict of tensors and values.
         read: Called with the names of tensors; returns what stands for each.

@@ -96,17 +96,17 @@ def print_table(
     Returns:
         Whether anything was cut.
     """
-    rows = [[printable(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    is_cut = False
     if is_terminal() and cut:
-        shorter = _cut(columns, rows, cut, _terminal_width())
-        if shorter != rows:
-            print_table(columns, shorter, right)
-            return True
-    if is_terminal() and len(rows) <= _MOST_FOLDED_ROWS:
-        _print_folded(columns, rows, right)
+        shorter = _cut(columns, cells, cut, _terminal_width())
+        is_cut = shorter != cells
+        cells = shorter
+    if is_terminal() and len(cells) <= _MOST_FOLDED_ROWS:
+        _print_folded(columns, cells, right)
     else:
-        click.echo("\n".join(_aligned([columns, *rows], [c in right for c in columns])))
-    return False
+        click.echo("\n".join(_aligned([columns, *cells], [c in right for c in columns])))
+    return is_cut
 
 
 def _terminal_width() -> int:
@@ -134,7 +134,10 @@ def _cut(
     if excess > 0 or not allowed:
         return rows
     return [
-        [_shortened(cell, allowed.get(at, len(cell))) for at, cell in enumerate(row)]
+        [
+            _shortened(cell, allowed[at]) if at in allowed else cell
+            for at, cell in enumerate(row)
+        ]
         for row in rows
     ]
 

@@ -25,6 +25,7 @@ from distckpt.formats.optimizers import (
     StoredOptimizer,
     find,
 )
+from distckpt.near import did_you_mean
 from distckpt.opened import OpenedCheckpoint
 from distckpt.stored_tensor import StoredTensor
 
@@ -45,7 +46,9 @@ def items_of(opened: OpenedCheckpoint, renamed: Mapping[str, str]) -> dict[str, 
     objects = {name.split("/")[0] for name in (*opened, *opened.plain_values)}
     unknown = sorted(renamed.keys() - objects)
     if unknown:
-        msg = f"no {unknown[0]!r} to be renamed: there are {', '.join(sorted(objects))}."
+        hint = did_you_mean(unknown[0], objects)
+        there = ", ".join(sorted(objects))
+        msg = f"no {unknown[0]!r} to be renamed{hint} There are {there}."
         raise ConfigError(msg)
     items: dict[str, Item] = {}
     first_of: dict[str, str] = {}

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from distckpt import names
 from distckpt.errors import ConfigError
+from distckpt.near import did_you_mean
 from distckpt.opened import OpenedCheckpoint
 from distckpt.stored_tensor import StoredTensor
 
@@ -53,9 +54,10 @@ def choose(
     if not new_name_of:
         what = " and ".join(filter(None, [tracked_object, ", ".join(patterns)])) or "it"
         objects = sorted({name.split("/")[0] for name in opened})
+        hint = did_you_mean(tracked_object or ", ".join(patterns), [*objects, *opened])
         msg = (
-            f"{opened.directory}: no tensor to export for {what}; there are tensors of "
-            f"{', '.join(objects[:20]) or 'nothing'}."
+            f"{opened.directory}: no tensor to export for {what}{hint} There are tensors "
+            f"of {', '.join(objects[:20]) or 'nothing'}."
         )
         raise ConfigError(msg)
     tensors: dict[str, StoredTensor] = {}

@@ -72,4 +72,4 @@ def test_rank_that_does_not_come_is_no_endless_wait(tmp_path, agents_store, abse
             assert found.kind == "DistStoreError", found
             assert found.net_seconds < 6, found
     if absent == 2:
-        assert "ranks [2] did not come" in results[0].text
+        assert "rank 2 did not come" in results[0].text

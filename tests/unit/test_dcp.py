@@ -500,7 +500,7 @@ def test_verify_of_damaged_metadata_is_one_problem(saved):
     with open(os.path.join(saved, ".metadata"), "wb") as file:
         file.write(b"no pickle")
     result = run("verify", saved)
-    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 2)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
 
 
 def test_every_chunk_of_a_tensor_is_checked(tmp_path):

@@ -243,7 +243,7 @@ def test_only_takes_names_by_pattern(job, target):
 @pytest.mark.parametrize("options", [{"tracked_object": "ema"}, {"patterns": ("x*",)}])
 def test_nothing_to_export_is_an_error_that_says_what_there_is(job, target, options):
     """Rather than an empty file."""
-    with pytest.raises(ConfigError, match="there are tensors of model, optimizer, step"):
+    with pytest.raises(ConfigError, match="There are tensors of model, optimizer, step"):
         do_export(job[1], target, SAFETENSORS, **options)
 
 

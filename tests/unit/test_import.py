@@ -561,7 +561,7 @@ def test_import_says_what_it_has_done(target, source):
     """One line for people."""
     torch.save({"w": torch.ones(1)}, source)
     result = run("import", source, "--from", "torch", "--output", target)
-    assert result.stdout.startswith(f"ok   {target}/ckpt-1: 1 tensors, 1 plain values, 4 B")
+    assert result.stdout.startswith(f"ok   {target}/ckpt-1: 1 tensor, 1 plain value, 4 B")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_handles_read_every_tensor_bit_for_bit(saved):
     [
         ("model/wieght", "did you mean 'model/weight'"),
         ("WEIGHT", "did you mean 'model/weight'"),
-        ("model", "below it are 2 tensors, see state_dict('model')"),
+        ("model", "it holds 2 tensors, see state_dict('model')"),
         ("epoch", "it is a plain value: plain_values['epoch']"),
         ("qqqqqqqqq", "among 3."),
     ],

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from unit_helpers import make_claimed, published_numbers, save
 
-from distckpt import cli, pin, state
+from distckpt import add_metrics, cli, pin, state
 from distckpt.leases import Lease
 from distckpt.policy import latest
 from distckpt.record import PRUNE
@@ -79,6 +79,22 @@ def test_json_says_what_is_kept_and_why(five):
 def test_the_newest_stays_whatever_the_rules_say(five):
     run(five, "--keep", 'best(1, "loss", mode="min")', "--yes")
     assert published_numbers(five) == [2, 5]
+
+
+@pytest.mark.parametrize("more", [(), ("--yes",)])
+def test_a_mistyped_metric_drops_nothing(five, more):
+    """It would keep none but the newest."""
+    result = run(five, "--keep", 'best(2, "lss", mode="min")', *more)
+    assert result.exit_code == 2
+    assert "no checkpoint has that metric" in result.stderr
+    assert "did you mean 'loss'? Metrics that there are: loss." in result.stderr
+    assert published_numbers(five) == [1, 2, 3, 4, 5]
+
+
+def test_a_metric_that_the_next_commit_takes_up_is_known(five):
+    add_metrics(f"{five}/ckpt-3", {"acc": 0.5})
+    result = run(five, "--keep", 'best("acc", mode="max")')
+    assert (result.exit_code, "Would drop 3 of 5" in result.stdout) == (0, True)
 
 
 def test_the_rules_of_the_last_job_are_taken_if_none_are_given(five):

@@ -51,6 +51,34 @@ def test_lengths_of_time_are_spelled_for_people(seconds, text):
     assert words.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 ms"), (0.0312, "31.2 ms"), (0.12, "0.12 s"), (200, "3 min")],
+)
+def test_how_long_it_took_is_spelled_as_finely_as_three_digits_do(seconds, text):
+    assert words.took(seconds) == text
+
+
+def test_counts_have_their_plural():
+    assert [words.count(n, "plain value") for n in (0, 1, 2)] == [
+        "0 plain values",
+        "1 plain value",
+        "2 plain values",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([3], "rank 3"),
+        ([0, 2], "ranks 0, 2"),
+        ([*range(9)], "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (9 ranks)"),
+    ],
+)
+def test_ranks_are_listed_up_to_a_number(numbers, text):
+    assert words.ranks(numbers) == text
+
+
 def table_of(capsys, *arguments):
     terminal.print_table(*arguments)
     return capsys.readouterr().out.splitlines()
@@ -87,6 +115,32 @@ def test_short_table_is_folded_to_the_terminal_and_a_long_one_is_not(
     lines = table_of(capsys, ["name", "n"], [["[x]" * 30, "1"]] * num_rows)[1:]
     assert (max(map(len, lines)) <= 60) == is_folded
     assert sum(line.count("[x]") for line in lines) >= 29 * num_rows
+
+
+def test_columns_that_may_be_cut_are_before_any_is_folded(capsys, monkeypatch):
+    """The first of them first, as far as needed; headings stay; columns, not characters."""
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [["a" * 8, "b" * 30, "層" * 9], ["a", "b", "c"]]
+    columns = ["name", "metrics", "kept by"]
+    assert terminal.print_table(columns, rows, cut=["metrics", "kept by"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "name      metrics     kept by",
+        f"aaaaaaaa  bbbbbbb...  {'層' * 9}",
+        "a         b           c",
+    ]
+    assert not terminal.print_table(columns, rows[1:], cut=["metrics", "kept by"])
+    assert terminal.fits(columns, rows[1:]) and not terminal.fits(columns, rows)
+
+
+def test_columns_that_need_not_be_cut_are_not_where_it_would_not_help(capsys, monkeypatch):
+    """Then cells are folded, as in other tables."""
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    assert not terminal.print_table(["a", "b"], [["x" * 60, "y" * 20]], cut=["b"])
+    out = capsys.readouterr().out
+    assert (out.count("x"), out.count("y")) == (60, 20)
 
 
 def test_json_has_a_field_on_a_line(capsys):
