@@ -155,7 +155,7 @@ class CheckpointManager:
         ]
         why = str(self._unusable or "").partition("\n")[0].rstrip(".")
         # Without what to do, which the error says.
-        why = _CLOSED.partition(":")[0] if why in _CLOSED else why
+        why = _CLOSED.partition(":")[0] if why and why in _CLOSED else why
         end = f"; {why:.200}" if why else ""
         return f"<CheckpointManager of {job.directory}: {', '.join(facts)}{end}>"
 

@@ -77,7 +77,7 @@ def test_ranks_in_other_working_directories_are_told_both_paths(tmp_path):
 
 def _one_makes_none(rank, directory):
     if rank == 1:
-        time.sleep(3)  # past the deadline of the others
+        time.sleep(6)  # past the deadline of the others, however late they begin
         late = outcome(lambda: _manager(directory, timeout=2.0))
     else:
         late = outcome(lambda: _manager(directory, timeout=2.0))
