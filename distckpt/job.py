@@ -32,7 +32,7 @@ from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.replica_digests import Replicas
 from distckpt.shard_header import Draft
-from distckpt.step_watch import StepWatch
+from distckpt.step_watch import NumberWatch, StepWatch
 from distckpt.waiting import broken_by
 
 _Result = TypeVar("_Result")
@@ -87,6 +87,7 @@ class Job:
             ruled it out.
         pace: How often ``save()`` is called.
         steps: Watches the step counter; on the chief, if there is one.
+        numbers: Watches tracked numbers that are named like the step; likewise.
         save_seconds: How long the last saves took, from the question to the commit.
         stop: Whether the job is told to stop; None if it does not ask for that.
         clock: When rules of time want a save; on the chief, if there are any.
@@ -122,6 +123,7 @@ class Job:
     decision: Decision | None = NOT_CALLED
     pace: Pace = field(default_factory=Pace)
     steps: StepWatch | None = None
+    numbers: NumberWatch = field(default_factory=NumberWatch)
     save_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     stop: Stop | None = None
     clock: Clock | None = None

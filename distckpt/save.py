@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from distckpt import paths, savable, shard_file, strict_json
 from distckpt.asking import answer_requests, ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
-from distckpt.checkpoint import Captured
+from distckpt.checkpoint import Captured, objects_of
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
 from distckpt.commit import updated_lists, write_and_commit
@@ -191,6 +191,8 @@ def _save(job: Job, given: Call) -> str | None:
     job.is_checked = True
     if job.steps is not None:
         job.steps.note_saved()
+        assert step is not None, "there is a step counter"
+        _warn(job.numbers.see(objects_of(job.checkpoint), step))
     if job.clock is not None:
         job.clock.reset(began)
     job.decision = Decision(True, saving.reasons)

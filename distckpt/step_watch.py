@@ -6,6 +6,9 @@ the counter that the manager was given stays what it was, and nothing is saved a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 _UNCHANGED_CALLS = 100
 _CALLS_OF_A_JOB = 1000
 # As many calls at one step may be the last of the loop and one after it.
@@ -14,6 +17,52 @@ _CALLS_AT_AN_END = 2
 _CAUSE = (
     "Was the name rebound (step = step + 1)? Use step += 1, or step_counter=lambda: step."
 )
+
+
+# Numbers of these names count the steps of a loop.
+_STEP_NAMES = frozenset(("step", "steps", "global_step", "iteration", "iter"))
+_UNCHANGED_SAVES = 10
+
+
+class NumberWatch:
+    """Watches tracked plain numbers that are named like the step, and do not move.
+
+    ``Checkpoint(step=0)`` holds the number, not the name: ``step += 1`` on a plain number
+    binds the name to another one.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[str, tuple[int, int, int]] = {}
+        self._has_warned = False
+
+    def see(self, objects: Mapping[str, Any], step: int) -> str | None:
+        """Take note of what is saved.
+
+        Args:
+            objects: What is tracked, by name.
+            step: What the step counter says.
+
+        Returns:
+            A warning, once; None if nothing looks wrong.
+        """
+        for name in _STEP_NAMES & objects.keys():
+            value = objects[name]
+            if type(value) is not int:
+                continue
+            known, first, num_saves = self._since.get(name, (value, step, 0))
+            if known != value:
+                first, num_saves = step, 0
+            num_saves += 1
+            self._since[name] = value, first, num_saves
+            if num_saves >= _UNCHANGED_SAVES and step != first and not self._has_warned:
+                self._has_warned = True
+                return (
+                    f"{name} is {value} in each of the last {num_saves} checkpoints, while "
+                    f"step_counter went from {first} to {step}. A plain number that the "
+                    f"program binds anew stays what it was here: assign checkpoint.{name} = "
+                    f"{name} before save(), or track a tensor ({name} += 1)."
+                )
+        return None
 
 
 class StepWatch:

@@ -191,6 +191,30 @@ def test_counter_that_changes_in_place_is_accepted(run_dir):
             assert manager.save()
 
 
+def _save_often(run_dir, checkpoint, change):
+    step = torch.tensor(0)
+    with CheckpointManager(checkpoint, run_dir, 2, step_counter=step) as manager:
+        for _ in range(12):
+            step += 1
+            change(int(step))
+            manager.save()
+
+
+def test_tracked_number_that_is_named_like_the_step_and_stands_still(run_dir, caplog):
+    """``step += 1`` on a plain number does not reach the one that is tracked."""
+    _save_often(run_dir, Checkpoint(x=torch.zeros(1), step=0, epoch=3), lambda _: None)
+    (text,) = _warnings(caplog)
+    assert "step is 0 in each of the last 10 checkpoints" in text
+    assert "from 1 to 10" in text and "checkpoint.step = step" in text
+
+
+def test_tracked_number_that_is_assigned_draws_no_warning(run_dir, caplog):
+    """The program does what the page says."""
+    checkpoint = Checkpoint(step=0)
+    _save_often(run_dir, checkpoint, lambda step: setattr(checkpoint, "step", step))
+    assert _warnings(caplog) == []
+
+
 @pytest.mark.parametrize("interval", [0, -3])
 def test_interval_of_zero_or_less_is_accepted_with_a_warning(run_dir, caplog, interval):
     """As in TensorFlow each call at a new step saves."""
