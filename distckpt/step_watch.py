@@ -59,8 +59,8 @@ class NumberWatch:
                 return (
                     f"{name} is {value} in each of the last {num_saves} checkpoints, while "
                     f"step_counter went from {first} to {step}. A plain number that the "
-                    f"program binds anew stays what it was here: assign checkpoint.{name} = "
-                    f"{name} before save(), or track a tensor ({name} += 1)."
+                    "program binds anew stays what it was here: assign checkpoint."
+                    f"{name} = {name} before save(), or track a tensor ({name} += 1)."
                 )
         return None
 
