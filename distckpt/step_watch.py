@@ -142,11 +142,13 @@ class StepWatch:
             latest: Name of the newest checkpoint.
 
         Returns:
-            A warning, if the caller has asked for a save, and the call before was not the
-            one that has saved this very step.
+            A warning, if the caller has asked for a save. None at the end of a loop whose
+            last step was due: the call before has saved this very step, or a restore has
+            brought it, and this is the first call since.
         """
         saved_last, self._saved_last = self._saved_last, False
-        if not is_explicit or (saved_last and self._calls_at_step <= _CALLS_AT_AN_END):
+        is_at_an_end = self._calls_at_step <= (_CALLS_AT_AN_END if saved_last else 1)
+        if not is_explicit or is_at_an_end:
             return None
         where = f", which {latest} has" if latest else ""
         said = f"step_counter is {self._step}{where}"

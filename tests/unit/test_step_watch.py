@@ -101,8 +101,8 @@ def test_explicit_save_right_after_the_due_one_draws_none(run_dir, caplog):
     assert _warnings(caplog) == []
 
 
-def test_explicit_save_of_what_was_just_restored_draws_a_warning(run_dir, caplog):
-    """Nothing has changed since, so nothing is saved, and the caller has asked for it."""
+def test_explicit_save_of_what_was_just_restored_draws_none_at_first(run_dir, caplog):
+    """A job that was through is started again; a second call at that step is a mistake."""
     step = torch.tensor(3)
     with _manager(run_dir, step) as manager:
         manager.save()
@@ -113,6 +113,8 @@ def test_explicit_save_of_what_was_just_restored_draws_a_warning(run_dir, caplog
         checkpoint, run_dir + "2", 2, step_counter=step, checkpoint_interval=5
     ) as manager:
         manager.restore_or_initialize()
+        assert manager.save(check_interval=False) is None
+        assert _warnings(caplog) == []
         assert manager.save(check_interval=False) is None
     assert "saved nothing: step_counter is 3, which ckpt-1 has" in _warnings(caplog)[0]
 
