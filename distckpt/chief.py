@@ -677,11 +677,15 @@ class Chief:
         The next commit says so on disk.
 
         Returns:
-            Whether the lists have changed.
-
-        Raises:
-            StorageError: The run directory cannot be listed.
+            Whether the lists have changed: not if the run directory cannot be looked at.
         """
+        try:
+            return self._look_for_missing()
+        except StorageError as error:
+            _logger.warning("whether checkpoints are missing cannot be told: %s", error)
+            return False
+
+    def _look_for_missing(self) -> bool:
         names = {*storage.list_directory(self._directory)}
         if paths.RECORDS_DIRECTORY not in names:
             return False  # no listing to go by: whatever it is of, it is not whole

@@ -130,9 +130,10 @@ class _ChiefsPart:
         try:
             raise_failures(votes, what, SaveFailed, keep_kind=False)
         except SaveFailed as error:
-            if any("inodes are free there" in text for text in error.failures.values()):
+            # Without a cause: only the ranks that failed have one.
+            if any("free there" in text for text in error.failures.values()):
                 msg = f"{error} {_DISK_FULL}"
-                raise SaveFailed(msg, error.failures) from error
+                raise SaveFailed(msg, error.failures) from None
             raise
         self.began = True
         try:

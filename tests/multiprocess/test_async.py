@@ -508,9 +508,14 @@ def _strike_at(where, number):
 
         def copy_half(self):
             rest = [*self._rest]
-            self._rest = rest[: len(rest) // 2]
+
+            def half():
+                yield from rest[: len(rest) // 2]
+                strike()
+                yield from rest[len(rest) // 2 :]
+
+            self._rest = half()
             copy_rest(self)
-            strike()
 
         Snapshot.copy_rest = copy_half
     elif where == "vote":

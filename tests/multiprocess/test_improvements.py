@@ -293,7 +293,7 @@ def test_restore_falls_back_to_the_newest_that_verifies(tmp_path, world_size, ha
     else:
         shutil.rmtree(os.path.dirname(shard))
     expected = (["ckpt-2", "ckpt-2", f"ckpt-{number}"], [[2.0], [2.0]])
-    if number == 4:
+    if number == 4 and harm != "no directory":
         # Not readable just now is not forgotten: it is still the newest commit.
         expected[0][1] = "ckpt-3"
     values = values_of(run_ranks(_restore_and_save, world_size, directory))

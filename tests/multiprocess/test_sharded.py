@@ -824,7 +824,8 @@ def test_average_of_sharded_parameters_comes_back_as_the_live_one_lies(tmp_path)
     for _, (lazy, cut) in results:
         assert (lazy.kind, cut.kind) == ("MismatchError", "MismatchError")
         assert "ema/average/scale: float32 [1], sharded in the checkpoint" in lazy.text
-        assert "state/model/scale/cut: float32 [3], sharded in the" in cut.text
+        assert "float32 [3], sharded in the checkpoint" in cut.text
+        assert "optimizer" in cut.text and "model/scale" in cut.text
         assert "model/scale/means" not in cut.text
     path = results[0][0]
     torch.manual_seed(0)
