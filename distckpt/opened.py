@@ -7,18 +7,17 @@ Without torch, unless a tensor of torch's is asked for.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from distckpt import readers, values
+from distckpt import readers
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, ManifestError, TensorNotFound
 from distckpt.manifest import Manifest
 from distckpt.selection import Selection
 from distckpt.stored_tensor import Files, StoredTensor
-from distckpt.values import TensorRef
+from distckpt.values import Decoder
 
 
 def open(path: readers.Path) -> OpenedCheckpoint:
@@ -74,23 +73,31 @@ class _Named(Mapping[str, StoredTensor]):
 
     @cached_property
     def plain_values(self) -> Mapping[str, Any]:
-        """The plain values by name, decoded; a tensor inside one is its handle."""
+        """The plain values by name, decoded; a tensor inside one is its handle.
+
+        So is an array of more than 4 KiB. Instances of classes are plain values, as
+        nothing live tells how to make them; see ``docs/values.md``. Of a tensor that is
+        made of others there is what it is besides these (``value_tags.Wrapper``).
+        """
+        decoder = _Decoder(self._handles, self._where)
         return {
-            name: self._with_handles(values.decode(encoded))
-            for name, encoded in self.encoded_values.items()
+            name: decoder.decode(encoded) for name, encoded in self.encoded_values.items()
         }
 
-    def _with_handles(self, value: Any) -> Any:
-        if isinstance(value, TensorRef):
-            if value.name not in self._handles:
-                msg = f"{self._where}: a value refers to tensor {value.name!r}: not there."
-                raise ManifestError(msg)
-            return self._handles[value.name]
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._with_handles, value))
-        if isinstance(value, dict) and not isinstance(value, Counter):
-            return type(value)((k, self._with_handles(v)) for k, v in value.items())
-        return value
+
+class _Decoder(Decoder):
+    """Decodes values with handles for the tensors in them."""
+
+    def __init__(self, handles: Mapping[str, StoredTensor], where: str) -> None:
+        self._handles = handles
+        self._where = where
+
+    def tensor(self, name: str) -> StoredTensor:
+        handle = self._handles.get(name)
+        if handle is None:
+            msg = f"{self._where}: a value refers to tensor {name!r}: not there."
+            raise ManifestError(msg)
+        return handle
 
 
 class RankTensors(_Named):

@@ -19,12 +19,12 @@ from distckpt.formats.import_source import Source
 from distckpt.formats.safetensors_file import FileTensor
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import WHOLE, Row
-from distckpt.leaves import key_text
 from distckpt.module_node import ModuleNode
 from distckpt.modules import unwrap
 from distckpt.names import escaped
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import RestorePlan, Saved, mismatch
+from distckpt.tensor_paths import key_text
 from distckpt.torch_versions import dtype_of_name
 
 

@@ -15,15 +15,17 @@ import distckpt
 # A module imports only from rows with lower numbers. ``__init__`` is exempt: it hands
 # names out lazily.
 LAYERS = {
-    -1: {"_version", "errors"},
+    -1: {"_version", "errors", "collector", "arrays", "instances", "value_hints"}
+    | {"value_tags", "value_types"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"rendezvous", "collector", "few_open", "parts"},
+    | {"rendezvous", "few_open", "parts", "value_encoder"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
     | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
     | {"policy", "elements", "torch_versions"},
-    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"},
-    3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
+    2: {"layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
+    | {"wrapper_tensors"},
+    3: {"tensor_paths", "manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
     | {"history"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
@@ -88,7 +90,8 @@ TORCH_FREE = {
     *{"cli_paths", "cli_diff", "diff", "elements", "cli_watch", "watching"},
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
-    *{"report", "torch_versions"},
+    *{"report", "torch_versions", "arrays", "instances", "value_types", "value_hints"},
+    *{"value_tags", "value_encoder"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
@@ -101,8 +104,11 @@ PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath"}
 # Modules that touch files by themselves.
 FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}
 FILE_MODULES |= {"zipfile", "tarfile"}
-# Only ever given a view of a file that storage has opened.
-ON_OPENED_FILES = {"formats.zip_file": {"import of zipfile"}}
+# Only ever given a view of a file that storage has opened; or makes names of files alone.
+ON_OPENED_FILES = {
+    "formats.zip_file": {"import of zipfile"},
+    "value_types": {"import of pathlib"},
+}
 
 # Modules, and calls of torch, that pickle.
 PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
