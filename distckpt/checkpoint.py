@@ -176,10 +176,17 @@ def remembered_of(checkpoint: Checkpoint) -> Remembered:
     return remembered
 
 
-def nodes_of(checkpoint: Checkpoint) -> tracked.Nodes:
-    """List what a checkpoint tracks, the save counter included."""
+def nodes_of(checkpoint: Checkpoint, saves: bool = False) -> tracked.Nodes:
+    """List what a checkpoint tracks, the save counter included.
+
+    Args:
+        checkpoint: The tracked objects.
+        saves: Whether they are captured next.
+    """
     objects = checkpoint.__dict__["_objects"]
-    nodes = tracked.walk(objects, lambda name, value: setattr(checkpoint, name, value))
+    nodes = tracked.walk(
+        objects, lambda name, value: setattr(checkpoint, name, value), saves
+    )
     counter = tracked.ValueNode(
         COUNTER,
         checkpoint.save_counter,
@@ -200,7 +207,7 @@ def capture(checkpoint: Checkpoint, members: Sequence[int] | None = None) -> Cap
     Raises:
         UnsupportedError, ConfigError: Names the path of what cannot be saved.
     """
-    nodes = nodes_of(checkpoint)
+    nodes = nodes_of(checkpoint, saves=True)
     known = remembered_of(checkpoint).known
     numbering = known.numbering(None if members is None else tuple(members))
     captured = Captured(

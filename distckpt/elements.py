@@ -235,9 +235,10 @@ class Distance:
 
 
 def _count_differing(raw: Array, other_raw: Array, item: int) -> int:
-    if item == 16:
-        halves = raw.view(np.uint64) != other_raw.view(np.uint64)
-        return int(np.count_nonzero(halves.reshape(-1, 2).any(axis=1)))
+    if item not in (1, 2, 4, 8):
+        width = 8 if item % 8 == 0 else 1
+        parts = raw.view(f"<u{width}") != other_raw.view(f"<u{width}")
+        return int(np.count_nonzero(parts.reshape(-1, item // width).any(axis=1)))
     kind = f"<u{item}"
     return int(np.count_nonzero(raw.view(kind) != other_raw.view(kind)))
 

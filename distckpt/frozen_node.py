@@ -10,9 +10,10 @@ import xxhash
 
 from distckpt import modules, tensors
 from distckpt.errors import UnsupportedError
-from distckpt.leaves import Leaves, join
+from distckpt.leaves import Leaves
 from distckpt.node import Resized
 from distckpt.restore_plan import RestorePlan
+from distckpt.tensor_paths import join
 from distckpt.trainable import Trainable
 
 _FROZEN = "~frozen"
@@ -42,7 +43,8 @@ class FrozenNode:
         """Compare with the digests that this rank has saved."""
         if not plan.selects(self.path) or not plan.saved.has_value(self.path):
             return
-        saved = plan.take_value(self.path)
+        saved = plan.saved.any_value(self.path)
+        plan.saved.take_values([self.path])
         differing = [
             name
             for name, here in self._digests()

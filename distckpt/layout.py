@@ -19,6 +19,7 @@ The rules are part of the on-disk format (docs/format.md):
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -50,6 +51,11 @@ _MAX_SIZE_BYTES = 2**62
 # Tables of so much text stay decoded, and so many assignments worked out.
 _MAX_DECODED_LENGTH = 16 * 2**20
 _MAX_ASSIGNMENTS = 4
+
+
+# The dtype of a row, if it is spelled with the bytes of an element: in no JSON string stand
+# quotes like these.
+_LONG_DTYPE = re.compile(r'(?<=,")[a-z][a-z0-9_]*:[0-9]+(?=",\[)')
 
 
 class _RowFields(NamedTuple):
@@ -204,6 +210,7 @@ class Table(tuple[Row, ...]):
         """
         table = _decoded.get(text)
         if table is None:
+            text = _LONG_DTYPE.sub(lambda found: dtypes.canonical(found[0]), text)
             table = _decode_table(text)
             # Whatever a row may have been taken for: there is no other spelling of it.
             if table.text != text:

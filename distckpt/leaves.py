@@ -5,34 +5,20 @@ A leaf's name is the path to it (``names.py``).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from distckpt import tensors, values
+from distckpt import arrays, strict_json, tensors, values, wrapper_tensors
 from distckpt.errors import UnsupportedError
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import SPLIT, WHOLE, Row, Table
-from distckpt.names import part_of
+from distckpt.tensor_paths import has_tensor, join
 from distckpt.tensors import Numbering
-from distckpt.values import TensorRef
-
-
-def join(*parts: object) -> str:
-    """Build a name from a path that is a name already and keys below it."""
-    first, *keys = parts
-    return "/".join([str(first), *(key_text(key, str(first)) for key in keys)])
-
-
-def key_text(key: object, path: str) -> str:
-    """Spell one key of a container."""
-    if type(key) is str or type(key) is int:
-        return part_of(key)
-    msg = f"{path}: a key of type {type(key).__name__}; only str and int keys are tracked."
-    raise UnsupportedError(msg)
+from distckpt.value_tags import TensorRef, Wrapper
+from distckpt.values import Encoded
 
 
 class Leaf(NamedTuple):
@@ -57,7 +43,8 @@ class Leaves:
 
     Attributes:
         tensors: Tensor leaves by name.
-        values: Plain values by name, encoded.
+        values: Plain values by name, encoded; of a tensor that is made of others, what it
+            is besides these.
         per_rank: Whether they are this rank's own, rather than the job's.
         numbering: What the manager calls the ranks of a sharded tensor's mesh.
         known: What is known of the tensors from earlier.
@@ -70,7 +57,7 @@ class Leaves:
     """
 
     tensors: dict[str, Leaf] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Encoded] = field(default_factory=dict)
     per_rank: bool = False
     numbering: Numbering = field(default_factory=Numbering)
     known: KnownTensors = field(default_factory=KnownTensors)
@@ -116,17 +103,23 @@ class Leaves:
             for name, tensor, kind in zip(names, tensors_, kinds, strict=True):
                 self._add(name, tensor, kind)
             return
-        if not (self.tensors.keys() | self.values.keys()).isdisjoint(names):
-            for name in names:
-                self._check_new(name)
+        taken = {*self.tensors, *self.values}.intersection(names)
+        for name in filter(taken.__contains__, names):  # the first of them, on all ranks
+            self._check_new(name)
         identities = [one.identity for one in known]
         leaves = map(Leaf, tensors_, known, kinds, identities)
         self.tensors.update(zip(names, leaves, strict=True))
 
     def add_value(self, name: str, value: object) -> None:
-        """Add a plain value; tensors inside it are stored beside it."""
+        """Add a plain value; tensors and large arrays in it are stored beside it."""
         self._check_new(name)
-        self.values[name] = values.encode(self._extract(value, name), name)
+        encoded = values.encode_text(value, name, _Beside(self, name))
+        self.values[name] = encoded
+
+    def add_encoded(self, name: str, encoded: Encoded) -> None:
+        """Add a plain value without tensors that is encoded already."""
+        self._check_new(name)
+        self.values[name] = encoded
 
     def add_state(self, name: str, class_name: str, state: object) -> None:
         """Add the state of an object, like a plain value."""
@@ -135,11 +128,11 @@ class Leaves:
 
     def add_values(self, names: Sequence[str], value: object) -> None:
         """Add one plain value under many names."""
-        if _has_tensor(value):
+        if has_tensor(value):
             for name in names:
                 self.add_value(name, value)
         elif names:
-            encoded = values.encode(value, names[0])
+            encoded = values.encode_text(value, names[0])
             for name in names:
                 self._check_new(name)
                 self.values[name] = encoded
@@ -149,6 +142,10 @@ class Leaves:
     ) -> None:
         if name in self.tensors or name in self.values:
             self._check_new(name)
+        if wrapper_tensors.is_wrapper(tensor):
+            wrapper = self.add_parts(name, tensor, kind)
+            self.values[name] = Encoded(strict_json.dumps(wrapper.encoded))
+            return
         known = self.known.describe(name, tensor)
         if self.per_rank and known.is_sharded:
             msg = (
@@ -164,20 +161,21 @@ class Leaves:
             msg = f"{name}: two tracked objects have this name."
             raise UnsupportedError(msg)
 
-    def _extract(self, value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            self.add_tensor(name, value)
-            return TensorRef(name)
-        if not _has_tensor(value):
-            return value
-        if isinstance(value, dict):
-            items = (
-                (key, self._extract(item, join(name, key))) for key, item in value.items()
-            )
-            return OrderedDict(items) if type(value) is OrderedDict else dict(items)
-        return type(value)(
-            self._extract(item, join(name, index)) for index, item in enumerate(value)
-        )
+    def add_parts(self, name: str, tensor: torch.Tensor, kind: str) -> Wrapper:
+        """Add the tensors that another one is made of.
+
+        Args:
+            name: Of the other one.
+            tensor: The other one.
+            kind: How plain ones are divided among the ranks.
+
+        Returns:
+            What the other one is besides.
+        """
+        wrapper, inner = wrapper_tensors.flattened(name, tensor)
+        for inner_name, part in inner.items():
+            self._add(inner_name, part, kind)
+        return wrapper
 
     def table(self) -> Table:
         """Describe the tensors; one that shares its memory with another says so."""
@@ -202,24 +200,30 @@ class Leaves:
             yield leaf.known.row(name, leaf.tensor, leaf.kind, same_as, self.numbering)
 
 
-def tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Walk the tensors in a plain value, by the names that ``add_value`` gives them."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif _has_tensor(value):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from tensors_in(item, join(name, key))
+class _Beside:
+    """Adds what stands in a plain value and is a tensor, or is stored like one.
 
+    Args:
+        leaves: Where to.
+        name: Of the value.
+    """
 
-def _has_tensor(value: Any, depth: int = 64) -> bool:
-    """Tell whether a tensor stands in a tree of containers that ``values`` can encode."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if depth == 0:
-        return False
-    if type(value) in (dict, OrderedDict):
-        return any(_has_tensor(item, depth - 1) for item in value.values())
-    return type(value) in (list, tuple) and any(
-        _has_tensor(item, depth - 1) for item in value
-    )
+    def __init__(self, leaves: Leaves, name: str) -> None:
+        self._leaves = leaves
+        self._name = name
+
+    def add(self, value: Any, keys: Sequence[Any]) -> TensorRef | Wrapper | None:
+        """See ``value_encoder.Beside``."""
+        if isinstance(value, torch.Tensor):
+            name = join(self._name, *keys)
+            if wrapper_tensors.is_wrapper(value):
+                return self._leaves.add_parts(name, value, WHOLE)
+            self._leaves.add_tensor(name, value)
+            return TensorRef(name)
+        is_large = arrays.is_plain_array(value) and value.nbytes > arrays.INLINE_BYTES
+        if is_large and not arrays.why_not(value):
+            name = join(self._name, *keys)
+            memory = arrays.tensor_memory_of(value)
+            self._leaves.add_tensor(name, torch.from_numpy(memory))
+            return TensorRef(name)
+        return None

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 from distckpt import layout, paths, stamp, strict_json, values
+from distckpt.collector import collector_paused
 from distckpt.errors import ConfigError, FormatError, ManifestError
 from distckpt.layout import Assignment, Table
 from distckpt.record import DIGEST_LENGTH, digest, is_hex
@@ -56,7 +57,8 @@ class Manifest:
         created: Wall time of the chief, for people.
         shards: One shard file a rank.
         layouts: Tables; ranks with equal tables share one.
-        values: The job-wide plain values by path, encoded by ``values.encode``.
+        values: The job-wide plain values by path, encoded by ``values.encode``, or by
+            ``values.encode_text``.
         remarks: What the user has said of it.
         stamp: The manifest's format and features.
     """
@@ -242,12 +244,17 @@ def _group(encoded: dict[str, Any]) -> list[str]:
         names_of.setdefault(id(value), []).append(path)
     groups: dict[str, list[str]] = {}
     for names in names_of.values():
-        groups.setdefault(strict_json.dumps(encoded[names[0]]), []).extend(names)
+        groups.setdefault(values.text_of(encoded[names[0]]), []).extend(names)
     return [f"[{value},{strict_json.dumps(names)}]" for value, names in groups.items()]
 
 
 def _ungroup(groups: Any) -> dict[str, Any]:
     _check(isinstance(groups, list), "values", groups)
+    with collector_paused():
+        return _ungrouped(groups)
+
+
+def _ungrouped(groups: list[Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for group in groups:
         _check(
@@ -260,7 +267,7 @@ def _ungroup(groups: Any) -> dict[str, Any]:
         )
         value, names = group
         try:
-            values.decode(value)
+            values.check(value)
         except FormatError as error:
             msg = f"manifest: value {names[:1]}: {error}"
             raise ManifestError(msg) from error

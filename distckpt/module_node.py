@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from distckpt import modules, tensors
+from distckpt import modules, tensors, wrapper_tensors
 from distckpt.errors import RestoreFailed, UnsupportedError
 from distckpt.known import KnownTensors
 from distckpt.layout import SPLIT, WHOLE
-from distckpt.leaves import Leaves, join
+from distckpt.leaves import Leaves
 from distckpt.module_loading import (
     EXTRA_STATE,
     Loading,
@@ -29,9 +29,10 @@ from distckpt.module_loading import (
 )
 from distckpt.names import escaped
 from distckpt.names import key_of as key_of_part
-from distckpt.node import Described, Resized, live_tensors, no_function
+from distckpt.node import Described, Resized, no_function
 from distckpt.parts import NamesOfParts
-from distckpt.restore_plan import RestorePlan
+from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.tensor_paths import join
 
 _VERSIONS = "versions"
 
@@ -51,6 +52,20 @@ class _Other(NamedTuple):
     name: str
     value: Any
     owner: torch.Tensor | None
+
+
+class _Wrapped(NamedTuple):
+    """A parameter or buffer that is made of other tensors.
+
+    Attributes:
+        key: In the state dict.
+        tensor: Itself.
+        is_parameter: Whether it is one.
+    """
+
+    key: str
+    tensor: torch.Tensor
+    is_parameter: bool
 
 
 class ModuleNode:
@@ -85,6 +100,8 @@ class ModuleNode:
             names_of_parts.add(id(self), names)
         # What of it is the module's own parameters and buffers: nearly always all.
         self._own_values: list[torch.Tensor] | None = None
+        # Those of them that are made of other tensors, by full name.
+        self._wrappers: dict[str, _Wrapped] = {}
         self._own_keys: list[str] = []
         self._are_parameters: list[bool] = []
         self._own = Described([], [], [])
@@ -98,13 +115,17 @@ class ModuleNode:
     def own_tensors(self, known: KnownTensors) -> dict[str, torch.Tensor]:
         """Return the module's own tensors in the state dict, by full name."""
         values = self._own_part(known)
-        return dict(zip(self._own.names, values, strict=True))
+        own = dict(zip(self._own.names, values, strict=True))
+        return {**own, **{name: one.tensor for name, one in self._wrappers.items()}}
 
     def saved_parameters(self, known: KnownTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """Walk those that stand in the state dict as they are: faster."""
         values = self._own_part(known)
         named = zip(self._own.names, values, strict=True)
-        return compress(named, self._are_parameters)
+        yield from compress(named, self._are_parameters)
+        for name, one in self._wrappers.items():
+            if one.is_parameter:
+                yield name, one.tensor
 
     def names_by_memory(self, known: KnownTensors) -> Iterator[tuple[object, str]]:
         """Walk what tensors of an overridden ``state_dict()`` share with others, and names.
@@ -129,6 +150,14 @@ class ModuleNode:
             own_ids = {*parameters, *map(id, modules.buffers(members))}
             is_own = [*map(own_ids.__contains__, map(id, self._state.values()))]
             names = known.full_names(self.path, members, self._state)
+            if wrapper_tensors.wrapper_types({*map(type, self._state.values())}):
+                entries = zip(self._state, names, self._state.values(), strict=True)
+                for index, (key, name, value) in enumerate(entries):
+                    if is_own[index] and wrapper_tensors.is_wrapper(value):
+                        is_parameter = id(value) in parameters
+                        self._wrappers[name] = _Wrapped(key, value, is_parameter)
+                own_ids.difference_update(id(one.tensor) for one in self._wrappers.values())
+                is_own = [*map(own_ids.__contains__, map(id, self._state.values()))]
             own_names = names if all(is_own) else [*compress(names, is_own)]
             values = [*compress(self._state.values(), is_own)]
             self._are_parameters = [*map({*parameters}.__contains__, map(id, values))]
@@ -142,7 +171,11 @@ class ModuleNode:
             self._own_values = values
             self._own_keys = [*compress(self._state, is_own)]
             entries = zip(self._state, names, self._state.values(), strict=True)
-            self._others = [*compress(entries, map(not_, is_own))]
+            self._others = [
+                entry
+                for entry in compress(entries, map(not_, is_own))
+                if entry[1] not in self._wrappers
+            ]
         return self._own_values
 
     def _describe(
@@ -159,21 +192,25 @@ class ModuleNode:
 
     def _is_buffer(self, value: torch.Tensor) -> bool:
         """Tell whether a tensor that an overridden ``state_dict()`` made is a buffer's."""
-        if not tensors.held(value).memory.numel():
-            return False
-        buffers = modules.buffers(self._module.modules())
-        return _storage(value) in {_storage(buffer) for buffer in buffers}
+        memories = _storages([value])
+        return bool(memories) and memories <= _storages(
+            modules.buffers(self._module.modules())
+        )
 
     def _memories(self) -> set[object]:
         parameters = modules.parameters(self._module.modules())
-        return {tensors.identity_of(parameter) for parameter in parameters}
+        return {
+            tensors.identity_of(part)
+            for parameter in parameters
+            for part in wrapper_tensors.plain_parts(parameter)
+        }
 
     def _other_entries(self, known: KnownTensors) -> Iterator[_Other]:
         """Walk what hooks, or a user's own ``state_dict()``, have put there."""
         owners: dict[str, torch.Tensor] | None = None
         for key, name, value in self._others:
             owner = None
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not wrapper_tensors.is_wrapper(value):
                 known.describe(name, value)
                 if tensors.is_sharded(value):
                     owners = owners or {
@@ -191,6 +228,11 @@ class ModuleNode:
         names, known, kinds = self._own
         leaves.add_described(names, values, known, kinds)
         leaves.buffers.update(compress(names, map(WHOLE.__eq__, kinds)))
+        for name, one in self._wrappers.items():
+            if one.is_parameter:
+                leaves.add_parameter(name, one.tensor)
+            else:
+                self._add_buffer(leaves, name, one.tensor)
         memories: set[object] | None = None
         for _, name, value, owner in self._other_entries(leaves.known):
             if owner is not None:
@@ -200,12 +242,18 @@ class ModuleNode:
             else:
                 # It may be a view of a parameter; what it is shows in its memory.
                 memories = self._memories() if memories is None else memories
-                if tensors.identity_of(value) in memories:
+                parts = wrapper_tensors.plain_parts(value)
+                if {*map(tensors.identity_of, parts)} <= memories:
                     leaves.add_parameter(name, value)
-                    continue
-                leaves.add_tensor(name, value)
-                if self._is_buffer(value):
-                    leaves.buffers.add(name)
+                elif self._is_buffer(value):
+                    self._add_buffer(leaves, name, value)
+                else:
+                    leaves.add_tensor(name, value)
+
+    def _add_buffer(self, leaves: Leaves, name: str, value: torch.Tensor) -> None:
+        num_tensors = len(leaves.tensors)
+        leaves.add_tensor(name, value)
+        leaves.buffers.update([*leaves.tensors][num_tensors:])
 
     def never_loaded(self) -> list[str]:
         """Return the entries of its state dict that it would not take back.
@@ -234,8 +282,10 @@ class ModuleNode:
         versions = versions_of(self._module, map(type, self._module.modules()))
         if versions:
             # Of another part with this path.
-            before = leaves.values.pop(self.path, {}).get(_VERSIONS, {})
-            leaves.add_value(self.path, {_VERSIONS: {**before, **versions}})
+            before = leaves.values.pop(self.path, None)
+            if before is not None:
+                versions = {**before.tree[_VERSIONS], **versions}
+            leaves.add_value(self.path, {_VERSIONS: versions})
 
     def plan(self, plan: RestorePlan) -> None:
         """Read into live memory; what else is to be done, ``load_state_dict`` does."""
@@ -245,8 +295,11 @@ class ModuleNode:
         versions = self._saved_versions(plan)
         if not self._others and not loading.must_run:
             plan.read_described(self._own.names, values, self._own.known)
+            for name, one in self._wrappers.items():
+                plan.read_into(name, one.tensor)
         else:
             loaded: dict[str, Any] = dict(zip(self._own_keys, values, strict=True))
+            loaded.update((one.key, one.tensor) for one in self._wrappers.values())
             self._plan_own(plan, loading, values)
             self._plan_others(plan, loading, loaded)
             if loading.scopes:
@@ -269,7 +322,8 @@ class ModuleNode:
         return versions
 
     def _is_selected(self, plan: RestorePlan) -> bool:
-        names = chain(self._own.names, (name for _, name, _ in self._others))
+        others = (name for _, name, _ in self._others)
+        names = chain(self._own.names, self._wrappers, others)
         return any(map(plan.selects, names))
 
     def _hooks_of_wrappers(self) -> list[Callable[[], object]]:
@@ -287,6 +341,9 @@ class ModuleNode:
         self, plan: RestorePlan, loading: Loading, values: Sequence[torch.Tensor]
     ) -> None:
         """Read what other load code does not have to see into its memory."""
+        for name, one in self._wrappers.items():
+            if not loading.covers(name):
+                plan.read_into(name, one.tensor)
         if not loading.scopes:
             plan.read_described(self._own.names, values, self._own.known)
             return
@@ -313,18 +370,21 @@ class ModuleNode:
                 self._plan_extra_state(plan, key, name, value, loaded)
             elif not isinstance(value, torch.Tensor):
                 if plan.saved.has_value(name):
-                    loaded[key] = plan.take_value(name, partial(live_tensors, value, name))
+                    loaded[key] = plan.take_value(name, partial(_itself, value))
                 else:
                     plan.missing(name, "a plain value in the state dict")
             else:
-                if tensors.held(value).memory.numel():
-                    if memories is None:
-                        members = [*self._module.modules()]
-                        own = [*modules.parameters(members), *modules.buffers(members)]
-                        memories = {_storage(tensor) for tensor in own}
-                    if _storage(value) not in memories:
-                        # Made by a hook or an overridden state_dict(): filling it would
-                        # not reach the module.
+                if memories is None:
+                    members = [*self._module.modules()]
+                    own = [*modules.parameters(members), *modules.buffers(members)]
+                    memories = _storages(own)
+                if not _storages([value]) <= memories:
+                    # Made by a hook or an overridden state_dict(): filling it would
+                    # not reach the module.
+                    if wrapper_tensors.is_wrapper(value) and plan.saved.wrapper(name):
+                        loaded[key] = plan.take_value(name, partial(_itself, value))
+                        continue
+                    if not wrapper_tensors.is_wrapper(value):
                         value = loaded[key] = tensors.empty_like(value, value.dtype)
                 plan.read_into(name, value, owner)
 
@@ -342,7 +402,7 @@ class ModuleNode:
             device = None if like is None else like.device
             loaded[key] = plan.read_for_loading(name, like, device)
         elif plan.saved.has_value(name):
-            loaded[key] = plan.take_value(name, partial(live_tensors, value, name))
+            loaded[key] = plan.take_value(name, partial(_itself, value))
         else:
             plan.missing(name, "extra state")
 
@@ -351,6 +411,7 @@ class ModuleNode:
     ) -> None:
         """Read what other load code has to see, under the names that were saved."""
         key_of = dict(zip(self._own.names, self._own_keys, strict=True))
+        key_of.update((name, one.key) for name, one in self._wrappers.items())
         key_of.update((name, key) for key, name, _ in self._others)
         live = {name: self._state[key] for name, key in key_of.items()}
         for name, key in key_of.items():
@@ -369,7 +430,8 @@ class ModuleNode:
             key = key_of.get(name) or make_key(str(key_of_part(name.removeprefix(prefix))))
             like = live.get(name)
             if name not in plan.saved.rows:
-                loaded[key] = plan.take_value(name, partial(live_tensors, like, name))
+                where = like.device if isinstance(like, torch.Tensor) else device
+                loaded[key] = plan.take_value(name, partial(_itself, like), where)
                 continue
             if not isinstance(like, torch.Tensor):
                 like = self._like_of_renamed(plan, name, live)
@@ -408,7 +470,10 @@ class ModuleNode:
     ) -> None:
         """Load a whole state dict: what was filled in place is handed over as it is."""
         wanted = {*self._own_keys, *loaded}
-        state = OrderedDict(loaded)
+        state = OrderedDict(
+            (key, value.value() if isinstance(value, Taken) else value)
+            for key, value in loaded.items()
+        )
         state._metadata = metadata_of(self._module, versions)  # type: ignore[attr-defined]
         if loading.is_overridden:
             self._module.load_state_dict(state)
@@ -476,8 +541,18 @@ def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - 8} more" if len(names) > 8 else ""
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensors.held(tensor).memory.untyped_storage().data_ptr()
+def _storages(many: Iterable[torch.Tensor]) -> set[int]:
+    """Return where the memory of tensors begins; nothing for those without elements."""
+    held = (
+        tensors.held(part).memory
+        for tensor in many
+        for part in wrapper_tensors.plain_parts(tensor)
+    )
+    return {memory.untyped_storage().data_ptr() for memory in held if memory.numel()}
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class Owner(NamedTuple):

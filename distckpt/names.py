@@ -2,6 +2,7 @@
 
 Parts are joined by ``/``; ``~`` and ``/`` inside a part are written ``~0`` and ``~1``
 (RFC 6901), an integer key ``7`` is written ``~i7``, the group 3 of ``PerGroup`` ``~g3``.
+The tensors that another one is made of stand below its name and ``~inner``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 
 _INTEGER = "~i"
 _GROUP = "~g"
+_INNER = "~inner"
 _INTEGER_PART = re.compile(rf"{_INTEGER}-?[0-9]{{1,1000}}")
 
 
@@ -40,6 +42,25 @@ def group_of(part: str) -> int | None:
     number = part.removeprefix(_GROUP)
     is_group = part.startswith(_GROUP) and number.isascii() and number.isdecimal()
     return int(number) if is_group else None
+
+
+def inner_name(name: str, attribute: str) -> str:
+    """Name a tensor that another one is made of.
+
+    Args:
+        name: Of the other one.
+        attribute: Under which that one has it.
+    """
+    return f"{name}/{_INNER}/{escaped(attribute)}"
+
+
+def split_inner(name: str) -> tuple[str, str]:
+    """Split the name of such a tensor: that of the outermost one, and the rest.
+
+    The rest is empty if it is the name of no such tensor.
+    """
+    outer, found, rest = name.partition(f"/{_INNER}/")
+    return outer, f"{found}{rest}"
 
 
 def keys_of(name: str) -> tuple[str | int, ...]:

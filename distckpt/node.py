@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-import torch
-
 from distckpt.errors import UnsupportedError
 from distckpt.known import KnownTensor
-from distckpt.leaves import Leaves, tensors_in
+from distckpt.leaves import Leaves
 from distckpt.restore_plan import RestorePlan
 
 # Makes of what all ranks have saved what this one gets.
@@ -60,8 +58,3 @@ def no_function(path: str) -> UnsupportedError:
         'state dict, not for modules and optimizers; use resize="by_rank", or "error".'
     )
     return UnsupportedError(msg)
-
-
-def live_tensors(value: Any, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors in a plain value, by the names that they are saved under."""
-    return dict(tensors_in(value, name))

@@ -7,20 +7,22 @@ never be stored, and copies that training does not change.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from distckpt import modules, values
 from distckpt.errors import UnsupportedError
-from distckpt.leaves import join, key_text
 from distckpt.parts import Parts
 from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated
+from distckpt.tensor_paths import join, key_text
 from distckpt.tracked import holds_tracked, is_stateful
 from distckpt.trainable import Trainable
+from distckpt.value_tags import TensorRef
 
 _MARKS = (PerRank, PerGroup, OneRank, Replicated)
 _MAX_DEPTH = 64
@@ -54,6 +56,15 @@ def look_at(objects: Mapping[str, Any]) -> list[str]:
     return look.warnings()
 
 
+class _Nowhere:
+    """Takes the tensors in a value, which the save looks at."""
+
+    def add(self, value: Any, keys: Sequence[Any]) -> TensorRef | None:
+        """See ``value_encoder.Beside``."""
+        is_beside = isinstance(value, (torch.Tensor, np.ndarray))
+        return TensorRef("nowhere") if is_beside else None
+
+
 class _Look:
     def __init__(self) -> None:
         self._warnings: list[str] = []
@@ -61,6 +72,8 @@ class _Look:
         self._loose: list[str] = []
         self._has_module = False
         self._num_leaves = 0
+        # Ids of containers, which are all alive meanwhile.
+        self._seen: set[int] = set()
 
     def warnings(self) -> list[str]:
         if self._has_module:
@@ -76,6 +89,10 @@ class _Look:
     def visit(self, path: str, value: Any, depth: int = 0) -> None:
         if depth > _MAX_DEPTH or self._num_leaves > _MAX_LEAVES:
             return  # the save says what is wrong
+        if type(value) in (dict, OrderedDict, list, tuple):
+            if id(value) in self._seen:
+                return  # it may contain itself
+            self._seen.add(id(value))
         if isinstance(value, _MARKS):
             self.visit(path, value.value, depth + 1)
         elif isinstance(value, type):
@@ -102,7 +119,7 @@ class _Look:
                 self.visit(below(path, key), item, depth + 1)
         else:
             self._num_leaves += 1
-            values.encode(value, path)
+            values.encode(value, path, _Nowhere())
 
     def _look_at_dict(self, path: str, value: dict[Any, Any]) -> None:
         groups = value.get("param_groups")

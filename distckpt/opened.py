@@ -8,21 +8,31 @@ Without torch, unless a tensor of torch's is asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
 from datetime import datetime
 from functools import cached_property, partial
 from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distckpt import readers, state_dicts, values, words
+from distckpt import readers, state_dicts, words
 from distckpt.boxes import Box
 from distckpt.errors import ConfigError, ManifestError, TensorNotFound
 from distckpt.manifest import Manifest
+from distckpt.names import split_inner
 from distckpt.near import did_you_mean
 from distckpt.selection import Selection
 from distckpt.stamp import FIRST_FORMAT
 from distckpt.stored_tensor import Files, StoredTensor
+from distckpt.values import Decoder
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +123,9 @@ class _Named(Mapping[str, StoredTensor]):
         return self._handles.get(name, default)
 
     def _hint(self, name: object) -> str:
+        parts = [full for full in self._handles if split_inner(full)[0] == name]
+        if parts:
+            return f"; it is made of others: {', '.join(parts[:_MAX_NAMES])}."
         if name in self.encoded_values:
             return f"; it is a plain value: plain_values[{name!r:.200}]."
         below = f"{name}/", f"{name}."
@@ -142,10 +155,15 @@ class _Named(Mapping[str, StoredTensor]):
 
     @cached_property
     def plain_values(self) -> Mapping[str, Any]:
-        """The plain values by name, decoded; a tensor inside one is its handle."""
+        """The plain values by name, decoded; a tensor inside one is its handle.
+
+        So is an array of more than 4 KiB. Instances of classes are plain values, as
+        nothing live tells how to make them; see ``docs/values.md``. Of a tensor that is
+        made of others there is what it is besides these (``value_tags.Wrapper``).
+        """
+        decoder = _Decoder(self._handle_in_value)
         decoded = {
-            name: state_dicts.filled(values.decode(encoded), self._handle_in_value)
-            for name, encoded in self.encoded_values.items()
+            name: decoder.decode(encoded) for name, encoded in self.encoded_values.items()
         }
         return PlainValues(decoded, self._where)
 
@@ -256,6 +274,16 @@ def _listed(noun: str, number: int, texts: Iterable[str]) -> str:
     shown = [*islice(texts, _MAX_NAMES)]
     more = f", ... and {number - len(shown)} more" if number > len(shown) else ""
     return f"<{words.count(number, noun)}{': ' * bool(shown)}{', '.join(shown)}{more}>"
+
+
+class _Decoder(Decoder):
+    """Decodes values with handles for the tensors in them."""
+
+    def __init__(self, handle_of: Callable[[str], StoredTensor]) -> None:
+        self._handle_of = handle_of
+
+    def tensor(self, name: str) -> StoredTensor:
+        return self._handle_of(name)
 
 
 class RankTensors(_Named):

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from distckpt import names, tensors
+from distckpt import names, tensors, wrapper_tensors
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.known import KnownTensors
 from distckpt.layout import SPLIT, WHOLE
-from distckpt.leaves import Leaves, join, tensors_in
+from distckpt.leaves import Leaves
 from distckpt.module_node import Owners
-from distckpt.node import Described, Resized, live_tensors, no_function
+from distckpt.node import Described, Resized, no_function
 from distckpt.optimizers import (
     Stated,
     class_of,
@@ -27,7 +27,9 @@ from distckpt.optimizers import (
     restore_kinds,
     tensors_in_any,
 )
-from distckpt.restore_plan import RestorePlan
+from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.tensor_paths import join, tensors_in
+from distckpt.value_tags import NOTHING
 
 
 class OptimizerNode:
@@ -124,6 +126,9 @@ class OptimizerNode:
                 if not isinstance(value, torch.Tensor):
                     _refuse_local_parts(full, value, parameter)
                     leaves.add_value(full, value)
+                elif wrapper_tensors.is_wrapper(value):
+                    _refuse_local_parts(full, value, parameter)
+                    leaves.add_parameter(full, value)
         self._add_class(leaves, has_state=any(states))
 
     def _add_optimized(
@@ -141,12 +146,14 @@ class OptimizerNode:
         # Parts of one optimizer have one path, and one class.
         if self._part == 0:
             leaves.add_value(name, class_name)
-        elif leaves.values.get(name) != class_name:
-            msg = (
-                f"{self.path}: parts of different classes: {leaves.values.get(name)} and "
-                f"{class_name}. Track them under names of their own."
-            )
-            raise UnsupportedError(msg)
+        else:
+            first = leaves.values.get(name)
+            if first is None or first.tree != class_name:
+                msg = (
+                    f"{self.path}: parts of different classes: {first and first.tree} and "
+                    f"{class_name}. Track them under names of their own."
+                )
+                raise UnsupportedError(msg)
         if not has_state and may_have_state(self._optimizer):
             leaves.stateless.append(self.path)
 
@@ -185,16 +192,24 @@ class OptimizerNode:
         named: Sequence[tuple[str, torch.Tensor]],
         states: Sequence[Mapping[Any, Any]],
     ) -> tuple[list[torch.Tensor], Described]:
-        """Return all tensors of the state, and what they are.
+        """Return the tensors of the state that are not made of others, and what they are.
 
         Described once for as long as they stay as they are; see ``known.Seen``.
         """
         values = [value for state in states for value in state.values()]
         are_tensors = [isinstance(value, torch.Tensor) for value in values]
+        parameters = [parameter for _, parameter in named]
+        wrapper_types = wrapper_tensors.wrapper_types({*map(type, (*values, *parameters))})
+        if wrapper_types:
+            are_tensors = [
+                is_tensor and type(value) not in wrapper_types
+                for is_tensor, value in zip(are_tensors, values, strict=True)
+            ]
+            parameters = [p for p in parameters if type(p) not in wrapper_types]
         live = [*compress(values, are_tensors)]
         described = known.recall(
             (self.path, self._part),
-            [*(parameter for _, parameter in named), *live],
+            [*parameters, *live],
             ([name for name, _ in named], [[*state] for state in states], are_tensors),
             lambda: self._describe(known, named, states),
         )
@@ -208,7 +223,7 @@ class OptimizerNode:
     ) -> Described:
         described = Described([], [], [])
         for full, value, parameter in self._walk(named, states):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not wrapper_tensors.is_wrapper(value):
                 _refuse_local_parts(full, value, parameter)
                 # A plain one beside a sharded parameter is a step count. Split, such few
                 # bytes would lie in all files, and every rank would open all of them to
@@ -242,7 +257,7 @@ class OptimizerNode:
             if not is_same_state:
                 for name, parameter in named:
                     self._plan_state(plan, group, name, parameter)
-            settings = self._plan_settings(plan, index, named, divided)
+            settings = self._plan_settings(plan, index, named, divided, group)
             if settings is not None:
                 plan.finish(self.path, partial(_set_settings, group, settings))
         self._report_divided(plan, divided)
@@ -277,7 +292,8 @@ class OptimizerNode:
         index: int,
         named: Sequence[tuple[str, torch.Tensor]],
         divided: dict[int, set[int]],
-    ) -> dict[str, Any] | None:
+        group: Mapping[str, Any],
+    ) -> Taken | None:
         """Take a group's settings.
 
         Args:
@@ -285,14 +301,15 @@ class OptimizerNode:
             index: The group's number here.
             named: Its parameters.
             divided: To be filled: by number of a saved group, those that it became here.
+            group: The settings that it has now.
 
         Returns:
             None if none are restored.
         """
         if not named:
-            return self._plan_empty(plan, self._empty_group(index))
+            return self._plan_empty(plan, self._empty_group(index), group)
         taken: str | None = None
-        settings: dict[str, Any] = {}
+        settings: Taken | None = None
         for name, _ in named:
             full = f"{self.path}/settings/{name}"
             if not plan.selects(full):
@@ -305,7 +322,7 @@ class OptimizerNode:
             saved_in = plan.saved.number_in_value(full, _GROUP)
             if saved_in is not None:
                 divided.setdefault(saved_in, set()).add(index)
-            found = plan.take_value(full)
+            found = plan.take_value(full, lambda: _settings(group))
             if taken is None:
                 taken, settings = full, found
             elif not plan.saved.same_value(full, taken, but=_GROUP):
@@ -313,7 +330,7 @@ class OptimizerNode:
                     f"{full}: saved with other settings than the parameters before "
                     f"it, and all are in one group (number {index}) here"
                 )
-        return None if taken is None else settings
+        return settings
 
     def _report_divided(
         self, plan: RestorePlan, divided: Mapping[int, Collection[int]]
@@ -334,9 +351,9 @@ class OptimizerNode:
     ) -> bool:
         """Read into all of the state, if just the same is saved: nearly always."""
         states = self._states_of(named)
-        if not all(isinstance(v, torch.Tensor) for s in states for v in s.values()):
-            return False
         live, described = self._live(plan.known, named, states)
+        if len(live) < sum(map(len, states)):
+            return False
         if {*described.names} != {*plan.saved.names_under(f"{self.path}/state/")}:
             return False
         plan.read_described(described.names, live, described.known)
@@ -349,12 +366,13 @@ class OptimizerNode:
     def _empty_group(self, index: int) -> str:
         return join(f"{self.path}/empty_groups", index)
 
-    def _plan_empty(self, plan: RestorePlan, name: str) -> dict[str, Any] | None:
+    def _plan_empty(
+        self, plan: RestorePlan, name: str, group: Mapping[str, Any]
+    ) -> Taken | None:
         if not plan.selects(name):
             return None
         if plan.saved.has_value(name):
-            settings: dict[str, Any] = plan.take_value(name)
-            return settings
+            return plan.take_value(name, lambda: _settings(group))
         plan.missing(name, "a group without parameters")
         return None
 
@@ -388,12 +406,23 @@ class OptimizerNode:
                 state[key] = live[key]
         for full in plan.saved.names_below(prefix):
             key = live_keys.get(full, _key_of(full))
-            if full not in plan.saved.rows:
-                own = partial(live_tensors, live.get(key), full)
-                state[key] = plan.take_value(full, own)
-            elif reads_into_live and isinstance(live.get(key), torch.Tensor):
+            is_wrapper = plan.saved.wrapper(full) is not None
+            if is_wrapper and tensors.is_sharded(parameter):
+                plan.problems.append(
+                    f"{full}: a tensor that is made of others in the checkpoint, for a "
+                    f"parameter that is sharded here; exclude {full!r}"
+                )
+                plan.saved.take_value_and_parts(full)
+            elif (
+                reads_into_live
+                and isinstance(live.get(key), torch.Tensor)
+                and (is_wrapper or full in plan.saved.rows)
+            ):
                 state[key] = live[key]
                 plan.read_into(full, live[key])
+            elif full not in plan.saved.rows:
+                own = partial(live.get, key, NOTHING)
+                state[key] = plan.take_value(full, own, parameter.device)
             else:
                 device = _device_of(key, group, parameter)
                 state[key] = plan.read_beside(
@@ -404,7 +433,7 @@ class OptimizerNode:
 
     def _set_state(self, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
         if state:
-            self._optimizer.state[parameter] = state
+            self._optimizer.state[parameter] = _made(state)
         else:
             self._optimizer.state.pop(parameter, None)
 
@@ -495,10 +524,9 @@ class OwnOptimizerNode(OptimizerNode):
                 )
                 if found:
                     state[number] = found
-            settings = self._plan_settings(plan, index, named, divided)
-            if settings is None:
-                settings = _settings(group)
-            settings = {**_settings(settings), **flags[index]}
+            taken = self._plan_settings(plan, index, named, divided, group)
+            settings = _settings(group if taken is None else taken.value())
+            settings = {**settings, **flags[index]}
             kept = {k: v for k, v in group.items() if k in _NOT_SETTINGS}
             made.append({**settings, **kept})
         self._report_divided(plan, divided)
@@ -523,10 +551,12 @@ class OwnOptimizerNode(OptimizerNode):
                 extra[key] = plan.read_whole(full)
             else:
                 live = self._stated.extra.get(key)
-                extra[key] = plan.take_value(full, partial(live_tensors, live, full))
+                extra[key] = plan.take_value(full, partial(_itself, live))
         return extra
 
     def _load(self, loaded: dict[str, Any]) -> None:
+        states = {number: _made(state) for number, state in loaded["state"].items()}
+        loaded = {**_made(loaded), "state": states}
         before = [{**group} for group in self._optimizer.param_groups]
         given = {number: {**state} for number, state in loaded["state"].items()}
         numbers = [number for group in loaded["param_groups"] for number in group["params"]]
@@ -605,11 +635,20 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in _NOT_SETTINGS}
 
 
-def _set_settings(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+def _set_settings(group: dict[str, Any], settings: Taken) -> None:
     """Set a group's settings; flags, and what is a tensor, stay what they are here."""
     before = {**group}
-    group.update(_settings(settings))
+    group.update(_settings(settings.value()))
     restore_kinds(group, before)
+
+
+def _made(items: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return items, each plain value among them made."""
+    return {k: v.value() if isinstance(v, Taken) else v for k, v in items.items()}
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _spelled(group: Mapping[str, Any]) -> str:

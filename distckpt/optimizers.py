@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Optimizer
 
-from distckpt import tensors
+from distckpt import tensors, wrapper_tensors
 
 # How the program computes a step, not what it computes: never taken from a checkpoint.
 _FLAGS = ("foreach", "fused", "capturable", "differentiable")
@@ -141,8 +141,9 @@ def tensors_in_any(value: Any, depth: int = 16) -> Iterator[torch.Tensor]:
 
 def memory_of(tensor: torch.Tensor) -> object:
     """Return what is equal for two tensors on the same memory."""
-    memory = tensors.held(tensor).memory
-    return memory.data_ptr() if memory.numel() else None
+    memories = [tensors.held(part).memory for part in wrapper_tensors.plain_parts(tensor)]
+    found = tuple(memory.data_ptr() if memory.numel() else None for memory in memories)
+    return found[0] if len(found) == 1 else found
 
 
 def keep_flags(settings: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:

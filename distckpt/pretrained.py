@@ -19,7 +19,6 @@ from distckpt.formats.import_source import Source
 from distckpt.formats.safetensors_file import FileTensor
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import WHOLE, Row
-from distckpt.leaves import key_text
 from distckpt.locations import Path, absolute, checked_path
 from distckpt.mismatch import mismatch
 from distckpt.module_node import ModuleNode
@@ -27,6 +26,7 @@ from distckpt.modules import unwrap
 from distckpt.names import escaped
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.restore_plan import RestorePlan, Saved
+from distckpt.tensor_paths import key_text
 from distckpt.torch_versions import dtype_of_name
 
 

@@ -9,6 +9,7 @@ from fnmatch import translate
 from typing import Any, TypeAlias
 
 from distckpt.errors import ConfigError
+from distckpt.names import split_inner
 
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str]"
 
@@ -148,6 +149,11 @@ class Names:
         """
         if self._rename is None or saved in self._always:
             return saved
+        # What another tensor is made of is called as that one is.
+        outer, rest = split_inner(saved)
+        return self._here(outer) + rest
+
+    def _here(self, saved: str) -> str:
         renamed = self._renamed(saved)
         for before in _BEFORE_PARAMETER:
             head, found, parameter = saved.partition(before)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from distckpt import tensors, torch_versions, values
+from distckpt import instances, tensors, torch_versions, values, wrapper_tensors
+from distckpt.arrays import Form
+from distckpt.collector import collector_paused
 from distckpt.dtypes import FLOATS
-from distckpt.errors import DistckptError, MismatchError, RestoreFailed
+from distckpt.errors import (
+    DistckptError,
+    FormatError,
+    MismatchError,
+    RestoreFailed,
+    UnsupportedError,
+)
 from distckpt.known import KnownTensor, KnownTensors
 from distckpt.layout import ONE, SHARDED, SPLIT, WHOLE, Row
 from distckpt.mismatch import NO_MATCH, NOT_HERE, mismatch
+from distckpt.names import split_inner
 from distckpt.near import near_names
 from distckpt.restore_names import Names
-from distckpt.values import TensorRef
+from distckpt.tensor_paths import live_tensors
+from distckpt.value_tags import NOTHING, Wrapper
+from distckpt.values import Decoder, Live
+
+_logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 
@@ -92,6 +105,21 @@ class Saved:
         self._taken.add(name)
         return name, self._every_row.get(name)
 
+    def take_parts(self, wrapper: Wrapper) -> None:
+        """Note that somebody knows of the tensors that another one is made of."""
+        for part in wrapper.inner.values():
+            if isinstance(part, Wrapper):
+                self.take_parts(part)
+            else:
+                self.take_part(part.name)
+
+    def take_value_and_parts(self, name: str) -> None:
+        """Note that somebody knows of a tensor that is made of others, and of these."""
+        self._taken.add(name)
+        wrapper = self.wrapper(name)
+        if wrapper is not None:
+            self.take_parts(wrapper)
+
     def any_row(self, name: str) -> Row | None:
         """Return a tensor's row, whether it was asked for or not."""
         return self._every_row.get(name)
@@ -120,10 +148,14 @@ class Saved:
         """Note that something wants these plain values."""
         self._taken.update(names)
 
-    def take_value(self, name: str) -> Any:
-        """Return a plain value, with a ``TensorRef`` for each tensor in it."""
+    def take_encoded(self, name: str) -> Any:
+        """Return a plain value as it is stored."""
         self._taken.add(name)
-        return values.decode(self._values[name])
+        return self._values[name]
+
+    def wrapper(self, name: str) -> Wrapper | None:
+        """Return what a tensor that is made of others is; None if this is no such one."""
+        return values.wrapper_of(self._values.get(name))
 
     def repeats(self, name: str, other: str) -> bool:
         """Tell whether a plain value is another one's again, without tensors; then take it.
@@ -188,6 +220,164 @@ class Saved:
         ]
 
 
+class _LiveValue:
+    """The value that is in the place of one of the checkpoint: asked for when needed."""
+
+    def __init__(self, name: str, ask: Callable[[], Any] | None) -> None:
+        self._name = name
+        self._ask = ask
+
+    @cached_property
+    def value(self) -> Any:
+        return NOTHING if self._ask is None else self._ask()
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return live_tensors(self.value, self._name)
+
+    @cached_property
+    def classes(self) -> dict[str, type]:
+        return {} if self.value is NOTHING else instances.classes_in(self.value)
+
+
+class Taken:
+    """A plain value of the checkpoint, which is made when its tensors are filled.
+
+    Args:
+        name: Its name, for messages.
+        encoded: It, as it is stored.
+        tensors: Those in it, by their names in the checkpoint.
+        live: What is in its place now, if it has instances of classes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoded: Any,
+        tensors: Mapping[str, torch.Tensor],
+        live: _LiveValue | None,
+    ) -> None:
+        self._name = name
+        self._encoded = encoded
+        self._tensors = tensors
+        self._live = live
+        self._has_warned = False
+
+    def value(self) -> Any:
+        """Make it; each time new containers, with the same tensors."""
+        maker = _Maker(self._name, self._tensors, self._live)
+        live = self._live.value if self._live else NOTHING
+        with collector_paused():
+            value = maker.decode(self._encoded, live)
+        if maker.unknown and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "%s: no object of class %s is there that could tell how to make one; plain "
+                "values take its place",
+                self._name,
+                ", ".join(sorted(maker.unknown)),
+            )
+        return value
+
+    def problems(self) -> Iterator[str]:
+        """Say what of it cannot be made; no tensor is made of others for that."""
+        maker = _Maker(self._name, self._tensors, self._live, makes_tensors=False)
+        maker.decode(self._encoded, self._live.value if self._live else NOTHING)
+        return (f"{self._name}: {problem}" for problem in maker.found)
+
+
+class _Maker(Decoder):
+    """Makes a value again, with its tensors and with the classes of live objects.
+
+    Attributes:
+        unknown: Names of classes of which no live object is there.
+        found: What cannot be made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        live: _LiveValue | None,
+        makes_tensors: bool = True,
+    ) -> None:
+        self._name = name
+        self.unknown: set[str] = set()
+        self.found: list[str] = []
+        self._tensors = tensors
+        self._live = live
+        self._makes_tensors = makes_tensors
+
+    def tensor(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def array(self, form: Form, name: str) -> Any:
+        # In the tensor's memory, which is filled by the time that anybody looks at it.
+        memory = self._tensors[name].numpy()
+        if memory.nbytes != form.size_bytes:
+            msg = f"tensor {name!r} is no array of {form.dtype} {list(form.shape)}"
+            raise FormatError(msg)
+        return form.array_of(memory)
+
+    def of_torch(self, kind: str, body: Any) -> Any:
+        try:
+            return torch_versions.described(kind, body)
+        except UnsupportedError as error:
+            self.found.append(str(error))
+            return body
+
+    def kind_of(self, class_name: str) -> Any:
+        kind = self._live.classes.get(class_name) if self._live else None
+        if kind is None:
+            self.unknown.add(class_name)
+        return kind
+
+    def cannot_rebuild(self, class_name: str, error: ValueError) -> None:
+        self.found.append(f"a {class_name} cannot be made again: {error}")
+
+    def wrapper(self, wrapper: Wrapper, live: Live) -> Any:
+        parts = {
+            attribute: self.wrapper(part, getattr(live, attribute, NOTHING))
+            if isinstance(part, Wrapper)
+            else self._tensors[part.name]
+            for attribute, part in wrapper.inner.items()
+        }
+        if any(part is None for part in parts.values()):
+            return None  # what is found says why
+        unknown, self.unknown = self.unknown, set()
+        kind, context = self._class_and_context(wrapper, live, parts)
+        lacking, self.unknown = self.unknown, unknown
+        reason = ""
+        if kind is None:
+            reason = "this process has no such class; import the library that has it"
+        elif lacking:
+            names = ", ".join(sorted(lacking))
+            reason = f"no object of class {names} is there that could tell how to make one"
+        if reason:
+            self.found.append(
+                f"a {wrapper.class_name} cannot be made: {reason}, or have the tensor made "
+                "before restoring (for an optimizer, by one step)"
+            )
+            return None
+        if not self._makes_tensors:
+            return NOTHING
+        return wrapper_tensors.made(kind, wrapper, context, parts)
+
+    def _class_and_context(
+        self, wrapper: Wrapper, live: Live, parts: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        encoded = wrapper.context
+        if self._makes_tensors:
+            encoded = wrapper_tensors.context_on(wrapper, parts)
+        if wrapper_tensors.is_wrapper(live):
+            kind: Any = type(live)
+            here = wrapper_tensors.flattened(self._name, live).wrapper
+            if not wrapper_tensors.difference(here, wrapper):
+                return kind, live.__tensor_flatten__()[1]
+        kind = wrapper_tensors.loaded_class(wrapper.class_name)
+        return kind, self.decode(encoded)
+
+
 @dataclass(slots=True)
 class RestorePlan:
     """What a restore will do on this rank, decided before a byte is touched.
@@ -235,6 +425,9 @@ class RestorePlan:
         """
         if not self.selects(name):
             return
+        if wrapper_tensors.is_wrapper(tensor):
+            self._read_parts(name, tensor)
+            return
         known = self.known.describe(name, tensor)
         identity = known.identity if owner is None else tensors.identity_of(owner)
         self._read_into(name, tensor, known, identity)
@@ -276,7 +469,7 @@ class RestorePlan:
     ) -> None:
         row = self.saved.take_row(name)
         if row is None:
-            kind = "a plain value" if self.saved.has_value(name) else "not there"
+            kind = self._kind_of(name)
             self.problems.append(f"{name}: a tensor here, {kind} in the checkpoint")
         elif not _fits(row, known) and not self._can_convert(row, known):
             self.problems.append(
@@ -285,6 +478,34 @@ class RestorePlan:
             )
         elif not self._is_read_already(name, row, identity):
             self.reads[row.name] = tensor
+
+    def _read_parts(self, name: str, tensor: torch.Tensor) -> None:
+        """Fill the tensors that a live one is made of, if it was saved as one like it."""
+        here, inner = wrapper_tensors.flattened(name, tensor)
+        saved = self.saved.wrapper(name)
+        if saved is None:
+            row = self.saved.take_row(name)
+            there = f"{row.dtype} {list(row.shape)}" if row else self._kind_of(name)
+            self.problems.append(
+                f"{name}: a {here.class_name} here, {there} in the checkpoint"
+            )
+            return
+        self.saved.take_values([name])
+        reason = wrapper_tensors.difference(here, saved)
+        if reason:
+            self.saved.take_value_and_parts(name)
+            self.problems.append(f"{name}: {reason}")
+            return
+        for inner_name, part in inner.items():
+            self.read_into(inner_name, part)
+
+    def _kind_of(self, name: str) -> str:
+        """Say what the checkpoint has where a tensor is wanted and none is."""
+        saved = self.saved.wrapper(name)
+        if saved is not None:
+            self.saved.take_value_and_parts(name)
+            return f"a {saved.class_name}, which is made of other tensors,"
+        return "a plain value" if self.saved.has_value(name) else "not there"
 
     def _can_convert(self, row: Row, known: KnownTensor) -> bool:
         return (
@@ -330,7 +551,9 @@ class RestorePlan:
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
             if not tensors.is_sharded(parameter) or _is_plain(row, parameter, is_count):
                 is_alike = row.shape == tuple(parameter.shape)
-                is_there = device == parameter.device and not tensors.is_sharded(parameter)
+                is_there = device == parameter.device and not (
+                    tensors.is_sharded(parameter) or wrapper_tensors.is_wrapper(parameter)
+                )
                 if is_alike and is_there:
                     # As torch makes it, with the parameter's memory format.
                     return tensors.empty_like(parameter, dtype)
@@ -403,19 +626,20 @@ class RestorePlan:
         return self._read_new(name, row, allocate, None)
 
     def _read_like_live(
-        self, reference: TensorRef, live: Callable[[], Mapping[str, torch.Tensor]]
+        self, saved_name: str, live: _LiveValue, device: torch.device | None
     ) -> torch.Tensor:
         """Allocate a tensor inside a plain value; sharded, if one lies there so now.
 
         However it was saved: the averages that one process keeps of a plain model become
-        those of a sharded one.
+        those of a sharded one. What another tensor is made of lies where it does now.
         """
-        name, saved = self.saved.take_part(reference.name)
+        name, saved = self.saved.take_part(saved_name)
+        is_part = bool(split_inner(name)[1])
 
         def allocate(row: Row, dtype: torch.dtype) -> torch.Tensor | None:
             own = None
-            if row.kind == SHARDED or tensors.any_sharded():
-                own = live().get(name)
+            if row.kind == SHARDED or is_part or tensors.any_sharded():
+                own = live.tensors.get(name)
             if own is not None and tensors.is_sharded(own):
                 is_known = False
                 if row.shape == tuple(own.shape):
@@ -424,9 +648,12 @@ class RestorePlan:
                 is_known = own is not None or not _in_a_job()
             if row.kind == SHARDED and not is_known:
                 return None
-            return tensors.empty_plain(row.shape, dtype)
+            where = None
+            if is_part:
+                where = device if own is None else own.device
+            return tensors.empty_plain(row.shape, dtype, where or "cpu")
 
-        return self._read_new(name, saved, allocate, None)
+        return self._read_new(name, saved, allocate, device if is_part else None)
 
     def _read_new(
         self,
@@ -454,27 +681,32 @@ class RestorePlan:
         return tensor
 
     def take_value(
-        self, name: str, live: Callable[[], Mapping[str, torch.Tensor]] = dict
-    ) -> Any:
-        """Return a plain value whose tensors will be filled by the time of finishing.
+        self,
+        name: str,
+        live: Callable[[], Any] | None = None,
+        device: torch.device | None = None,
+    ) -> Taken:
+        """Take a plain value, to be made once its tensors are filled.
 
         Args:
             name: Its name.
-            live: Returns the tensors that are in the value's place now, by name. It may
-                run user code; called only if there are tensors in the value, and one of
-                them was saved sharded or may be sharded here.
+            live: Returns the value that is in its place now. It may run user code; called
+                only if the value has instances of classes, or tensors one of which was
+                saved sharded or may be sharded here.
+            device: Where the parts of a tensor belong that is made of others, and is not
+                there yet.
         """
-        return self._fill(self.saved.take_value(name), cache(live))
-
-    def _fill(self, value: Any, live: Callable[[], Mapping[str, torch.Tensor]]) -> Any:
-        if isinstance(value, TensorRef):
-            return self._read_like_live(value, live)
-        if type(value) in (dict, OrderedDict):
-            items = value.items()
-            return type(value)((key, self._fill(item, live)) for key, item in items)
-        if type(value) in (list, tuple):
-            return type(value)(self._fill(item, live) for item in value)
-        return value
+        encoded = self.saved.take_encoded(name)
+        found = values.survey(encoded)
+        live_value = _LiveValue(name, live)
+        parts = {
+            saved_name: self._read_like_live(saved_name, live_value, device)
+            for saved_name in found.tensors
+        }
+        taken = Taken(name, encoded, parts, live_value if found.has_instances else None)
+        if found.has_instances or found.has_torch:
+            self.problems += taken.problems()
+        return taken
 
     def missing(self, name: str, what: str, there: str = "not there") -> None:
         """Note that the checkpoint lacks something."""

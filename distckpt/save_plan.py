@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from distckpt import paths, strict_json, words
@@ -35,7 +36,7 @@ from distckpt.replica_digests import Report, report_all
 from distckpt.replicas import Asked, differing, name_differing, report_of
 from distckpt.restore_names import parameter_of
 from distckpt.sharding import Sharding
-from distckpt.values import class_of_state, is_of_one_rank
+from distckpt.values import Encoded, class_of_state, is_of_one_rank
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class SavePlan(NamedTuple):
     """
 
     layouts: Layouts
-    values: dict[str, Any]
+    values: dict[str, Encoded]
 
 
 class Planned(NamedTuple):
@@ -75,7 +76,7 @@ class _State(NamedTuple):
     report: Report | None
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Encoded]:
         return self.captured.shared.values
 
     def vote(self) -> Vote:
@@ -240,7 +241,7 @@ def _lowest_of_each(digests: Iterable[bytes]) -> list[int]:
 
 def _exchange(
     job: Job, attempt: Attempt, state: _State, asked: Answer, digests: Sequence[Vote]
-) -> dict[str, Any]:
+) -> dict[str, Encoded]:
     """Let the chief see what differs, and all ranks the tables: one more round.
 
     Returns:
@@ -252,9 +253,9 @@ def _exchange(
         detail["table"] = state.table.text
         detail["copies"] = sorted(state.captured.shared.copies)
     if job.rank in asked["value_senders"]:
-        detail["values"] = state.values
+        detail["values"] = {name: value.text for name, value in state.values.items()}
     vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode() if detail else b"")
-    united: list[tuple[Layouts | None, dict[str, Any]]] = []  # the chief's
+    united: list[tuple[Layouts | None, dict[str, Encoded]]] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
         details = {v.rank: strict_json.loads(v.detail) for v in votes if v.detail}
@@ -324,16 +325,19 @@ def _check_meshes(tables: Sequence[Table], copies: Set[str]) -> None:
             raise ConfigError(msg)
 
 
-def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[str, Any]:
+def _unite_values(
+    details: Mapping[int, Any], digests: Sequence[Vote]
+) -> dict[str, Encoded]:
     """Unite the ranks' plain values; those of one name must be equal."""
     sender_of: dict[bytes, int] = {}
-    united: dict[str, Any] = {}
+    united: dict[str, Encoded] = {}
     spelled: dict[str, dict[str, list[int]]] = {}
     for vote in digests:
         sender = sender_of.setdefault(vote.digest_b, vote.rank)
-        for name, value in details[sender]["values"].items():
+        for name, found in details[sender]["values"].items():
+            value = Encoded(found)
             united.setdefault(name, value)
-            text = "" if is_of_one_rank(value) else strict_json.dumps(value)
+            text = "" if is_of_one_rank(value) else found
             spelled.setdefault(name, {}).setdefault(text, []).append(vote.rank)
     differing = {name: texts for name, texts in spelled.items() if len(texts) > 1}
     if differing:
@@ -355,8 +359,8 @@ def _unite_values(details: Mapping[int, Any], digests: Sequence[Vote]) -> dict[s
     return united
 
 
-def _spell_difference(name: str, value: Any, texts: Mapping[str, Sequence[int]]) -> str:
-    class_name = class_of_state(value)
+def _spell_difference(name: str, value: Encoded, texts: Mapping[str, Sequence[int]]) -> str:
+    class_name = class_of_state(value.tree)
     if class_name:
         groups = " and ".join(words.ranks(ranks) for ranks in texts.values())
         return f"{name} (state of {class_name}) differs between {groups}"
@@ -384,16 +388,16 @@ def or_abandon(
     return decide_or_abandon
 
 
-def _digest_of_values(values: Mapping[str, Any], one_rank: Collection[str]) -> bytes:
+def _digest_of_values(values: Mapping[str, Encoded], one_rank: Collection[str]) -> bytes:
     """Digest plain values; the settings of an optimizer are one object under many names.
 
     Of what one rank's is stored only the names are compared.
     """
-    if one_rank:
-        values = {k: None if k in one_rank else v for k, v in values.items()}
-    text_of: dict[int, str] = {}
-    for value in values.values():
-        if id(value) not in text_of:
-            text_of[id(value)] = strict_json.dumps(value)
-    texts = [text_of[id(value)] for value in values.values()]
-    return bytes.fromhex(digest(strict_json.dumps([*values, *texts]).encode()))
+    names = [*values]
+    texts = ["" if one_rank and n in one_rank else v.text for n, v in values.items()]
+    # Names, and how long the texts are, so that none can run into the next.
+    lengths = [*map(len, texts)]
+    hasher = blake2b(strict_json.dumps([names, lengths]).encode(), digest_size=16)
+    for text in texts:
+        hasher.update(text.encode())
+    return hasher.digest()

@@ -83,11 +83,16 @@ class Outline:
         self._described = strict_json.dumps(strict_json.dumps(described))
 
     def text(self, ours: str, checksums: str) -> str:
-        """Return the header, given what is different in every save."""
+        """Return the header, given what is different in every save.
+
+        Args:
+            ours: What ``Draft`` has put together.
+            checksums: Of all blocks.
+        """
         # In this order: a reader cuts off what comes before the entries, see ``parse``.
         metadata = (
             '"format":"pt",'  # Hugging Face's readers ask for it
-            f'"{_OUR_KEY}":{strict_json.dumps(ours)},'
+            f'"{_OUR_KEY}":{strict_json.quote(ours)},'
             f'"{_ENTRIES_KEY}":{self._described},'
             f'"{_CHECKSUMS_KEY}":"{checksums}"'
         )
@@ -102,7 +107,7 @@ class Draft:
         attempt: Published name of the attempt.
         rank: Who writes.
         world_size: Of how many.
-        per_rank_values: This rank's own plain values, encoded.
+        per_rank_values: This rank's own plain values, encoded; see ``values.encode_text``.
         written_by: The header's format and features.
 
     Attributes:
@@ -123,16 +128,18 @@ class Draft:
         written_by: Stamp = stamp.CURRENT,
     ) -> None:
         self._outline = outline
-        self._ours = strict_json.dumps(
-            {
-                **written_by.fields,
-                "attempt": attempt,
-                "rank": rank,
-                "world_size": world_size,
-                "block_bytes": outline.block_bytes,
-                "values": per_rank_values,
-            }
+        fields = {
+            **written_by.fields,
+            "attempt": attempt,
+            "rank": rank,
+            "world_size": world_size,
+            "block_bytes": outline.block_bytes,
+        }
+        own = ",".join(
+            f"{strict_json.quote(name)}:{values.text_of(value)}"
+            for name, value in per_rank_values.items()
         )
+        self._ours = f'{strict_json.dumps(fields)[:-1]},"values":{{{own}}}}}'
         checksums_bytes = outline.num_blocks * CHECKSUM_BYTES
         length = LENGTH.size + len(outline.text(self._ours, ""))
         length += len(_encode_checksums(bytes(checksums_bytes)))
@@ -354,7 +361,7 @@ def _parse_ours(metadata: dict[str, str], text: str, data_bytes: int) -> Header:
         _refuse("blocks of no bytes")
     per_rank_values = _typed(ours, "values", dict)
     for value in per_rank_values.values():
-        values.decode(value)
+        values.check(value)
     described: str = _typed(metadata, _ENTRIES_KEY, str)
     entries = _parse_entries(
         text, described, block_bytes, data_bytes, found.allows_unknown_fields
@@ -471,7 +478,8 @@ def _stored(
     dtype = description.get("dtype", dtypes.dtype_of_code(span.code))
     shape = span.shape
     if "dtype" in description:
-        if not isinstance(dtype, str) or not dtypes.is_known(dtype):
+        dtype = dtypes.canonical(dtype) if isinstance(dtype, str) else ""
+        if not dtypes.is_known(dtype):
             _refuse(f"entry {key!r}: dtype {dtype!r:.50}")
         if span.code != "U8" or shape[-1:] != (dtypes.item_size_bytes(dtype),):
             _refuse(f"entry {key!r}: {dtype} stored as {span.code} {list(shape)}")

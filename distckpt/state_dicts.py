@@ -15,7 +15,7 @@ from distckpt import names, values
 from distckpt.errors import ConfigError, TensorNotFound
 from distckpt.formats import optimizers
 from distckpt.near import did_you_mean
-from distckpt.values import TensorRef
+from distckpt.value_tags import TensorRef
 
 _VERSIONS = "versions"
 _MAX_SHOWN = 8

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, NoReturn
 
+from distckpt.collector import collector_paused
+
 
 class JsonError(ValueError):
     """Text that is not strict JSON; callers turn it into their own format error."""
@@ -41,7 +43,12 @@ def loads(data: bytes) -> Any:
             numbers with thousands of digits.
     """
     try:
-        return _DECODER.decode(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        decoder = _DECODER if _may_hold_odd_numbers(data) else _FAST_DECODER
+        if len(data) < _LARGE_BYTES:
+            return decoder.decode(text)
+        with collector_paused():
+            return decoder.decode(text)
     except RecursionError:
         msg = "nested too deeply"
         raise JsonError(msg) from None
@@ -79,6 +86,44 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+# Each byte as what it is in a number: a digit, an exponent, or something else.
+_NUMBERS = bytes(
+    ord("0" if chr(byte).isdigit() else "e" if chr(byte) in "eE" else chr(byte))
+    for byte in range(128)
+) + bytes(128)
+_MINUS_ZEROS = tuple(b"-0" + end for end in (b",", b"]", b"}", b" ", b"\n", b"\r", b"\t"))
+# An exponent, or a number, that float64 may not reach.
+_LARGE_EXPONENT = b"e000"
+_LONG_NUMBER = b"0" * 300
+_MAX_HITS = 10_000
+# Of so much text the collector of garbage is kept out of the way.
+_LARGE_BYTES = 2**20
+
+
+def _may_hold_odd_numbers(data: bytes) -> bool:
+    """Tell whether there may be ``-0`` or ``1e999``, which the fast decoder would take.
+
+    It calls no Python for each number. Digests are full of what looks like an exponent, so
+    what stands in front of it is looked at, too.
+    """
+    if b"-0" in data and (data.endswith(b"-0") or any(odd in data for odd in _MINUS_ZEROS)):
+        return True
+    numbers = data.translate(_NUMBERS, b"+")
+    if _LONG_NUMBER in numbers:
+        return True
+    at = numbers.find(_LARGE_EXPONENT)
+    for _ in range(_MAX_HITS):
+        if at < 0:
+            return False
+        start = at
+        while start > 0 and numbers[start - 1] in b"0.-":
+            start -= 1
+        if start < at and (start == 0 or numbers[start - 1] in b"[,: \n\r\t"):
+            return True
+        at = numbers.find(_LARGE_EXPONENT, at + 1)
+    return True
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -110,6 +155,9 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 _ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+_FAST_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+)
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique_keys,
     parse_int=_parse_int,

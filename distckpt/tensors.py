@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distckpt import dtypes, sharding, torch_versions
+from distckpt import sharding, torch_versions
 from distckpt.boxes import Box, whole
 from distckpt.errors import UnsupportedError
 from distckpt.layout import SHARDED, Row
@@ -218,8 +218,8 @@ def _spell(placement: Any, tensor_dims: int) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's own name of a dtype, without the module: ``"bfloat16"``."""
-    return str(dtype).removeprefix("torch.")
+    """Return what a dtype is called here and in files; see ``torch_versions``."""
+    return torch_versions.name_of_dtype(dtype)
 
 
 def held_storable(tensor: torch.Tensor, name: str) -> Held:
@@ -256,21 +256,13 @@ def _why_not_whole(tensor: torch.Tensor) -> str:
 
 def _why_not_plain(tensor: torch.Tensor) -> str:
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return (
-            f"it is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor "
-            "subclass with memory of its own kind."
-        )
+        return _why_not_subclass(tensor)
     if tensor.is_meta:
         return "it is on the meta device and has no content."
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}; convert it with to_dense()."
     if tensor.is_quantized:
         return f"its dtype is {tensor.dtype}; store int_repr(), scale and zero point."
-    if not dtypes.is_known(dtype_name(tensor.dtype)):
-        return (
-            f"its dtype {tensor.dtype} is unknown to this version of distckpt; store its "
-            "bytes, view(torch.uint8), instead."
-        )
     if not torch_versions.can_resolve_conj(tensor):
         return (
             f"it is a conjugated view of {tensor.dtype}, which this version of torch "
@@ -284,6 +276,24 @@ def _why_not_plain(tensor: torch.Tensor) -> str:
             "contiguous() copy."
         )
     return ""
+
+
+def _why_not_subclass(tensor: torch.Tensor) -> str:
+    what = (
+        f"it is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor subclass "
+        "with memory of its own kind."
+    )
+    if hasattr(tensor, "trigger_wait") or hasattr(tensor, "wait"):
+        return f"{what} It stands for a result that is under way: call wait() first."
+    if hasattr(tensor, "__tensor_flatten__"):
+        return (
+            f"{what} Tensors that are made of others (__tensor_flatten__) are stored where "
+            "they stand by themselves, not inside of a sharded one."
+        )
+    return (
+        f"{what} Give its class __tensor_flatten__() and __tensor_unflatten__(), which is "
+        "torch's protocol for tensors that are made of others, or store a plain tensor."
+    )
 
 
 def _why_not_local(tensor: Any, mine: Held) -> str:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from distckpt import modules, schedulers
+from distckpt import instances, modules, schedulers, values
 from distckpt.errors import UnsupportedError
 from distckpt.frozen_node import FrozenNode
-from distckpt.leaves import Leaves, join, key_text
+from distckpt.leaves import Leaves
 from distckpt.marked_nodes import CopiesNode, GroupsNode, OneRankNode
 from distckpt.module_node import ModuleNode, Owners
 from distckpt.names import group_part
-from distckpt.node import Node, Resized, live_tensors
+from distckpt.node import Node, Resized
 from distckpt.optimizer_node import OptimizerNode, OwnOptimizerNode
 from distckpt.optimizers import (
     Stated,
@@ -37,7 +38,8 @@ from distckpt.optimizers import (
 )
 from distckpt.parts import NamesOfParts, Parts
 from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, Resize
-from distckpt.restore_plan import RestorePlan
+from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.tensor_paths import join, key_text
 from distckpt.trainable import Trainable
 
 _MAX_DEPTH = 64
@@ -58,17 +60,23 @@ class Nodes:
     resize: dict[str, Resize]
 
 
-def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> Nodes:
+def walk(
+    objects: Mapping[str, Any],
+    set_value: Callable[[str, Any], None],
+    saves: bool = False,
+) -> Nodes:
     """Turn what a ``Checkpoint`` tracks into nodes.
 
     Args:
         objects: By top-level name.
         set_value: Called on restore for a plain value that cannot be updated in place.
+        saves: Whether the nodes are captured next. Then what is large and plain is
+            walked once: to be looked through, and encoded.
 
     Raises:
         UnsupportedError: Names the path of an object that cannot be tracked.
     """
-    walker = _Walker()
+    walker = _Walker(saves)
     for name, value in objects.items():
         walker.visit(key_text(name, name), value, partial(set_value, name))
     walker.check()
@@ -76,7 +84,8 @@ def walk(objects: Mapping[str, Any], set_value: Callable[[str, Any], None]) -> N
 
 
 class _Walker:
-    def __init__(self) -> None:
+    def __init__(self, saves: bool) -> None:
+        self._saves = saves
         self.shared: list[Node] = []
         self.per_rank: list[Node] = []
         self.resize: dict[str, Resize] = {}
@@ -132,6 +141,8 @@ class _Walker:
             self._owners.add_tensor(path, value, per_rank)
         elif is_stateful(value):
             nodes.append(StatefulNode(path, value))
+        elif self._saves and (encoded := values.plain_text(value)):
+            nodes.append(ValueNode(path, value, assign, encoded))
         elif isinstance(value, (dict, list)) and holds_tracked(value):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
@@ -226,17 +237,36 @@ def is_stateful(value: Any) -> bool:
     )
 
 
-def holds_tracked(value: Any, depth: int = 0) -> bool:
-    """Tell whether a tree of containers has more than plain values in it."""
-    if isinstance(value, (*_MARKS, Parts, Trainable, torch.Tensor)) or is_stateful(value):
-        return True
-    if depth > _MAX_DEPTH:
-        return False  # the encoder refuses it with a better message
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return False
-    return any(holds_tracked(item, depth + 1) for item in value)
+# What is no tracked object, and has none in it.
+_TRACKED = (PerRank, PerGroup, OneRank, Replicated, Parts, Trainable, torch.Tensor)
+_NEVER_TRACKED = frozenset((type(None), bool, int, float, complex, str, bytes))
+
+
+def holds_tracked(value: Any) -> bool:
+    """Tell whether an object that is tracked by itself is in a value, or is one.
+
+    Looked for level by level, by type: of numbers there may be millions.
+    """
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        kinds = {*map(type, level)} - _NEVER_TRACKED
+        containers = [item for item in level if type(item) in kinds] if kinds else []
+        if {*map(type, containers)} - {list, tuple, dict}:
+            for item in containers:
+                if isinstance(item, _TRACKED) or is_stateful(item):
+                    return True
+        if len({*map(id, containers)}) < len(containers):
+            # Each once: one may contain itself.
+            containers = [*{id(item): item for item in containers}.values()]
+        lists, dicts = containers, []
+        if not kinds <= {list, tuple}:
+            lists = [item for item in containers if isinstance(item, (list, tuple))]
+            dicts = [item.values() for item in containers if isinstance(item, dict)]
+        below = (chain.from_iterable(lists), chain.from_iterable(dicts))
+        if {*map(type, chain(*below))} <= _NEVER_TRACKED:
+            return False  # nearly always: millions of numbers are not listed again
+        level = [*chain.from_iterable(lists), *chain.from_iterable(dicts)]
+    return False  # the encoder refuses it with a better message
 
 
 class TensorNode:
@@ -304,9 +334,9 @@ class StatefulNode:
             return
         if not self._is_there(plan):
             return
-        state = plan.take_value(self.path, self._live_tensors)
-        plan.problems += [f"{self.path}: {reason}" for reason in self._refusals(state)]
-        plan.finish(self.path, lambda: self._load(state))
+        taken = plan.take_value(self.path, self._live_state)
+        plan.problems += [f"{self.path}: {reason}" for reason in self._refusals(taken)]
+        plan.finish(self.path, lambda: self._load(taken.value()))
 
     def _is_there(self, plan: RestorePlan) -> bool:
         here = f"an object with a state dict ({self._class_name})"
@@ -332,13 +362,13 @@ class StatefulNode:
         """Tell whether the state of another class would be taken for its own."""
         return isinstance(self._stateful, (Optimizer, LRScheduler))
 
-    def _refusals(self, state: Any) -> Iterator[str]:
+    def _refusals(self, taken: Taken) -> Iterator[str]:
         if isinstance(self._stateful, LRScheduler):
-            yield from schedulers.refusals(self._stateful, state)
+            yield from schedulers.refusals(self._stateful, taken.value())
         is_enabled_here = (
             isinstance(self._stateful, torch.amp.GradScaler) and self._stateful.is_enabled()
         )
-        if is_enabled_here and not state:
+        if is_enabled_here and not taken.value():
             yield (
                 "saved by a GradScaler that was not enabled, so without state; to begin "
                 f"with a new scale, exclude {self.path!r}"
@@ -346,9 +376,11 @@ class StatefulNode:
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
         """Rebuild all state dicts; load what is made of them."""
-        states = _values_of(self.path, plans, self._class_name)
+        states = _values_of(self.path, plans, self._class_name, self._live_state)
         if states:
-            plans[0].finish(self.path, lambda: self._load(resize(states)))
+            plans[0].finish(
+                self.path, lambda: self._load(resize([one.value() for one in states]))
+            )
 
     def _load(self, state: Any) -> None:
         kept = None
@@ -365,39 +397,52 @@ class StatefulNode:
             state = self._stateful.state_dict()
         return state if type(state) in (dict, OrderedDict) else dict(state)
 
-    def _live_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of its present state, to take the layout of.
+    def _live_state(self) -> Any:
+        """Return its present state, to take layouts and classes of.
 
         It may not have one yet, nor anything else than None to return for it.
         """
         state = self._known_state
         if state is None:
             state = self._stateful.state_dict()
-        return live_tensors(dict(state), self.path) if isinstance(state, Mapping) else {}
+        return dict(state) if isinstance(state, Mapping) else {}
 
 
 class ValueNode:
-    """A plain value; dicts and lists are updated in place."""
+    """A plain value; what can be changed is updated in place."""
 
-    def __init__(self, path: str, value: Any, assign: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        path: str,
+        value: Any,
+        assign: Callable[[Any], None],
+        encoded: values.Encoded | None = None,
+    ) -> None:
         self.path = path
         self._value = value
         self._assign = assign
+        self._encoded = encoded
 
     def capture(self, leaves: Leaves) -> None:
         """Add it."""
-        leaves.add_value(self.path, self._value)
+        if self._encoded is None:
+            leaves.add_value(self.path, self._value)
+        else:
+            leaves.add_encoded(self.path, self._encoded)
 
     def plan(self, plan: RestorePlan) -> None:
         """Set it when all ranks have read everything."""
         if not plan.selects(self.path):
             return
-        if not plan.saved.has_value(self.path):
-            kind = "a tensor" if self.path in plan.saved.rows else "not there"
+        wrapper = plan.saved.wrapper(self.path)
+        if wrapper is not None or not plan.saved.has_value(self.path):
+            is_tensor = wrapper is not None or self.path in plan.saved.rows
+            kind = "a tensor" if is_tensor else "not there"
             plan.problems.append(
                 f"{self.path}: a plain value here, {kind} in the checkpoint"
             )
             plan.saved.take_row(self.path)
+            plan.saved.take_value_and_parts(self.path)
             return
         saved = plan.saved.class_of(self.path)
         if saved:
@@ -406,35 +451,35 @@ class ValueNode:
                 f"{self.path}: a plain value here ({kind}), the state of an object "
                 f"({saved}) in the checkpoint; to leave it out, exclude {self.path!r}"
             )
-        value = plan.take_value(self.path)
-        plan.finish(self.path, partial(self._set, value))
+        taken = plan.take_value(self.path, lambda: self._value)
+        plan.finish(self.path, lambda: self._set(taken.value()))
 
     def plan_resized(self, plans: Sequence[RestorePlan], resize: Resized) -> None:
         """Take all; set what is made of them."""
-        found = _values_of(self.path, plans, None)
+        found = _values_of(self.path, plans, None, lambda: self._value)
         if found:
-            plans[0].finish(self.path, lambda: self._set(resize(found)))
+            plans[0].finish(
+                self.path, lambda: self._set(resize([one.value() for one in found]))
+            )
 
     def _set(self, value: Any) -> None:
-        live = self._value
-        if type(live) is type(value) and isinstance(live, dict):
-            live.clear()
-            live.update(value)
-        elif type(live) is type(value) and isinstance(live, list):
-            live[:] = value
-        else:
+        if not instances.updated_in_place(self._value, value):
             self._assign(value)
 
 
 def _values_of(
-    path: str, plans: Sequence[RestorePlan], class_name: str | None
-) -> list[Any]:
+    path: str,
+    plans: Sequence[RestorePlan],
+    class_name: str | None,
+    live: Callable[[], Any],
+) -> list[Taken]:
     """Take the values that all ranks have saved; none if they are not restored.
 
     Args:
         path: Of what is restored.
         plans: One for each rank that has saved.
         class_name: Of the object that they are the states of; None: plain values.
+        live: Returns the value that is in their place.
     """
     selecting = [plan for plan in plans if plan.selects(path)]
     here = class_name or "a plain value"
@@ -447,4 +492,4 @@ def _values_of(
             there = f"the state of {saved}" if saved else "a plain value"
             plan.problems.append(f"{path}: {here} here, {there} in the checkpoint")
             return []
-    return [plan.take_value(path) for plan in selecting]
+    return [plan.take_value(path, live) for plan in selecting]

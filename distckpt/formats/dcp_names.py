@@ -8,6 +8,7 @@ the one it asks for.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,9 +26,11 @@ from distckpt.formats.optimizers import (
     StoredOptimizer,
     find,
 )
+from distckpt.instances import children_of, is_namespace
 from distckpt.near import did_you_mean
 from distckpt.opened import OpenedCheckpoint
 from distckpt.stored_tensor import StoredTensor
+from distckpt.value_tags import Wrapper
 
 _GROUPS = "param_groups"
 
@@ -72,7 +75,8 @@ def items_of(opened: OpenedCheckpoint, renamed: Mapping[str, str]) -> dict[str, 
 
 def _leaves(opened: OpenedCheckpoint) -> Iterator[tuple[Path, Any, bool]]:
     """Walk paths and what is there; and whether torch spells it otherwise, too."""
-    found = find(opened.plain_values, opened)
+    wrappers = {n for n, v in opened.plain_values.items() if isinstance(v, Wrapper)}
+    found = find(opened.plain_values, {*opened, *wrappers})
     path_of: dict[str, Path] = {}
     settings: set[str] = set()
     for optimizer in found:
@@ -89,7 +93,9 @@ def _leaves(opened: OpenedCheckpoint) -> Iterator[tuple[Path, Any, bool]]:
             yield _path(name, path_of), tensor, False
     for name, value in opened.plain_values.items():
         is_empty_group = any(name.startswith(f"{o.path}/{EMPTY_GROUPS}/") for o in found)
-        if name not in settings and not is_empty_group:
+        # What a tensor is that is made of others, DCP has no place for; these it has.
+        is_plain = not isinstance(value, Wrapper)
+        if name not in settings and not is_empty_group and is_plain:
             for path, leaf in _flattened(_path(name, path_of), value):
                 yield path, leaf, False
     for optimizer in found:
@@ -97,10 +103,12 @@ def _leaves(opened: OpenedCheckpoint) -> Iterator[tuple[Path, Any, bool]]:
 
 
 def _path(name: str, path_of: Mapping[str, Path]) -> Path:
-    parent, _, last = name.rpartition("/")
+    outer, rest = names.split_inner(name)
+    inner = names.keys_of(rest.removeprefix("/")) if rest else ()
+    parent, _, last = outer.rpartition("/")
     if parent in path_of:
-        return (*path_of[parent], names.key_of(last))
-    return names.keys_of(name)
+        return (*path_of[parent], names.key_of(last), *inner)
+    return (*names.keys_of(outer), *inner)
 
 
 def _settings(
@@ -133,6 +141,10 @@ def _settings(
 
 def _flattened(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
     """Walk the leaves of a value as DCP does: of dicts, and of lists with some inside."""
+    if type(value) is deque:
+        value = list(value)
+    elif is_namespace(value):
+        value = vars(value)
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flattened((*path, str(key)), item)
@@ -146,12 +158,12 @@ def _flattened(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
 def _tensors_in(value: Any) -> Iterator[StoredTensor]:
     if isinstance(value, StoredTensor):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif not isinstance(value, Wrapper):
+        for _, item in children_of(value):
             yield from _tensors_in(item)
 
 
 def _is_walked(value: Any) -> bool:
-    if isinstance(value, (dict, StoredTensor)):
+    if isinstance(value, (dict, StoredTensor)) or is_namespace(value):
         return True
-    return isinstance(value, (list, tuple)) and any(map(_is_walked, value))
+    return isinstance(value, (list, tuple, deque)) and any(map(_is_walked, value))

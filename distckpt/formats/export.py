@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distckpt import storage, strict_json
-from distckpt.errors import ChecksumError, ConfigError
+from distckpt.errors import ChecksumError, ConfigError, UnsupportedError
 from distckpt.formats import (
     dcp_names,
     dcp_write,
@@ -34,6 +34,7 @@ from distckpt.formats.foreign import (
     compare,
 )
 from distckpt.formats.placing import Placing
+from distckpt.names import split_inner
 from distckpt.opened import OpenedCheckpoint
 from distckpt.stored_tensor import StoredTensor
 
@@ -111,6 +112,14 @@ def export(
     check = torch_save.check_writable if to == TORCH else safetensors_file.check_writable
     for name, tensor in chosen.tensors.items():
         check(tensor.dtype, name)
+        outer, inner = split_inner(tensor.name)
+        if inner and to == HUGGINGFACE:
+            msg = (
+                f"tensor {outer!r} is made of others (of a quantized weight, say), which "
+                "nothing of Hugging Face's would read; choose other tensors with --only, "
+                "or export to safetensors, torch or dcp."
+            )
+            raise UnsupportedError(msg)
     with Placing(target) as placing:
         if to == TORCH:
             _write_torch(placing.path, chosen, advance)

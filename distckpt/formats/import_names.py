@@ -16,7 +16,8 @@ from distckpt import names, values
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.formats.foreign import Tensor
 from distckpt.formats.optimizers import SETTINGS, STATE
-from distckpt.values import TensorRef, as_state
+from distckpt.value_tags import TensorRef
+from distckpt.values import as_state
 
 _GROUPS = "param_groups"
 _EXTRA = "_extra_state"

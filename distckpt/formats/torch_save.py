@@ -6,7 +6,7 @@ in. ``torch_load.py`` reads it.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -17,7 +17,9 @@ from distckpt.formats import pickle_write
 from distckpt.formats.foreign import PIECE_BYTES, Tensor
 from distckpt.formats.pickle_tree import Call, Global, Reference
 from distckpt.formats.zip_file import ZipWriter
+from distckpt.instances import is_namespace
 from distckpt.storage import NewFile
+from distckpt.value_tags import Wrapper
 
 _ROOT = "archive"
 
@@ -101,16 +103,37 @@ def stored_tensor(dtype: str, shape: tuple[int, ...], key: str) -> Call:
 def to_tree(value: Any) -> Any:
     """Turn a plain value of a checkpoint into what a pickle can say.
 
-    A numpy scalar becomes the Python number.
+    A numpy scalar becomes the Python number, an array lists of such; a set, and whatever
+    else is like a list, a list; what a pickle would need a class for, text.
     """
     kind = type(value)
+    if kind in _WRITTEN:
+        return value
     if kind in (list, tuple):
         return kind(map(to_tree, value))
-    if kind is dict:
+    if kind in (dict, defaultdict):
         return {to_tree(key): to_tree(item) for key, item in value.items()}
     if kind is OrderedDict:
         pairs = [(to_tree(key), to_tree(item)) for key, item in value.items()]
         return Call(ORDERED, items=pairs)
     if kind is Counter:
         return Call(COUNTER, (to_tree(dict(value)),))
-    return value.item() if hasattr(value, "dtype") else value
+    if kind in (set, frozenset, deque):
+        return [to_tree(item) for item in value]
+    if kind is Wrapper:
+        return to_tree(value._asdict() | {"inner": [*value.inner]})
+    if is_namespace(value):
+        return to_tree(vars(value))
+    if kind is bytearray:
+        return bytes(value)
+    if hasattr(value, "dtype"):
+        return _of_numpy(value)
+    return str(value)
+
+
+_WRITTEN = frozenset((type(None), bool, int, float, str, bytes))
+
+
+def _of_numpy(value: Any) -> Any:
+    found = value.astype(str).tolist() if value.dtype.kind in "mM" else value.tolist()
+    return to_tree(found)

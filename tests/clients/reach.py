@@ -231,6 +231,7 @@ class _Walker:
             return
         kind = f"{type(value).__name__} {value.dtype} {list(value.shape)}"
         kind += f" {value.layout} {value.device} grad={value.requires_grad}"
+        names: list[str] = []
         if value.layout == torch.strided and _is_freed(value):
             self.found[path] = f"{kind} freed"
         elif is_traceable_wrapper_subclass(value):
@@ -242,7 +243,8 @@ class _Walker:
                 kind += f" {value.stride()}"
             self.found[path] = Bits(kind, bits_of(value))
         for name, inner in getattr(value, "__dict__", {}).items():
-            if not _is_ignored(name):
+            # Walked once: a second time would replace the bits by a note of the first.
+            if not _is_ignored(name) and name not in names:
                 yield f".{name}", inner
 
 

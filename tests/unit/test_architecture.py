@@ -16,9 +16,10 @@ import distckpt
 # names out lazily.
 LAYERS = {
     -2: {"errors"},
-    -1: {"_version", "durations"},
+    -1: {"_version", "durations", "collector", "arrays", "instances", "value_hints"}
+    | {"value_tags", "value_types"},
     0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"collector", "few_open", "parts", "locations", "near", "words"}
+    | {"few_open", "parts", "locations", "near", "words", "value_encoder"}
     | {"generators", "step_watch", "trainable"},
     1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
     | {"charts"}
@@ -26,8 +27,8 @@ LAYERS = {
     | {"rendezvous"}
     | {"policy", "elements", "torch_versions"},
     2: {"mismatch", "layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
-    | {"state_dicts"},
-    3: {"manifest", "choice", "state", "shard_header", "tensors", "probe"}
+    | {"state_dicts", "wrapper_tensors"},
+    3: {"tensor_paths", "manifest", "choice", "state", "shard_header", "tensors", "probe"}
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
     | {"history", "near_paths"},
     4: {"run_directory", "shard_file", "janitor", "known", "read_plan", "waiting"}
@@ -95,6 +96,7 @@ TORCH_FREE = {
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
     *{"report", "torch_versions", "locations", "durations", "mismatch", "words"},
     *{"run_directory", "step_watch", "near", "near_paths", "state_dicts"},
+    *{"arrays", "instances", "value_types", "value_hints", "value_tags", "value_encoder"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
 }
 
@@ -108,8 +110,11 @@ PLAIN_OS_PATH |= {"expanduser", "expandvars"}
 # Modules that touch files by themselves.
 FILE_MODULES = {"shutil", "tempfile", "pathlib", "glob", "fcntl", "mmap", "io", "fileinput"}
 FILE_MODULES |= {"zipfile", "tarfile"}
-# Only ever given a view of a file that storage has opened.
-ON_OPENED_FILES = {"formats.zip_file": {"import of zipfile"}}
+# Only ever given a view of a file that storage has opened; or makes names of files alone.
+ON_OPENED_FILES = {
+    "formats.zip_file": {"import of zipfile"},
+    "value_types": {"import of pathlib"},
+}
 
 # Modules, and calls of torch, that pickle.
 PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}

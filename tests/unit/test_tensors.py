@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch_helpers import assert_same, raw, restore, round_trip, rows_of, save, stored
 
+import distckpt
 from distckpt import (
+    Checkpoint,
     MismatchError,
+    RestoreOptions,
     UnsupportedError,
     dtypes,
+    layout,
     paths,
     readers,
+    shard_header,
     tensors,
     torch_versions,
 )
@@ -130,20 +136,71 @@ def test_each_dtype_of_this_torch_is_stored_or_refused_by_its_name(run_dir, dtyp
     assert_same(live, saved)
 
 
-@pytest.mark.parametrize("name", ["uint16", "float8_e5m2", "complex32", "int4"])
-def test_dtype_that_the_format_does_not_know_is_refused_by_its_name(
+NOT_LISTED = ["uint16", "float8_e5m2", "complex32", "int4"]
+
+
+@pytest.mark.parametrize("name", NOT_LISTED)
+def test_dtype_that_is_not_listed_is_stored_as_bytes_and_restored(
     run_dir, monkeypatch, name
 ):
     """As one of a torch newer than this version of distckpt would be."""
+    dtype = getattr(torch, name)
+    saved = _filled(dtype)
+    with monkeypatch.context() as patched:
+        patched.delitem(dtypes._DTYPES, name)
+        assert tensors.dtype_name(dtype) == f"{name}:{saved.element_size()}"
+        live = _zeros(dtype, tuple(saved.shape))
+        path = save(run_dir, parts={"weights": saved})
+        Checkpoint(parts={"weights": live}).restore(path)
+        assert_same(live, saved)
+        assert distckpt.open(path)["parts/weights"].tobytes() == raw(saved)
+    # A version that lists it by now, in a new process.
+    monkeypatch.setattr(layout, "_decoded", layout._Decoded())
+    shard_header._parse_entries.cache_clear()
+    live = _zeros(dtype, tuple(saved.shape))
+    Checkpoint(parts={"weights": live}).restore(path)
+    assert_same(live, saved)
+    opened = distckpt.open(path)["parts/weights"]
+    assert (opened.dtype, opened.tobytes()) == (name, raw(saved))
+    assert_same(opened.torch(), saved)
+
+
+@pytest.mark.parametrize("name", NOT_LISTED)
+def test_dtype_that_this_torch_lacks_is_named_and_can_be_excluded(
+    run_dir, monkeypatch, name
+):
+    """Whatever else there is is restored; its bytes can be had."""
+    saved, others = _filled(getattr(torch, name)), torch.arange(3)
     monkeypatch.delitem(dtypes._DTYPES, name)
-    saved = _filled(getattr(torch, name))
-    reason = rf"'parts/weights'.*torch\.{name} is unknown.*view\(torch\.uint8\)"
+    path = save(run_dir, state=Holder({"x": saved, "others": others}), t=others)
+    known = {k: v for k, v in torch_versions._dtypes_by_name().items() if k != name}
+    monkeypatch.setattr(torch_versions, "_dtypes_by_name", lambda: known)
+    live = Holder({})
+    reason = rf"'state/x'.*{re.escape(torch.__version__)}.*no dtype '{name}'.*exclude"
     with pytest.raises(UnsupportedError, match=reason):
-        save(run_dir, parts={"weights": saved})
-    as_bytes = saved.view(torch.uint8)
-    live = torch.zeros_like(as_bytes)
-    round_trip(run_dir, {"parts": {"weights": as_bytes}}, {"parts": {"weights": live}})
-    assert raw(live) == raw(saved)
+        Checkpoint(state=live, t=torch.zeros(3, dtype=torch.int64)).restore(path)
+    t = torch.zeros(3, dtype=torch.int64)
+    Checkpoint(t=t).restore(path, RestoreOptions(exclude="state"))
+    assert_same(t, others)
+    with distckpt.open(path) as opened:
+        assert opened["state/x"].tobytes() == raw(saved)
+        with pytest.raises(UnsupportedError, match=f"no dtype '{name}'"):
+            opened["state/x"].torch()
+
+
+class Holder:
+    """An object with a state dict, which may be anything."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        """Return it."""
+        return self.state
+
+    def load_state_dict(self, state):
+        """Take another one."""
+        self.state = state
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
