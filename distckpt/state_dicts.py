@@ -6,16 +6,17 @@ any other object as one value. No live object is needed to put either together a
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distckpt import names, values
+from distckpt.arrays import Form
 from distckpt.errors import ConfigError, TensorNotFound
 from distckpt.formats import optimizers
 from distckpt.near import did_you_mean
-from distckpt.value_tags import TensorRef
+from distckpt.value_tags import TensorRef, Wrapper
 
 _VERSIONS = "versions"
 _MAX_SHOWN = 8
@@ -85,7 +86,9 @@ def state_dict_of(
         if full in source.tensors:
             state[key] = read(full)
         else:
-            state[key] = filled(values.decode(source.encoded[full]), read)
+            state[key] = _Reader(read, f"{source.where}: {full}").decode(
+                source.encoded[full]
+            )
     if versions:
         # torch hands these to load code that converts what is older.
         metadata = {at: {"version": number} for at, number in versions.items()}
@@ -93,15 +96,26 @@ def state_dict_of(
     return state
 
 
-def filled(value: Any, read: Callable[[str], Any]) -> Any:
-    """Put what is read into a decoded value, in place of references to tensors."""
-    if isinstance(value, TensorRef):
-        return read(value.name)
-    if isinstance(value, (list, tuple)):
-        return type(value)(filled(item, read) for item in value)
-    if isinstance(value, dict) and not isinstance(value, Counter):
-        return type(value)((key, filled(item, read)) for key, item in value.items())
-    return value
+class _Reader(values.Decoder):
+    """Decodes values with what is read in place of references to tensors."""
+
+    def __init__(self, read: Callable[[str], Any], where: str) -> None:
+        self._read = read
+        self._where = where
+
+    def tensor(self, name: str) -> Any:
+        return self._read(name)
+
+    def array(self, form: Form, name: str) -> Any:
+        return form.array_of(self._read(name).cpu().numpy())
+
+    def wrapper(self, wrapper: Wrapper, live: values.Live) -> Any:
+        msg = (
+            f"{self._where}: a {wrapper.class_name} is made of other tensors, and nothing "
+            "live tells how: restore it into a module that has one, with "
+            "Checkpoint(model=model).restore(path)."
+        )
+        raise ConfigError(msg)
 
 
 def _state_at(source: Source, name: str, read: Callable[[str], Any]) -> dict[Any, Any]:
@@ -116,7 +130,7 @@ def _state_at(source: Source, name: str, read: Callable[[str], Any]) -> dict[Any
             f"which has no state dict; take plain_values[{name!r}]."
         )
         raise ConfigError(msg)
-    state: dict[Any, Any] = filled(value, read)
+    state: dict[Any, Any] = _Reader(read, f"{source.where}: {name}").decode(encoded)
     return state
 
 
@@ -157,7 +171,7 @@ def _tensors_in(value: Any) -> Iterator[str]:
     """Walk the names of the tensors in a decoded value."""
     if isinstance(value, TensorRef):
         yield value.name
-    elif isinstance(value, (dict, list, tuple)):
+    elif isinstance(value, (dict, list, tuple, deque)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(item)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -285,3 +286,30 @@ def test_torch_is_imported_only_when_tensors_are_asked_for(run_dir):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
     assert b"import of torch halted" in done.stderr, done.stderr
+
+
+def test_state_with_arrays_and_containers_comes_back_as_it_was(tmp_path):
+    """As its load_state_dict() takes it."""
+
+    class Loader:
+        def __init__(self):
+            self.state = {
+                "order": np.arange(3000),
+                "small": np.float32([1, 2]),
+                "seen": {3, 1},
+                "recent": deque([torch.ones(2)], maxlen=4),
+            }
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    path = save(tmp_path / "run", loader=Loader())
+    with distckpt.open(path) as opened:
+        state = opened.state_dict("loader")
+    assert np.array_equal(state["order"], np.arange(3000))
+    assert state["order"].dtype == np.arange(3000).dtype
+    assert state["small"].tolist() == [1.0, 2.0] and state["seen"] == {1, 3}
+    assert torch.equal(state["recent"][0], torch.ones(2)) and state["recent"].maxlen == 4
