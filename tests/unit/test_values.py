@@ -70,8 +70,28 @@ _keys = (
     | st.binary(max_size=3)
     | st.tuples(st.integers(), st.text(max_size=2))
 )
-_leaves = (
+_hashable = (
     _keys
+    | st.complex_numbers(allow_nan=False)
+    | st.decimals(allow_nan=False)
+    | st.fractions()
+    | st.datetimes(timezones=st.none() | st.just(timezone.utc))
+    | st.dates()
+    | st.times()
+    | st.timedeltas()
+    | st.uuids()
+    | st.builds(range, st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 3))
+    | st.builds(PurePosixPath, st.text("ab/.", max_size=5))
+)
+_arrays = hypothesis_numpy.arrays(
+    st.sampled_from(["?", "<i4", ">f8", "<c8", "<U3", "|S2", "<M8[s]", "<m8[ms]"]),
+    hypothesis_numpy.array_shapes(min_dims=0, min_side=0, max_side=3),
+)
+_leaves = (
+    _hashable
+    | _arrays
+    | st.frozensets(_hashable, max_size=4)
+    | st.sets(_hashable, max_size=4)
     | st.just(math.nan)
     | st.sampled_from([0.0, -0.0, math.inf, -math.inf, 5e-324])
     | st.builds(TensorRef, st.text(max_size=5))
@@ -85,6 +105,13 @@ _trees = st.recursive(
         | st.dictionaries(_keys, inner, max_size=3)
         | st.dictionaries(_keys, inner, max_size=3).map(OrderedDict)
         | st.dictionaries(_keys, st.integers(), max_size=3).map(Counter)
+        | st.lists(inner, max_size=3).map(lambda items: deque(items, 5))
+        | st.dictionaries(_keys, inner, max_size=3).map(
+            lambda items: defaultdict(list, items)
+        )
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(
+            lambda items: SimpleNamespace(**items)
+        )
     ),
     max_leaves=10,
 )
