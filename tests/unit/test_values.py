@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import pickle
 import random
 import re
 import struct
@@ -36,6 +37,7 @@ from hypothesis.extra import numpy as hypothesis_numpy
 
 from distckpt import strict_json, values
 from distckpt.errors import FormatError, UnsupportedError
+from distckpt.formats import pickle_write, torch_save
 from distckpt.value_tags import TensorRef
 
 MAX_EXAMPLES = examples(150)
@@ -651,3 +653,22 @@ def test_encoded_value_nested_for_ever_is_refused():
         encoded = [encoded]
     with pytest.raises(FormatError, match="too deeply"):
         values.decode(encoded)
+
+
+def test_value_of_every_kind_can_be_exported():
+    """As what a pickle says without classes of its own; nothing comes back as itself."""
+    plain = (type(None), bool, int, float, str, bytes, list, tuple, dict, Counter)
+
+    def are_plain(value):
+        if isinstance(value, dict):
+            return all(map(are_plain, [*value, *value.values()]))
+        is_list = isinstance(value, (list, tuple))
+        return type(value) in plain and (not is_list or all(map(are_plain, value)))
+
+    for value in (*STANDARD, *ARRAYS, Counter("aab"), {1: (2, {3})}):
+        tree = torch_save.to_tree(values.decode(values.encode(value)))
+        found = pickle.loads(pickle_write.dumps(tree))
+        assert are_plain(found), (value, found)
+    assert torch_save.to_tree({1, 2}) == [1, 2]
+    assert torch_save.to_tree(np.array(["2020-01-01"], "M8[D]")) == ["2020-01-01"]
+    assert torch_save.to_tree(Decimal("1.10")) == "1.10"
