@@ -36,8 +36,9 @@ class Checkpoint:
 
     Tracked are modules, optimizers, anything with ``state_dict`` and
     ``load_state_dict``, tensors (restored in place), plain values, and dicts and lists
-    of these. ``PerRank(x)`` marks what each rank has of its own; everything else is one
-    value for the job. The objects are attributes; more can be assigned later.
+    of these; ``docs/values.md`` lists all that can be stored. ``PerRank(x)`` marks what
+    each rank has of its own; everything else is one value for the job. The objects are
+    attributes; more can be assigned later.
 
     ``save_counter`` counts the saves and is part of the checkpoint.
 

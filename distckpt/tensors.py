@@ -288,7 +288,8 @@ def _why_not_subclass(tensor: torch.Tensor) -> str:
     if hasattr(tensor, "__tensor_flatten__"):
         return (
             f"{what} Tensors that are made of others (__tensor_flatten__) are stored where "
-            "they stand by themselves, not inside of a sharded one."
+            "they stand by themselves, not inside of a sharded one: with sharded "
+            "parameters use an optimizer, or weights, of plain tensors."
         )
     return (
         f"{what} Give its class __tensor_flatten__() and __tensor_unflatten__(), which is "

@@ -7,7 +7,7 @@ then filled in place; finishers, which run user code, come last.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -391,21 +391,23 @@ class StatefulNode:
             for group, old in zip(self._stateful.param_groups, kept, strict=True):
                 restore_kinds(group, old)
 
-    def _state(self) -> dict[Any, Any]:
+    def _state(self) -> Any:
         state = self._known_state
         if state is None:
             state = self._stateful.state_dict()
-        return state if type(state) in (dict, OrderedDict) else dict(state)
+        is_other = isinstance(state, Mapping) and type(state) not in _MAPPINGS
+        return dict(state) if is_other else state
 
     def _live_state(self) -> Any:
         """Return its present state, to take layouts and classes of.
 
         It may not have one yet, nor anything else than None to return for it.
         """
-        state = self._known_state
-        if state is None:
-            state = self._stateful.state_dict()
-        return dict(state) if isinstance(state, Mapping) else {}
+        return self._state()
+
+
+# Those that have tags of their own.
+_MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
 
 
 class ValueNode:

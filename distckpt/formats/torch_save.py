@@ -135,5 +135,6 @@ _WRITTEN = frozenset((type(None), bool, int, float, str, bytes))
 
 
 def _of_numpy(value: Any) -> Any:
-    found = value.astype(str).tolist() if value.dtype.kind in "mM" else value.tolist()
-    return to_tree(found)
+    # What has no Python number of its own would come back as itself.
+    other = {"m": str, "M": str, "f": "f8", "c": "c16"}.get(value.dtype.kind)
+    return to_tree(value.tolist() if other is None else value.astype(other).tolist())

@@ -449,6 +449,60 @@ def test_function_of_per_rank_gets_instances_and_arrays(run_dir):
     assert x.value["phase"] is Phase.MAIN and o.value.state["phase"] is Phase.MAIN
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        defaultdict(int, {"a": 1}),
+        Counter("ab"),
+        OrderedDict(a=1),
+        [1, {"b": torch.ones(2)}],
+        (Phase.MAIN, 2),
+        Record(1, Phase.MAIN),
+        Point(1, 2),
+        np.arange(3000),
+        np.arange(3),
+        torch.arange(3),
+        None,
+        7,
+    ],
+    ids=lambda state: type(state).__name__,
+)
+def test_state_of_an_object_may_be_anything_that_can_be_stored(run_dir, state):
+    """Whatever its ``state_dict()`` returns is what its ``load_state_dict()`` gets."""
+    save(run_dir, x=Holder(state))
+    live = Holder((Phase.WARMUP, 1) if isinstance(state, tuple) else state)
+    if type(state) is Point:
+        live.state = Point(0, 0)
+    restore(run_dir, x=live)
+    if isinstance(state, np.ndarray):
+        assert np.array_equal(live.state, state)
+    else:
+        assert_same(live.state, state)
+    assert live.state is not state or not hasattr(state, "__len__")
+
+
+def test_extra_state_of_a_module_may_be_anything_that_can_be_stored(run_dir):
+    """With the classes of what is there now."""
+
+    class Extra(nn.Linear):
+        def __init__(self, state):
+            super().__init__(2, 2)
+            self.extra = state
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    saved = {"p": progress(), "a": np.arange(3000), "names": {"x"}}
+    save(run_dir, m=Extra(saved))
+    live = Extra({"p": Progress()})
+    restore(run_dir, m=live)
+    assert live.extra["p"] == saved["p"] and live.extra["names"] == {"x"}
+    assert np.array_equal(live.extra["a"], saved["a"])
+
+
 def test_optimizers_settings_and_state_may_have_instances(run_dir):
     """Whatever a program puts there."""
 

@@ -57,6 +57,35 @@ def test_arbitrary_bytes_give_a_tree_or_json_error(data):
         strict_json.loads(data)
 
 
+_numbers = st.sampled_from(
+    [
+        *("1e999", "-1E+400", "1.5e999", "-0", "-0.0", "0e999", "-0e5", "1e308", "3e123"),
+        *("x-0,", "9" * 400, "9" * 400 + ".0", "1e-999", "12"),
+    ]
+)
+
+
+@settings(max_examples=2 * MAX_EXAMPLES)
+@given(
+    numbers=st.lists(_numbers, max_size=3),
+    texts=st.lists(_numbers | st.just("0e1234ab"), max_size=3),
+)
+def test_reader_without_hooks_takes_what_the_one_with_hooks_takes(numbers, texts):
+    """Whether a number is odd is told from the bytes; what looks so in a text is none."""
+    joined = ",".join([*numbers, *map(json.dumps, texts)])
+    data = f'{{"a": [{joined}], "b":{numbers[0] if numbers else 1}}}'.encode()
+    found = []
+    for decoder in (strict_json._FAST_DECODER, strict_json._DECODER):
+        with pytest.MonkeyPatch.context() as patch:
+            if decoder is strict_json._DECODER:
+                patch.setattr(strict_json, "_may_hold_odd_numbers", lambda data: True)
+            try:
+                found.append(repr(strict_json.loads(data)))
+            except strict_json.JsonError:
+                found.append("error")
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import pickle
 import random
 import re
 import struct
@@ -36,6 +37,7 @@ from hypothesis.extra import numpy as hypothesis_numpy
 
 from distckpt import strict_json, values
 from distckpt.errors import FormatError, UnsupportedError
+from distckpt.formats import pickle_write, torch_save
 from distckpt.value_tags import TensorRef
 
 MAX_EXAMPLES = examples(150)
@@ -70,8 +72,28 @@ _keys = (
     | st.binary(max_size=3)
     | st.tuples(st.integers(), st.text(max_size=2))
 )
-_leaves = (
+_hashable = (
     _keys
+    | st.complex_numbers(allow_nan=False)
+    | st.decimals(allow_nan=False)
+    | st.fractions()
+    | st.datetimes(timezones=st.none() | st.just(timezone.utc))
+    | st.dates()
+    | st.times()
+    | st.timedeltas()
+    | st.uuids()
+    | st.builds(range, st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 3))
+    | st.builds(PurePosixPath, st.text("ab/.", max_size=5))
+)
+_arrays = hypothesis_numpy.arrays(
+    st.sampled_from(["?", "<i4", ">f8", "<c8", "<U3", "|S2", "<M8[s]", "<m8[ms]"]),
+    hypothesis_numpy.array_shapes(min_dims=0, min_side=0, max_side=3),
+)
+_leaves = (
+    _hashable
+    | _arrays
+    | st.frozensets(_hashable, max_size=4)
+    | st.sets(_hashable, max_size=4)
     | st.just(math.nan)
     | st.sampled_from([0.0, -0.0, math.inf, -math.inf, 5e-324])
     | st.builds(TensorRef, st.text(max_size=5))
@@ -85,6 +107,13 @@ _trees = st.recursive(
         | st.dictionaries(_keys, inner, max_size=3)
         | st.dictionaries(_keys, inner, max_size=3).map(OrderedDict)
         | st.dictionaries(_keys, st.integers(), max_size=3).map(Counter)
+        | st.lists(inner, max_size=3).map(lambda items: deque(items, 5))
+        | st.dictionaries(_keys, inner, max_size=3).map(
+            lambda items: defaultdict(list, items)
+        )
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(
+            lambda items: SimpleNamespace(**items)
+        )
     ),
     max_leaves=10,
 )
@@ -624,3 +653,22 @@ def test_encoded_value_nested_for_ever_is_refused():
         encoded = [encoded]
     with pytest.raises(FormatError, match="too deeply"):
         values.decode(encoded)
+
+
+def test_value_of_every_kind_can_be_exported():
+    """As what a pickle says without classes of its own; nothing comes back as itself."""
+    plain = (type(None), bool, int, float, str, bytes, list, tuple, dict, Counter)
+
+    def are_plain(value):
+        if isinstance(value, dict):
+            return all(map(are_plain, [*value, *value.values()]))
+        is_list = isinstance(value, (list, tuple))
+        return type(value) in plain and (not is_list or all(map(are_plain, value)))
+
+    for value in (*STANDARD, *ARRAYS, Counter("aab"), {1: (2, {3})}):
+        tree = torch_save.to_tree(values.decode(values.encode(value)))
+        found = pickle.loads(pickle_write.dumps(tree))
+        assert are_plain(found), (value, found)
+    assert torch_save.to_tree({1, 2}) == [1, 2]
+    assert torch_save.to_tree(np.array(["2020-01-01"], "M8[D]")) == ["2020-01-01"]
+    assert torch_save.to_tree(Decimal("1.10")) == "1.10"
