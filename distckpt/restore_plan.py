@@ -472,7 +472,7 @@ class RestorePlan:
         elif not _fits(row, known) and not self._can_convert(row, known):
             self.problems.append(
                 f"{name}: {row.dtype} {list(row.shape)} in the checkpoint, "
-                f"{known.dtype} {list(known.shape)} here"
+                f"{known.dtype} {list(known.shape)} here{torch_versions.lacks(row.dtype)}"
             )
         elif not self._is_read_already(name, row, identity):
             self.reads[row.name] = tensor
