@@ -29,7 +29,7 @@ LAYERS = {
     | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
     | {"history"},
     4: {"shard_file", "janitor", "known", "read_plan", "waiting", "lookout", "report"}
-    | {"watching"},
+    | {"watching", "taken"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
     | {"module_loading"},
