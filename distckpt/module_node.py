@@ -31,7 +31,8 @@ from distckpt.names import escaped
 from distckpt.names import key_of as key_of_part
 from distckpt.node import Described, Resized, no_function
 from distckpt.parts import NamesOfParts
-from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.restore_plan import RestorePlan
+from distckpt.taken import Taken
 from distckpt.tensor_paths import join
 
 _VERSIONS = "versions"

@@ -27,7 +27,8 @@ from distckpt.optimizers import (
     restore_kinds,
     tensors_in_any,
 )
-from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.restore_plan import RestorePlan
+from distckpt.taken import Taken
 from distckpt.tensor_paths import join, tensors_in
 from distckpt.value_tags import NOTHING
 

@@ -48,6 +48,16 @@ def dtype_of_name(name: str, tensor: str = "") -> torch.dtype:
     return dtype
 
 
+def lacks(name: str) -> str:
+    """Say for a message that this version of torch does not have a dtype; "" if it has."""
+    import torch
+
+    short, _ = dtypes.split(name)
+    if short in _dtypes_by_name():
+        return ""
+    return f" (this version of torch, {torch.__version__}, has no dtype {short!r})"
+
+
 def name_of_dtype(dtype: torch.dtype) -> str:
     """Return what a dtype is called here and in files: ``"bfloat16"``.
 

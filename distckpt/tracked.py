@@ -38,7 +38,8 @@ from distckpt.optimizers import (
 )
 from distckpt.parts import NamesOfParts, Parts
 from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated, Resize
-from distckpt.restore_plan import RestorePlan, Taken
+from distckpt.restore_plan import RestorePlan
+from distckpt.taken import Taken
 from distckpt.tensor_paths import join, key_text
 from distckpt.trainable import Trainable
 

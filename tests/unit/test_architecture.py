@@ -33,7 +33,7 @@ LAYERS = {
     | {"history", "near_paths"},
     4: {"run_directory", "shard_file", "janitor", "known", "read_plan", "waiting"}
     | {"lookout", "report"}
-    | {"watching"},
+    | {"watching", "taken"},
     5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
     6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
     | {"module_loading"},

@@ -481,6 +481,21 @@ def test_state_of_an_object_may_be_anything_that_can_be_stored(run_dir, state):
     assert live.state is not state or not hasattr(state, "__len__")
 
 
+def test_object_that_has_no_state_before_it_is_given_one(run_dir, caplog):
+    """Then nothing tells the classes, and plain values are given to it."""
+
+    class Late(Holder):
+        def state_dict(self):
+            return {"phase": self.state["phase"]}
+
+    save(run_dir, x=Late({"phase": Phase.MAIN}))
+    live = Late({})
+    with caplog.at_level(logging.WARNING):
+        restore(run_dir, x=live)
+    assert live.state == {"phase": 2}
+    assert any("x: asked for what it has now" in r.message for r in caplog.records)
+
+
 def test_extra_state_of_a_module_may_be_anything_that_can_be_stored(run_dir):
     """With the classes of what is there now."""
 

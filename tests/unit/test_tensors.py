@@ -179,6 +179,10 @@ def test_dtype_that_this_torch_lacks_is_named_and_can_be_excluded(
     reason = rf"'state/x'.*{re.escape(torch.__version__)}.*no dtype '{name}'.*exclude"
     with pytest.raises(UnsupportedError, match=reason):
         Checkpoint(state=live, t=torch.zeros(3, dtype=torch.int64)).restore(path)
+    other = save(f"{run_dir}-2", x=saved)
+    reason = rf"x: {name}:.* float32 \[12\] here \(.*{re.escape(torch.__version__)}, has no"
+    with pytest.raises(MismatchError, match=reason):
+        Checkpoint(x=torch.zeros(12)).restore(other)
     t = torch.zeros(3, dtype=torch.int64)
     Checkpoint(t=t).restore(path, RestoreOptions(exclude="state"))
     assert_same(t, others)

@@ -538,8 +538,15 @@ def test_value_that_contains_itself_is_refused():
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda x: [x], lambda x: (x,), lambda x: {"k": x}, lambda x: {1: x}],
-    ids=["list", "tuple", "dict", "int-keys"],
+    [
+        *(lambda x: [x], lambda x: (x,), lambda x: {"k": x}, lambda x: {1: x}),
+        *(lambda x: deque([x]), lambda x: frozenset([x]), lambda x: SimpleNamespace(k=x)),
+        *(lambda x: slice(x, None), lambda x: defaultdict(int, {"k": x})),
+    ],
+    ids=[
+        *("list", "tuple", "dict", "int-keys"),
+        *("deque", "frozenset", "namespace", "slice", "defaultdict"),
+    ],
 )
 def test_deepest_value_that_is_accepted_comes_back(wrap):
     """Whatever is accepted when saving can be read when restoring."""
