@@ -33,17 +33,19 @@ class LiveValue:
         self._ask = ask
 
     @cached_property
+    def _asked(self) -> Any:
+        return NOTHING if self._ask is None else self._ask()
+
+    @cached_property
     def value(self) -> Any:
         """It; ``NOTHING`` if there is none, or if user code fails to say it."""
-        if self._ask is None:
-            return NOTHING
         try:
-            return self._ask()
+            return self._asked
         except Exception as error:
             # Some objects have no state before they are given one.
             _logger.warning(
-                "%s: asked for what it has now, it fails with %s: %s; classes and layouts "
-                "of it are not known",
+                "%s: asked for what it has now, it fails with %s: %s; the classes of "
+                "instances in it are not known",
                 self._name,
                 type(error).__name__,
                 error,
@@ -52,8 +54,11 @@ class LiveValue:
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors in it, by name."""
-        return live_tensors(self.value, self._name)
+        """The tensors in it, by name; whatever user code raises is raised.
+
+        Without them tensors could come back in another layout than they have now.
+        """
+        return live_tensors(self._asked, self._name)
 
     @cached_property
     def classes(self) -> dict[str, type]:
