@@ -459,6 +459,7 @@ def last_of_two_keys_taken() -> None:
     import json
 
     _put(strict_json, "_DECODER", json.JSONDecoder())
+    _put(strict_json, "_FAST_DECODER", json.JSONDecoder())
 
 
 def apply_from_environment() -> None:
