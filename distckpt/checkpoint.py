@@ -197,13 +197,20 @@ def nodes_of(checkpoint: Checkpoint, saves: bool = False) -> tracked.Nodes:
     return nodes
 
 
-def capture(checkpoint: Checkpoint, members: Sequence[int] | None = None) -> Captured:
+def capture(
+    checkpoint: Checkpoint,
+    members: Sequence[int] | None = None,
+    *,
+    loaders: bool = True,
+) -> Captured:
     """Collect what this rank has to save; makes no copies and no collectives.
 
     Args:
         checkpoint: The tracked objects.
         members: torch's global rank of each of the manager's ranks; None where the
             manager's ranks are those of the default group.
+        loaders: Whether to take the states of data loaders, which make their iterators for
+            that, and begin to fetch.
 
     Raises:
         UnsupportedError, ConfigError: Names the path of what cannot be saved.
@@ -215,9 +222,11 @@ def capture(checkpoint: Checkpoint, members: Sequence[int] | None = None) -> Cap
         Leaves(numbering=numbering, known=known), Leaves(per_rank=True, known=known)
     )
     for node in nodes.shared:
-        node.capture(captured.shared)
+        if loaders or not tracked.is_loader(node):
+            node.capture(captured.shared)
     for node in nodes.per_rank:
-        node.capture(captured.per_rank)
+        if loaders or not tracked.is_loader(node):
+            node.capture(captured.per_rank)
     known.forget_all_but({**captured.shared.tensors, **captured.per_rank.tensors})
     return captured
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from distckpt.errors import UnsupportedError
 from distckpt.parts import Parts
 from distckpt.per_rank import OneRank, PerGroup, PerRank, Replicated
 from distckpt.tensor_paths import join, key_text
-from distckpt.tracked import holds_tracked, is_stateful
+from distckpt.tracked import holds_tracked, is_data_loader, is_stateful
 from distckpt.trainable import Trainable
 from distckpt.value_tags import TensorRef
 
@@ -28,6 +29,7 @@ _MARKS = (PerRank, PerGroup, OneRank, Replicated)
 _MAX_DEPTH = 64
 # Of plain values: a list of millions is looked at when it is saved.
 _MAX_LEAVES = 10_000
+_MAX_LOADER_DEPTH = 3
 
 _OPTIMIZER_KEYS = frozenset(("state", "param_groups"))
 # Keys by which a state dict is known, and the object that it is a copy of.
@@ -54,6 +56,17 @@ def look_at(objects: Mapping[str, Any]) -> list[str]:
     for name, value in objects.items():
         look.visit(key_text(name, name), value)
     return look.warnings()
+
+
+def has_data_loader(value: Any, depth: int = 0) -> bool:
+    """Tell by type whether a data loader is tracked: in containers and marks, too."""
+    if isinstance(value, _MARKS):
+        value = value.value
+    if isinstance(value, (dict, list)) and depth < _MAX_LOADER_DEPTH:
+        items = value.values() if isinstance(value, dict) else value
+        some = [*islice(items, _MAX_LEAVES)]
+        return any(has_data_loader(item, depth + 1) for item in some)
+    return is_stateful(value) and is_data_loader(value)
 
 
 class _Nowhere:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distckpt import paths, run_directory, savable, storage, strict_json, words
-from distckpt.checkpoint import COUNTER, nodes_of, remembered_of
+from distckpt.checkpoint import COUNTER, nodes_of, objects_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.choice import LATEST, spelled
 from distckpt.claim import ensure_claimed
@@ -29,6 +29,7 @@ from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.mismatch import mismatch
+from distckpt.object_types import has_data_loader
 from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry, digest
@@ -427,10 +428,14 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
     def decide(votes: Sequence[Vote]) -> Answer:
         what = f"loading the state of {trial.attempt.prefix} failed; tensors are undefined"
         raise_failures(votes, what, RestoreFailed, keep_kind=False)
-        return {**job.lists(), **savable.answer_to(votes)}
+        return {
+            **job.lists(),
+            **savable.answer_to(votes),
+            "loaders": has_data_loader(objects_of(job.checkpoint)),
+        }
 
     def says(_: object) -> Vote:
-        return Vote(Phase.APPLY, detail=savable.problem_of(job))
+        return Vote(Phase.APPLY, detail=savable.problem_of(job, loaders=False))
 
     def finish() -> int | None:
         loading.finish()
@@ -451,7 +456,7 @@ def _apply(job: Job, trial: _Try, loading: Loading) -> None:
         job.gate.last_step = finished.result
     if job.clock is not None:
         job.clock.reset()
-    savable.take(job, answer)
+    savable.take(job, answer, is_complete=job.is_checked or not answer["loaders"])
 
 
 def _initialize(job: Job) -> None:
@@ -459,14 +464,17 @@ def _initialize(job: Job) -> None:
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "init_fn failed", RestoreFailed)
-        return savable.answer_to(votes)
+        return {
+            **savable.answer_to(votes),
+            "loaders": has_data_loader(objects_of(job.checkpoint)),
+        }
 
     def says(_: object) -> Vote:
-        return Vote(Phase.INITIALIZE, detail=savable.problem_of(job))
+        return Vote(Phase.INITIALIZE, detail=savable.problem_of(job, loaders=False))
 
     initialized = Ran(lambda: _call_init_fn(job))
     answer = agree(job.decisions, Phase.INITIALIZE, initialized, decide, says=says)
-    savable.take(job, answer)
+    savable.take(job, answer, is_complete=job.is_checked or not answer["loaders"])
 
 
 def _call_init_fn(job: Job) -> None:

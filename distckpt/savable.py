@@ -25,8 +25,13 @@ _logger = logging.getLogger(__name__)
 _UNSAVABLE = "unsavable"
 
 
-def problem_of(job: Job) -> bytes:
+def problem_of(job: Job, *, loaders: bool = True) -> bytes:
     """Return what of this rank's objects cannot be stored, to go with a vote.
+
+    Args:
+        job: The manager's.
+        loaders: Whether to ask data loaders, too. Before the loop has begun they would
+            make iterators for that: with an epoch that is not set yet.
 
     What cannot be stored yet (a lazy module before its first batch, an object whose
     ``state_dict()`` raises before it was used) is for the first save to report.
@@ -38,7 +43,7 @@ def problem_of(job: Job) -> bytes:
         return b""
     try:
         with generators_kept():
-            capture(job.checkpoint, job.decisions.members)
+            capture(job.checkpoint, job.decisions.members, loaders=loaders)
     except UnsupportedError as error:
         if error.may_pass:
             _logger.info("cannot be stored yet: %s", error)
@@ -67,12 +72,18 @@ def answer_to(votes: Sequence[Vote]) -> Answer:
     return {}
 
 
-def take(job: Job, answer: Answer) -> None:
-    """Raise what the ranks have found, if they have found anything: on all of them."""
+def take(job: Job, answer: Answer, *, is_complete: bool = True) -> None:
+    """Raise what the ranks have found, if they have found anything: on all of them.
+
+    Args:
+        job: The manager's.
+        answer: The chief's.
+        is_complete: Whether all objects were looked at; else the first save looks again.
+    """
     if _UNSAVABLE in answer:
         kind, text = answer[_UNSAVABLE]
         raise getattr(errors, kind)(text)
-    job.is_checked = True
+    job.is_checked = is_complete
 
 
 def agree_once(job: Job) -> None:

@@ -314,6 +314,11 @@ class StatefulNode:
         self._stateful = stateful
         self._known_state = state
 
+    @property
+    def stateful(self) -> Any:
+        """The object."""
+        return self._stateful
+
     def capture(self, leaves: Leaves) -> None:
         """Add its state dict as one value, and the tensors in it."""
         state = self._state()
@@ -409,6 +414,17 @@ class StatefulNode:
 
 # Those that have tags of their own.
 _MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
+
+
+def is_loader(node: Node) -> bool:
+    """Tell whether a node is that of a data loader."""
+    return isinstance(node, StatefulNode) and is_data_loader(node.stateful)
+
+
+def is_data_loader(value: Any) -> bool:
+    """Tell whether an object is a data loader: torch's, torchdata's, or derived."""
+    modules_of = [kind.__module__ for kind in type(value).__mro__]
+    return any(name.startswith(("torch.utils.data", "torchdata")) for name in modules_of)
 
 
 class ValueNode:

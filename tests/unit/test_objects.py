@@ -440,3 +440,34 @@ def test_call_after_the_block_says_so(run_dir):
         manager.save()
     with pytest.raises(distckpt.ManagerBroken, match="the with block has ended"):
         manager.save()
+
+
+class Fetching(torch.utils.data.DataLoader):
+    """As torchdata's: its state dict makes an iterator, and draws."""
+
+    num_iterators = 0
+
+    def state_dict(self):
+        self.num_iterators += 1
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_data_loader_is_not_asked_before_the_loop_has_begun(run_dir, is_restored):
+    """It would begin to fetch, with an epoch that is not set yet."""
+    if is_restored:
+        with CheckpointManager(Checkpoint(own=PerRank(Fetching([1]))), run_dir, 2) as m:
+            m.save()
+    loader = Fetching([1])
+    checkpoint = Checkpoint(own=PerRank(loader))
+    with CheckpointManager(
+        checkpoint, run_dir, 2, checkpoint_interval=every(hours=1)
+    ) as manager:
+        manager.restore_or_initialize()
+        assert loader.num_iterators == 0
+        manager.save()
+        manager.save()
+        assert loader.num_iterators == 1
