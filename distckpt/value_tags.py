@@ -110,11 +110,17 @@ def is_plain(value: object) -> bool:
             lists = [item for item in containers if type(item) is list]
             if not are_plain_keys(dicts):
                 return False
-        large = [item for item in lists if len(item) >= _LARGE and are_scalars(item)]
-        if large:
-            if not all(map(are_all_exact, large)):
-                return False
-            lists = [item for item in lists if not is_large_and_flat(item)]
+        small = [item for item in lists if len(item) < _LARGE]
+        if len(small) < len(lists):
+            # A long list of scalars ends here; see is_large_and_flat.
+            for items in lists:
+                if len(items) >= _LARGE:
+                    kinds = {*map(type, items)}
+                    if not kinds <= SCALARS:
+                        small.append(items)
+                    elif not are_exact(items, kinds):
+                        return False
+            lists = small
         level = [*chain.from_iterable(lists)]
         level += chain.from_iterable(map(dict.values, dicts))
     return False
