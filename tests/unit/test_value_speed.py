@@ -1,4 +1,4 @@
-"""Python state of a million numbers costs little more than JSON takes for it."""
+"""Python state of millions of numbers costs little more than JSON takes for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distckpt.save_plan import _digest_of_values
 
 pytestmark = [pytest.mark.alone, pytest.mark.full]
 
-_NUMBERS, _KEYS = 1_000_000, 50_000
-_ROUNDS = 5
+_NUMBERS, _KEYS = 2_000_000, 100_000
+_ROUNDS = 3
 
 
 def _state(length):
