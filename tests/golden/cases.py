@@ -8,10 +8,20 @@ of the same name in ``TRAINED`` gives these objects their optimizer state.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import datetime
+import enum
 import math
 import random
+import types
+import uuid
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +147,73 @@ class Stateful(Loader):
         self.state = OrderedDict(state)
 
 
+class Phase(enum.Enum):
+    """A member is a value of its own."""
+
+    WARM_UP = "warm up"
+    MAIN = ("main", 1)
+
+
+class Level(enum.IntEnum):
+    """A member is a number, too."""
+
+    LOW = 1
+    HIGH = 2
+
+
+class Point(NamedTuple):
+    """A tuple with names."""
+
+    x: int
+    y: tuple[int, ...] = ()
+
+
+class Label(str):
+    """A text of its own kind."""
+
+
+@dataclasses.dataclass
+class Record:
+    """What a training notes."""
+
+    loss: float = 0.0
+    phase: Phase = Phase.WARM_UP
+    point: Point | None = None
+    history: list[Record] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """A key of dicts, and in sets."""
+
+    name: str = ""
+    level: Level = Level.LOW
+
+
+class Coded(torch.Tensor):
+    """Codes of a byte with a scale for each row: as quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, codes, scale, context):
+        shape, dtype = codes.shape, scale.dtype
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+
+    def __init__(self, codes, scale, context):
+        self.codes, self.scale, self.context = codes, scale, context
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], {"context": self.context}
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, meta, outer_size, outer_stride):
+        return cls(parts["codes"], parts["scale"], meta["context"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.__name__.partition(".")[0] in ("detach", "alias"), func
+        return cls(args[0].codes, args[0].scale, args[0].context)
+
+
 def divide(saved, rank, world_size):
     """Divide what the loaders of all ranks had left among the ranks that there are now."""
     left = sorted(sample for state in saved for sample in state["left"])
@@ -198,6 +275,92 @@ def values(seed, as_job):
         "scalar": torch.rand((), dtype=torch.float64),
         "step": torch.tensor(0 if fresh else 12),
     }
+
+
+def classes(seed, as_job):
+    """Make instances of classes, and the values that format 1 has no place for."""
+    fresh = seed != SAVED
+    first = Record(0.5, Phase.MAIN, Point(1, (2, 3)))
+    utc = datetime.timezone.utc
+    numbers = np.arange(2000, dtype=np.int32).reshape(40, 50)
+    made = {
+        "phase": Phase.MAIN,
+        "level": Level.HIGH,
+        "record": Record(0.25, Phase.WARM_UP, Point(-1), [first, Record(point=Point(9))]),
+        "point": Point(4, (5,)),
+        "label": Label("Grüße"),
+        "by_key": {Key("a", Level.HIGH): [Phase.MAIN], Key("b"): Label("c")},
+        "sets": [{3, 1, 2}, {"b", "a", None, (1, b"x")}, set(), frozenset({1.5, "y"})],
+        "keys": {Key("a"), Key("z", Level.HIGH)},
+        "ranges": [range(1, 9, 3), slice(None, 2**70, -1), ..., bytearray(b"\x00\xff")],
+        "queues": [deque([1, (2,)], maxlen=3), deque()],
+        "defaults": defaultdict(list, a=[1]),
+        "complex": [1 - 2j, complex(-0.0, math.inf)],
+        "exact": [Decimal("-0.10"), Fraction(-3, 7), uuid.UUID(int=2**127 + 1)],
+        "times": [
+            datetime.date(2026, 1, 2),
+            datetime.datetime(2026, 1, 2, 3, 4, 5, 6, utc),
+            datetime.time(23, 59, 1, fold=1),
+            datetime.timedelta(-1, 2, 3),
+            datetime.timezone(datetime.timedelta(minutes=-90)),
+        ],
+        "paths": [PurePosixPath("a/../b"), PureWindowsPath("C:\\x")],
+        "spaces": [argparse.Namespace(lr=0.1, tags=["a"]), types.SimpleNamespace(a=(1,))],
+        "arrays": [
+            np.array([[1.5, -0.0], [np.nan, 5e-324]], order="F"),
+            np.array([1, -2], ">i4"),
+            np.array(["a", "größe"]),
+            np.array([b"x\x00y"], "S4"),
+            np.array(["2026-01-02", "NaT"], "datetime64[D]"),
+            np.array(True),
+            np.zeros((0, 3), np.complex64),
+        ],
+        "large": numbers,
+        "torch": [
+            torch.Size([2, 3]),
+            torch.bfloat16,
+            torch.device("cpu", 0),
+            torch.strided,
+        ],
+    }
+    if fresh:
+        made = {name: _emptied(value) for name, value in made.items()}
+    return {
+        **made,
+        "weights": _coded(seed),
+        "layer": _coded_layer(seed),
+        "step": torch.tensor(0 if fresh else 12),
+    }
+
+
+def _emptied(value):
+    """Make what the live program has: the types, and other contents."""
+    if isinstance(value, np.ndarray):
+        return np.zeros_like(value)
+    if isinstance(value, Record):
+        return Record(point=Point(0), history=[Record()])
+    if isinstance(value, (Point, Label)):
+        return type(value)(0)
+    if isinstance(value, enum.Enum):
+        return next(iter(type(value)))
+    if isinstance(value, set):
+        return {Key()}
+    if isinstance(value, dict) and Key("b") in value:
+        return {Key(): [Phase.WARM_UP, Label()]}
+    return type(value)(list) if isinstance(value, defaultdict) else type(value)()
+
+
+def _coded(seed):
+    codes = ((torch.arange(6) * 5 + seed) % 251).to(torch.uint8).view(2, 3)
+    return Coded(codes, torch.tensor([0.5, 2.0]) * seed, {"bits": 8, "of": torch.int4})
+
+
+def _coded_layer(seed):
+    module = nn.Linear(3, 2)
+    with torch.no_grad():
+        module.bias.fill_(seed)
+    module.weight = nn.Parameter(_coded(seed + 7), requires_grad=False)
+    return module
 
 
 def _numpy_scalars():
@@ -641,6 +804,7 @@ SAVED, LIVE = 1, 2  # seeds
 
 BUILDERS = {
     "values": values,
+    "classes": classes,
     "dtypes": dtypes,
     "modules": modules,
     "optimizers": optimizers,

@@ -6,9 +6,18 @@ alone, by the rules of docs/format.md, so that a fault of the library shows.
 
 from __future__ import annotations
 
+import argparse
 import base64
+import dataclasses
+import datetime
+import enum
 import hashlib
-from collections import Counter, OrderedDict
+import types
+import uuid
+from collections import Counter, OrderedDict, defaultdict, deque
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -19,12 +28,15 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import PerRank, Replicated, StoredTensor
+from distckpt.value_tags import Wrapper as StoredWrapper
 
 # The list of the files in a format's folder, with their digests.
 SUMS = "sha256.json"
 # Longer content stands in the expected values as its digest.
 _MAX_BYTES = 48
 _MAX_TEXT = 200
+# An array of more bytes is stored like a tensor.
+_MAX_INLINE = 4096
 
 
 class Description:
@@ -218,6 +230,11 @@ def _visit_optimizer(found, path, optimizer, owners):
 
 
 def _leaf(found, name, tensor):
+    if is_wrapper(tensor):
+        found.values[name] = spelled(tensor)
+        for inner in tensor.__tensor_flatten__()[0]:
+            _leaf(found, f"{name}/~inner/{part(inner)}", getattr(tensor, inner))
+        return
     found.add_tensor(name, tensor)
     found.note_tie(name, tensor)
 
@@ -231,6 +248,8 @@ def _value(found, name, value):
 def _tensors_in(value, name):
     if isinstance(value, torch.Tensor):
         yield name, value
+    elif isinstance(value, np.ndarray) and value.nbytes > _MAX_INLINE:
+        yield name, torch.from_numpy(value)
     elif isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
@@ -253,6 +272,11 @@ def _holds_tracked(value):
 
 
 # Tensors
+
+
+def is_wrapper(tensor):
+    """Tell whether a tensor is made of others."""
+    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "__tensor_flatten__")
 
 
 def raw(tensor):
@@ -328,19 +352,95 @@ def spelled(value: Any) -> Any:
 def _text(value):
     if isinstance(value, np.generic):
         return f"numpy {value.dtype.str} {value.tobytes().hex()}"
+    if is_wrapper(value):
+        name, (_, meta) = type(value).__qualname__, value.__tensor_flatten__()
+        return _wrapper_text(name, value.shape, value.dtype, meta)
+    if isinstance(value, StoredWrapper):
+        name, meta = value.class_name.rpartition(".")[2], value.context
+        return _wrapper_text(name, value.shape, value.dtype, meta)
     if isinstance(value, torch.Tensor):
         dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
         return f"tensor {spelled_tensor(dtype, shape, raw(value))}"
     if isinstance(value, StoredTensor):
         data = spelled_tensor(value.dtype, [*value.shape], value.tobytes())
         return f"tensor {data}"
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, torch.Size):
         return f"{type(value).__name__}({', '.join(map(_text, value))})"
     if type(value) in (dict, OrderedDict, Counter):
         items = ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items())
         return f"{type(value).__name__}({items})"
-    assert type(value) in (type(None), bool, int, float, str, bytes), type(value)
+    if type(value) in (set, frozenset):
+        return f"{type(value).__name__}({', '.join(sorted(map(_text, value)))})"
+    if type(value) is deque:
+        return f"deque({', '.join(map(_text, value))}; {value.maxlen})"
+    if type(value) is defaultdict:
+        return f"defaultdict({value.default_factory.__name__}, {_text(dict(value))})"
+    if type(value) in (argparse.Namespace, types.SimpleNamespace):
+        return f"{type(value).__name__}({_text(vars(value))})"
+    if isinstance(value, np.ndarray):
+        dtype, shape, data = value.dtype.str, [*value.shape], value.tobytes()
+        return f"array {spelled_tensor(dtype, shape, data)}"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if dataclasses.is_dataclass(value):
+        fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+        return f"{type(value).__qualname__}({_text(fields)})"
+    if isinstance(value, (tuple, str)) and type(value) not in (tuple, str):
+        return f"{type(value).__qualname__} {_text(as_plain(value))}"
+    assert type(value) in _WITH_REPR or isinstance(value, PurePath), type(value)
     return ascii(value)
+
+
+_WITH_REPR = (
+    *(
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        bytearray,
+        type(...),
+        range,
+        slice,
+    ),
+    *(Decimal, Fraction, uuid.UUID, datetime.date, datetime.time, datetime.datetime),
+    *(datetime.timedelta, datetime.timezone, torch.dtype, torch.device, torch.layout),
+)
+
+
+def _wrapper_text(name, shape, dtype, meta):
+    meta = {key: ascii(value).strip("'") for key, value in meta["context"].items()}
+    return f"{name} {[*shape]} {str(dtype).removeprefix('torch.')} {meta}"
+
+
+def as_plain(value):
+    """Return what takes the place of a value where no live object gives its classes."""
+    if isinstance(value, np.ndarray) and value.nbytes > _MAX_INLINE:
+        return torch.from_numpy(value)
+    if isinstance(value, enum.Enum):
+        return as_plain(value.value)
+    if dataclasses.is_dataclass(value):
+        return {
+            one.name: as_plain(getattr(value, one.name))
+            for one in dataclasses.fields(value)
+        }
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (torch.dtype, torch.device, torch.layout)):
+        return str(value)
+    if isinstance(value, tuple):
+        return tuple(map(as_plain, value))
+    if type(value) is list:
+        return [*map(as_plain, value)]
+    if type(value) is dict:
+        keys = [*map(as_plain, value)]
+        items = [*zip(keys, map(as_plain, value.values()), strict=True)]
+        return items if any(type(key) is dict for key in keys) else dict(items)
+    if type(value) is set and any(map(dataclasses.is_dataclass, value)):
+        return sorted(map(as_plain, value), key=_text)
+    return value
 
 
 def covers(found, expected):

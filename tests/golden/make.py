@@ -37,9 +37,11 @@ from cases import SAVED, build, seed_all, train
 from click.testing import CliRunner
 from described import (
     SUMS,
+    as_plain,
     describe,
     describe_own,
     merged,
+    part,
     spelled,
     spelled_tensor,
     sums_of,
@@ -61,6 +63,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MADE = "made.json"
 EXPECTED = ".expected.json"
 LIVE, KEPT, BAD, RELEASING = "live", "kept", "bad", "releasing"
+MISSING = "missing"
 # No host's name in what is checked in.
 HOST = "golden"
 WAIT_SECONDS = 60.0
@@ -144,6 +147,8 @@ class Job:
                 "values": {**values, "save_counter": spelled(counter)},
                 "per_rank": [_own_part(own) for _, own in parts],
             }
+            if self.case == "classes":
+                note["plain"] = _plain_values(tracked)
             _write_json(_notes(self.directory) / f"{prefix}.json", note)
         path = self.manager.save(
             number, metrics=metrics, metadata=metadata, options=options
@@ -154,6 +159,17 @@ class Job:
     def close(self):
         """Close the manager; all is on the disk."""
         self.manager.close()
+
+
+def _plain_values(tracked):
+    """Spell what a reader without these objects has, where that is something else."""
+    found = {}
+    for name, value in tracked.items():
+        if not isinstance(value, (torch.Tensor, torch.nn.Module)):
+            plain = spelled(as_plain(value))
+            if plain != spelled(value):
+                found[part(name)] = plain
+    return found
 
 
 def _own_part(own):
@@ -431,6 +447,16 @@ def _asynchronous(directory):
     return {"lists": {"ckpt-1": LIVE, "ckpt-2": LIVE}}
 
 
+def _missing(directory):
+    """Remove a checkpoint as somebody does who knows nothing of the records."""
+    _run(save_some, 1, directory, [1, 2, 3])
+    (removed,) = Path(directory).glob("ckpt-2.e*")
+    shutil.rmtree(removed)
+    _run(save_some, 1, directory, [4], None, 1)
+    lists = dict.fromkeys(("ckpt-1", "ckpt-2", "ckpt-3", "ckpt-4"), LIVE)
+    return {"lists": lists | {"ckpt-2": MISSING}, "epoch": 2}
+
+
 def _retention(directory):
     _run(retain, 1, directory)
     lists = dict.fromkeys(("ckpt-2", "ckpt-4"), KEPT)
@@ -631,6 +657,8 @@ def save_foreign(rank, directory, source):
 
 CASES = {
     "values": _values,
+    "classes": _saved_once(1),
+    "missing": _missing,
     "dtypes": _saved_once(1),
     "modules": _saved_twice,
     "optimizers": _saved_twice,
