@@ -24,7 +24,7 @@ Format: TypeAlias = "int | str"
 FIRST_FORMAT = 1
 # Provisional: the next development version may change it, and counts up the last number. A
 # release writes the plain integer 2.
-CURRENT_FORMAT = "2-provisional.2"
+CURRENT_FORMAT = "2-provisional.3"
 READABLE_FORMATS: tuple[Format, ...] = (FIRST_FORMAT, CURRENT_FORMAT)
 
 # The features that this version reads. A later format is this one with more features.

@@ -440,7 +440,7 @@ DAMAGES = {
     ),
     "newer shard format": (
         lambda d, last: _replace_text(
-            _shard(d, last), b"2-provisional.2", b"3-provisional.2"
+            _shard(d, last), b"2-provisional.3", b"3-provisional.2"
         ),
         True,
     ),
@@ -451,7 +451,7 @@ DAMAGES = {
     "truncated manifest": (lambda d, last: _truncate(_manifest(d)), True),
     "empty manifest": (lambda d, last: _truncate(_manifest(d), 0), True),
     "newer manifest format": (
-        lambda d, last: _replace_text(_manifest(d), b"2-provisional.2", b"3-provisional.2"),
+        lambda d, last: _replace_text(_manifest(d), b"2-provisional.3", b"3-provisional.2"),
         True,
     ),
     "missing manifest": (lambda d, last: os.unlink(_manifest(d)), False),
@@ -578,7 +578,7 @@ RECORD_DAMAGES = {
     ),
     "newer": (
         "NewerFormatError",
-        lambda path: _replace_text(path, b'"2-provisional.2"', b"9"),
+        lambda path: _replace_text(path, b'"2-provisional.3"', b"9"),
     ),
     "directory": ("UnsafeCheckpointError", _replace_by_directory),
     "gone with all others": (

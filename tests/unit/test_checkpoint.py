@@ -226,8 +226,8 @@ def test_restore_of_a_newer_format_says_that_it_is_newer(run_dir, tmp_path):
     shutil.copytree(directory, copied)
     manifest = copied / "manifest.json"
     text = manifest.read_text()
-    assert text.count('"format": "2-provisional.2"') == 1
-    manifest.write_text(text.replace('"format": "2-provisional.2"', '"format": 3'))
+    assert text.count('"format": "2-provisional.3"') == 1
+    manifest.write_text(text.replace('"format": "2-provisional.3"', '"format": 3'))
     with pytest.raises(NewerFormatError, match="format 3"):
         Checkpoint(x=torch.zeros(1)).restore(copied)
 

@@ -53,7 +53,7 @@ def _with_stamp(stamp):
 
 def _edited(data):
     # By hand: the checksum does not match any more.
-    return data.replace(b'"format": "2-provisional.2"', b'"format": 3')
+    return data.replace(b'"format": "2-provisional.3"', b'"format": 3')
 
 
 NEWER_RECORDS = {
@@ -305,7 +305,7 @@ def test_damaged_header_is_not_taken_for_a_newer_one(run_dir, caplog):
     """The manifest's digest decides before the header's own word."""
     saved = make_saved(run_dir)
     _rewrite(
-        saved.shard(0), lambda data: data.replace(b"2-provisional.2", b"3-provisional.1")
+        saved.shard(0), lambda data: data.replace(b"2-provisional.3", b"3-provisional.1")
     )
     with distckpt.open(saved.prefix) as opened, pytest.raises(distckpt.ChecksumError):
         opened["model/weight"].numpy()
@@ -417,7 +417,7 @@ BAD_STAMPS = {
     "word": {"format": "new"},
     "leading-zero": {"format": "02-provisional.1"},
     "other-digits": {"format": "٢-provisional.1"},
-    "no-lists": {"format": "2-provisional.2"},
+    "no-lists": {"format": "2-provisional.3"},
     "format-1-not-first": {"number": 1, "format": 1},
     "not-first": {"number": 1, **Stamp().fields},
     "other-order": dict(reversed(Stamp().fields.items())),
@@ -474,7 +474,7 @@ def test_shard_file_without_a_stamp_is_refused(tmp_path, run_dir):
     saved = make_saved(run_dir)
     path = tmp_path / "f"
     shutil.copy(saved.shard(0), path)
-    _rewrite(path, lambda data: data.replace(b"2-provisional.2", b"2-previsional.1"))
+    _rewrite(path, lambda data: data.replace(b"2-provisional.3", b"2-previsional.1"))
     with pytest.raises(ShardFileError, match="without a format"):
         distckpt.shard_file.ShardReader(str(path))
 

@@ -107,7 +107,7 @@ def _decodes_or_refuses(data):
         return False
     except NewerFormatError:
         # Only what says so in its first field.
-        assert not data.startswith(SAMPLE.encode()[: len('{\n"format": "2-provisional.2"')])
+        assert not data.startswith(SAMPLE.encode()[: len('{\n"format": "2-provisional.3"')])
         return False
     return True
 
