@@ -276,7 +276,8 @@ def _holds_tracked(value):
 
 def is_wrapper(tensor):
     """Tell whether a tensor is made of others."""
-    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "__tensor_flatten__")
+    made_of_others = hasattr(tensor, "__tensor_flatten__")
+    return made_of_others and not isinstance(tensor, DTensor)
 
 
 def raw(tensor):

@@ -754,7 +754,7 @@ def main():
     target = arguments.target.resolve()
     assert not target.exists(), f"{target} was made already; it is never made again"
     commit = _commit()
-    # In memory, under a relative path: none of this machine's is written down.
+    # In memory. Events and errors have absolute paths, of there.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as scratch:
         os.chdir(scratch)
