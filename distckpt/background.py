@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 
-from distckpt import paths, shard_file
+from distckpt import shard_file
 from distckpt.arena import Arena
 from distckpt.checkpoint import Captured
 from distckpt.comm import Answer, How
@@ -94,14 +94,13 @@ def _fly(
     """Bring a save to its end; on a thread of its own."""
     yield_to_others()
     attempt = flight.attempt
-    name = paths.shard_file(job.rank, job.world_size)
-    path = job.path(attempt.pending, name)
+    target = job.directory.new_shard(attempt, job.rank, job.world_size)
     copied = Ran(lambda: staged.value().copy_rest())
     flight.staged.set()
 
     def write() -> shard_file.Written:
         copied.value()
-        written = staged.result.write(path)
+        written = staged.result.write(target)
         if lazily:
             # A change that began while its tensor was copied may still go on.
             flight.released.wait(_SETTLE_SECONDS)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from distckpt import mailbox, paths, record, run_directory, state, storage
+from distckpt import mailbox, paths, record, run_checks, state
 from distckpt.choice import Which, choose
 from distckpt.errors import (
     ConfigError,
@@ -29,16 +28,16 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.identity import Identity
-from distckpt.janitor import Janitor, remove_published
+from distckpt.janitor import Janitor
 from distckpt.layout import Table
-from distckpt.lock import DirectoryLock
 from distckpt.mailbox import Request
 from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
-from distckpt.probe import Probe, check_filesystem
+from distckpt.probe import Probe, check_store
 from distckpt.record import Entry, Record, digest
 from distckpt.remarks import NOTHING, Remarks
 from distckpt.retention import Retention, recover, sweep, without_reasons
+from distckpt.run_directory import Owner, RunDirectory
 from distckpt.stamp import MISSING
 from distckpt.state import Head
 from distckpt.words import size
@@ -64,7 +63,7 @@ class Chief:
 
     def __init__(
         self,
-        directory: str,
+        directory: RunDirectory,
         *,
         checkpoint_name: str,
         retention: Retention,
@@ -83,7 +82,7 @@ class Chief:
         self._writer = paths.random_hex(8)
         _writers_here.add(self._writer)
         self._epoch: int | None = None
-        self._lock: DirectoryLock | None = None
+        self._lock: Owner | None = None
         self._probe: Probe | None = None
         self._uncertain = False
         self._unreadable: set[Attempt] = set()
@@ -159,8 +158,8 @@ class Chief:
             CorruptStateError: Its records cannot be read.
             NewerFormatError: A newer version of distckpt has claimed it.
         """
-        run_directory.check_usable(self._directory)
-        run_directory.make(self._directory)
+        run_checks.check_usable(self._directory)
+        run_checks.make(self._directory)
         self._acquire_lock()
         for _ in range(_MAX_CLAIMS_LOST):
             newest = state.read_head(self._directory)
@@ -179,9 +178,9 @@ class Chief:
         raise DirectoryInUseError(self._claimed_again_and_again())
 
     def _try_directory(self) -> Probe:
-        storage.make_directories(os.path.join(self._directory, paths.RECORDS_DIRECTORY))
+        self._directory.make_records()
         epoch = 1 if self._head is None else self._head.record.epoch + 1
-        check_filesystem(self._directory, epoch)
+        check_store(self._directory, epoch)
         self._probe = Probe(self._directory, epoch, paths.random_hex(8))
         self._probe.leave()
         return self._probe
@@ -191,7 +190,7 @@ class Chief:
 
     def _acquire_lock(self) -> None:
         if self._lock is None:
-            self._lock = DirectoryLock(self._directory)
+            self._lock = self._directory.owner()
         if self._lock.acquire(0):
             return
         newest = state.read_head(self._directory)
@@ -325,8 +324,7 @@ class Chief:
         self._unsettled.add(attempt)
         self._answers[attempt] = [r.name for r in requests if r.kind == mailbox.SAVE]
         try:
-            # Its name need not be durable: the one that it is published under will be.
-            storage.make_directory(self._path(attempt.pending))
+            self._directory.begin(attempt)
         except StorageError:
             self.abandon(attempt)
             raise
@@ -337,8 +335,8 @@ class Chief:
         if any(entry.pinned and entry.attempt.prefix == prefix for entry in entries):
             msg = (
                 f"{prefix} is pinned in {self._directory}, and saving would replace it: "
-                f"unpin it ('distckpt unpin {self._path(prefix)}'), or save under another "
-                "number."
+                f"unpin it ('distckpt unpin {self._directory.path_of(prefix)}'), or save "
+                "under another number."
             )
             raise ConfigError(msg)
 
@@ -417,12 +415,8 @@ class Chief:
             remarks=remarks,
         )
         data = manifest.encode()
-        pending = self._path(attempt.pending)
         try:
-            storage.write_new_file(os.path.join(pending, paths.MANIFEST_FILE), data)
-            storage.sync_directory(pending)
-            storage.rename(pending, self._path(attempt.published))
-            storage.sync_directory(self._directory)
+            self._directory.publish(attempt, data)
             requests = self._requests()
             self._tell_of_late(requests)
             self._append_commit(manifest, digest(data), requests)
@@ -515,9 +509,11 @@ class Chief:
             return
         size_bytes = self.candidates[0].size_bytes
         try:
-            free = storage.free_bytes(self._directory)
+            free = self._directory.room().size_bytes
         except StorageError as error:
             _logger.warning("free space cannot be told: %s", error)
+            return
+        if free is None:
             return
         num_kept = self._retention.num_kept
         needed = 1 if num_kept is None else max(1, num_kept + 1 - len(self._live))
@@ -575,10 +571,9 @@ class Chief:
         if self._uncertain:
             return
         try:
-            if storage.exists(self._path(attempt.published)):
-                remove_published(self._directory, attempt)
-            for name in (attempt.pending, attempt.trash):
-                storage.remove_tree(self._path(name))
+            if self._directory.has(attempt):
+                self._directory.discard(attempt)
+            self._directory.clear(attempt)
             self._unsettled.discard(attempt)
             self._answers.pop(attempt, None)
         except StorageError as error:
@@ -611,7 +606,7 @@ class Chief:
                 f"{self._directory}: its records are gone. Was it deleted or unmounted, or "
                 "has the working directory changed under a relative path?"
             )
-            raise StorageError(msg, operation="read", path=self._directory)
+            raise StorageError(msg, operation="read", path=str(self._directory))
         if newest.record.writer == self._writer and self._uncertain:
             # An append of ours whose outcome was unknown is there after all.
             self._head = newest
@@ -686,7 +681,7 @@ class Chief:
             return False
 
     def _look_for_missing(self) -> bool:
-        names = {*storage.list_directory(self._directory)}
+        names = {*self._directory.names()}
         if paths.RECORDS_DIRECTORY not in names:
             return False  # no listing to go by: whatever it is of, it is not whole
         back = self._take_back(names)
@@ -697,7 +692,7 @@ class Chief:
             replace(entry, why=(), was_kept=was_kept)
             for entry, was_kept in listed
             if entry.attempt.published not in names
-            and not storage.exists(self._path(entry.attempt.published))
+            and not self._directory.has(entry.attempt)
         ]
         if gone and not state.is_newest(self._directory, self._head):
             # Another chief has appended since: these are what it has deleted.
@@ -741,7 +736,8 @@ class Chief:
             "Is a disk not mounted, or were they moved? If they were removed on purpose, "
             "begin in another directory, or remove this one as a whole."
         )
-        raise StorageError(msg, operation="list", path=self._directory, errno=errno.ENOENT)
+        path = str(self._directory)
+        raise StorageError(msg, operation="list", path=path, errno=errno.ENOENT)
 
     # Restore
 
@@ -753,7 +749,7 @@ class Chief:
         """
         # An evaluation may have ended since the last commit.
         entries = mailbox.applied(self.candidates, self._requests())
-        return choose(entries, which, self._directory, self._retention.best)
+        return choose(entries, which, str(self._directory), self._retention.best)
 
     def confirm_bad(self, entry: Entry) -> None:
         """Take an attempt that failed to verify out of all lists.
@@ -778,9 +774,6 @@ class Chief:
         """Let go of the directory."""
         if self._lock is not None:
             self._lock.release()
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._directory, name)
 
 
 def _in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -49,7 +49,7 @@ def ensure_claimed(job: Job) -> None:
 def _prepare(job: Job) -> Answer:
     assert job.chief is not None
     probe = job.chief.prepare_claim()
-    return {"epoch": probe.epoch, "nonce": probe.nonce, "directory": job.directory}
+    return {"epoch": probe.epoch, "nonce": probe.nonce, "directory": str(job.directory)}
 
 
 def _finish(job: Job, votes: Sequence[Vote]) -> Answer:

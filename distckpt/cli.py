@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import click
 
-from distckpt import paths, storage, values
+from distckpt import files, paths, values
 from distckpt.cli_bench import bench_command
 from distckpt.cli_completion import completion_command
 from distckpt.cli_diff import diff_command
@@ -42,7 +42,8 @@ from distckpt.cli_watch import watch_command
 from distckpt.errors import CheckpointNotFound, DistckptError
 from distckpt.layout import ONE
 from distckpt.record import Entry, Record
-from distckpt.run_directory import gone_from, run_directories_in
+from distckpt.run_checks import gone_from, run_directories_in
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.state import read_head
 from distckpt.terminal import (
     EXIT_BAD,
@@ -97,7 +98,9 @@ main.add_command(watch_command)
 def list_command(directory: str, limit: int | None, as_json: bool) -> None:
     """List the checkpoints that a run directory's newest record names."""
     record = or_exit(_record_of, directory)
-    gone = set() if record is None else or_exit(gone_from, directory, record)
+    gone = (
+        set() if record is None else or_exit(gone_from, RunDirectory.at(directory), record)
+    )
     every = [] if record is None else list(_listed(record, gone))
     rules = () if record is None else record.rules
     rows = every[:limit]
@@ -179,7 +182,7 @@ def _as_asked_for(directory: str, entries: Sequence[Entry]) -> dict[paths.Attemp
     from distckpt import mailbox
 
     with suppress(DistckptError):  # the list is right without it
-        requests, _ = mailbox.collect(directory)
+        requests, _ = mailbox.collect(RunDirectory.at(directory))
         return {entry.attempt: entry for entry in mailbox.applied(entries, requests)}
     return {}
 
@@ -246,7 +249,7 @@ def verify(path: str, as_json: bool) -> None:
 
     reports: list[tuple[str, Report]] = []
     started = time.monotonic()
-    is_dcp = or_exit(storage.exists, os.path.join(path, _DCP_FILE))
+    is_dcp = or_exit(files.exists, os.path.join(path, _DCP_FILE))
     if is_dcp:
         reports.append((path, _verify_dcp(path)))
     else:
@@ -276,7 +279,7 @@ def _verify_dcp(path: str) -> Report:
 
 def _record_of(directory: str) -> Record | None:
     check_run_directory(directory)
-    head = read_head(directory)
+    head = read_head(RunDirectory.at(directory))
     return None if head is None else head.record
 
 
@@ -291,7 +294,7 @@ def _manifest_of(path: str) -> Manifest:
 
 class _Target(NamedTuple):
     name: str
-    directory: str
+    directory: AttemptDirectory
     manifest_digest: str | None
     size_bytes: int
 
@@ -299,16 +302,17 @@ class _Target(NamedTuple):
 def _targets(path: str) -> list[_Target]:
     from distckpt.readers import locate, read_manifest, read_record
 
-    is_attempt = storage.exists(os.path.join(path, paths.MANIFEST_FILE))
-    if storage.is_directory(path) and not is_attempt:
-        record = read_record(path)
+    is_attempt = AttemptDirectory.at(path).has_manifest()
+    run = RunDirectory.at(path)
+    if run.is_folder() and not is_attempt:
+        record = read_record(run)
         if record is None or not record.committed:
             msg = f"{path}: no checkpoint is committed there."
             raise CheckpointNotFound(msg)
         return [
             _Target(
-                os.path.join(path, entry.attempt.prefix),
-                os.path.join(path, entry.attempt.published),
+                run.path_of(entry.attempt.prefix),
+                run.attempt(entry.attempt),
                 entry.manifest,
                 entry.size_bytes,
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distckpt import storage
+from distckpt import files
 from distckpt.cli_paths import LOCAL_PATH, complete_directory
 from distckpt.errors import CheckpointNotFound, ConfigError, DistckptError
 from distckpt.terminal import (
@@ -80,7 +80,7 @@ def bench_command(directory: str, size_bytes: int, repeat: int, as_json: bool) -
     from distckpt.bench import disk
 
     try:
-        if not storage.is_directory(directory):
+        if not files.is_directory(directory):
             msg = f"{directory} is not a directory."
             raise CheckpointNotFound(msg)
         disk.check_room(directory, size_bytes)

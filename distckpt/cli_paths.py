@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distckpt import paths, state, storage
+from distckpt import files, paths, state
 from distckpt.errors import CheckpointNotFound, ConfigError, DistckptError
 from distckpt.locations import checked_path
 from distckpt.near_paths import there_is
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -49,13 +50,13 @@ def check_run_directory(path: str, may_be_missing: bool = False) -> None:
     """
     parent, name = os.path.split(path.rstrip(os.sep))
     parent = parent or os.curdir
-    if storage.is_directory(path):
-        if storage.exists(os.path.join(path, paths.MANIFEST_FILE)):
+    if files.is_directory(path):
+        if AttemptDirectory.at(path).has_manifest():
             raise CheckpointNotFound(_is_checkpoint(path, parent))
         return
-    if paths.parse_prefix(name) is not None and state.has_records(parent):
+    if paths.parse_prefix(name) is not None and state.has_records(RunDirectory.at(parent)):
         raise CheckpointNotFound(_is_checkpoint(path, parent))
-    if may_be_missing and path and not storage.exists(path):
+    if may_be_missing and path and not files.exists(path):
         return
     msg = f"{path} is not a directory.{there_is(path)}"
     raise CheckpointNotFound(msg)
@@ -73,7 +74,7 @@ def complete_checkpoint(
 
     directory, start = os.path.split(incomplete)
     try:
-        head = state.read_head(directory or os.curdir)
+        head = state.read_head(RunDirectory.at(directory or os.curdir))
     except DistckptError:
         head = None  # whoever runs the command is told why
     prefixes = [] if head is None else [e.attempt.prefix for e in head.record.committed]

@@ -7,6 +7,7 @@ import sys
 import click
 
 from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
+from distckpt.run_directory import BAD, RunDirectory
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
@@ -32,8 +33,10 @@ def doctor_command(directory: str, read_only: bool, as_json: bool) -> None:
     from distckpt import doctor
 
     or_exit(check_run_directory, directory)
-    findings = or_exit(lambda: [*doctor.examine(directory, tries=not read_only)])
-    is_well = all(found.verdict != doctor.BAD for found in findings)
+    findings = or_exit(
+        lambda: [*doctor.examine(RunDirectory.at(directory), tries=not read_only)]
+    )
+    is_well = all(found.verdict != BAD for found in findings)
     if as_json:
         items = [found._asdict() for found in findings]
         print_json({"ok": is_well, "directory": directory, "findings": items})
@@ -61,7 +64,12 @@ def repair_command(directory: str, yes: bool, as_json: bool) -> None:
 
     or_exit(check_run_directory, directory)
     with Progress("verifying") as progress:
-        plan = or_exit(repair.plan_repair, directory, identity.current(), progress.begin)
+        plan = or_exit(
+            repair.plan_repair,
+            RunDirectory.at(directory),
+            identity.current(),
+            progress.begin,
+        )
     is_done = plan.record is not None and yes
     if is_done:
         or_exit(repair.repair, plan)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from distckpt import storage
+from distckpt import files
 from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
+from distckpt.run_directory import RunDirectory
 from distckpt.terminal import echo, json_option, or_exit, print_json
 from distckpt.words import size
 
@@ -29,10 +30,10 @@ def report_command(directory: str, output: str, as_json: bool) -> None:
     from distckpt import report
 
     or_exit(check_run_directory, directory)
-    run = or_exit(report.read_run, directory)
+    run = or_exit(report.read_run, RunDirectory.at(directory))
     if as_json:
         print_json(report.figures(run))
         return
     data = report.render(run).encode(errors="backslashreplace")
-    or_exit(storage.replace_file, output, data)
+    or_exit(files.replace_file, output, data)
     echo(f"{output}: {size(len(data))}; open it in a browser.")

@@ -15,6 +15,7 @@ from distckpt.cli_paths import (
     complete_directory,
 )
 from distckpt.errors import CheckpointNotFound, ConfigError
+from distckpt.run_directory import RunDirectory
 from distckpt.terminal import (
     EXIT_BAD,
     EXIT_OK,
@@ -136,19 +137,19 @@ def prune_command(directory: str, keep: str | None, yes: bool, as_json: bool) ->
     from distckpt import prune
 
     or_exit(check_run_directory, directory)
-    record = or_exit(prune.read, directory)
+    record = or_exit(prune.read, RunDirectory.at(directory))
     if record is None:
         fail(CheckpointNotFound(f"{directory}: no checkpoint has been committed."))
     try:
         rule = prune.rule_of(keep, record)
-        plan = prune.plan_prune(record, rule, directory)
+        plan = prune.plan_prune(record, rule, RunDirectory.at(directory))
         if keep is not None:
             prune.refuse_unknown_metrics(rule, plan)
     except ConfigError as error:
         fail(error, EXIT_USAGE)
     remaining = 0
     if yes:
-        plan, gone = or_exit(prune.prune, directory, rule)
+        plan, gone = or_exit(prune.prune, RunDirectory.at(directory), rule)
         remaining = len(plan.dropped)
         with Progress("deleting") as progress:
             advance = progress.begin(sum(entry.size_bytes for entry in plan.dropped))

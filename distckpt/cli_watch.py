@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distckpt.cli_paths import LOCAL_PATH, check_run_directory, complete_directory
+from distckpt.run_directory import RunDirectory
 from distckpt.terminal import EXIT_UNREADABLE, or_exit, printable
 from distckpt.words import date, metrics, size
 
@@ -86,7 +87,7 @@ def _watch(
 ) -> None:
     from distckpt.watching import UNREADABLE, Watcher
 
-    watcher = Watcher(directory, num_last)
+    watcher = Watcher(RunDirectory.at(directory), num_last)
     reader = _Reader()
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     while True:

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from distckpt import (
+    files,
     identity,
     object_types,
     paths,
-    run_directory,
-    storage,
+    run_checks,
     strict_json,
     values,
     words,
@@ -45,10 +45,11 @@ from distckpt.events import DELETE, Events, Sink
 from distckpt.exchange_plan import is_faster_once
 from distckpt.gate import IntervalGate
 from distckpt.groups import invite, open_channels
+from distckpt.history import History
 from distckpt.janitor import Janitor
 from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
-from distckpt.locations import absolute, checked_path
+from distckpt.locations import checked_path
 from distckpt.lookout import Lookout
 from distckpt.messages import Phase, Vote, describe, raise_failures
 from distckpt.paths import Attempt
@@ -57,7 +58,8 @@ from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.replica_digests import ALWAYS, SAMPLED, UNCHECKED, Replicas
 from distckpt.retention import Retention
-from distckpt.sinks import History, say_line
+from distckpt.run_directory import RunDirectory
+from distckpt.sinks import say_line
 from distckpt.step_watch import StepWatch
 from distckpt.waiting import Whereabouts
 from distckpt.worker import Worker
@@ -178,7 +180,7 @@ def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> J
         raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
         _check_equal(votes)
         job = made.result
-        run_directory.check_usable(job.directory)
+        run_checks.check_usable(job.directory)
         # Not the job: a deletion under way would keep the lock of one that is let go.
         events = job.events
         events.add(History(job.directory))
@@ -274,7 +276,7 @@ def _host(arguments: Arguments) -> bytes:
     """Return what tells this rank's host from others, where that matters."""
     boot_id = b""
     if arguments.read_replicated == AUTO:
-        with suppress(StorageError), storage.OpenFile(_BOOT_ID_FILE) as file:
+        with suppress(StorageError), files.OpenFile(_BOOT_ID_FILE) as file:
             boot_id = file.read(0, _BOOT_ID_BYTES)
     return identity.host(boot_id)
 
@@ -328,8 +330,7 @@ def _make_job(
     return Job(
         replicas=Replicas(arguments.replicas),
         checkpoint=arguments.checkpoint,
-        directory=absolute(given),
-        given=given,
+        directory=RunDirectory.at(given),
         decisions=decisions,
         commits=commits,
         liveness=liveness,
@@ -351,7 +352,7 @@ def _stop(told: OnSignal | None, timeout_seconds: float) -> Stop | None:
     file, path = None, told.file
     if path is not None:
         what, worker = "the file that tells to stop", _look_worker(timeout_seconds)
-        file = Lookout(what, lambda: storage.exists(path), worker)
+        file = Lookout(what, lambda: files.exists(path), worker)
     return Stop(Notice(told.signals), file, told.grace_period_seconds)
 
 

@@ -7,18 +7,18 @@ what a durable record of this very chief has released, or on leftovers of lower 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
 from functools import partial
 
-from distckpt import mailbox, paths, state, storage
+from distckpt import mailbox, paths, probe, state
 from distckpt.errors import FormatError, NewerFormatError, StorageError
 from distckpt.leases import Leases
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.paths import Attempt
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Janitor:
     """
 
     def __init__(
-        self, directory: str, told: Callable[[Attempt, float], None] | None = None
+        self, directory: RunDirectory, told: Callable[[Attempt, float], None] | None = None
     ) -> None:
         self._directory = directory
         self._told = told
@@ -105,86 +105,59 @@ class Janitor:
                 _logger.warning("cleaning %s", self._directory, exc_info=True)
 
     def _release(self, attempt: Attempt) -> None:
-        published = os.path.join(self._directory, attempt.published)
-        trash = os.path.join(self._directory, attempt.trash)
         began = time.monotonic()
         was_there = True
-        if storage.exists(published):
+        if self._directory.has(attempt):
             if self._leases.hold(attempt):
                 return
-            remove_published(self._directory, attempt)
-        elif storage.exists(trash):
-            storage.remove_tree(trash)
+            self._directory.discard(attempt)
         else:
-            was_there = False
+            was_there = self._directory.clear(attempt)
         with self._condition:
             self._released.add(attempt)
         if was_there and self._told is not None:
             self._told(attempt, time.monotonic() - began)
 
 
-def remove_published(directory: str, attempt: Attempt) -> None:
-    """Delete a published attempt so that no half of it can come back.
-
-    Renamed and synced first: after a power cut an unsynced ``rm -r`` may be undone in
-    part, and a torn attempt must not stand under a published name.
-    """
-    trash = os.path.join(directory, attempt.trash)
-    storage.rename(os.path.join(directory, attempt.published), trash)
-    storage.sync_directory(directory)
-    storage.remove_tree(trash)
-
-
-def _sweep(directory: str, epoch: int, chain: str, listed: Collection[Attempt]) -> None:
-    for name in storage.list_directory(directory):
-        try:
-            _sweep_name(directory, name, epoch, chain, listed)
-        except StorageError as error:
-            _logger.warning("sweeping %s: %s", directory, error)
-    records = os.path.join(directory, paths.RECORDS_DIRECTORY)
-    for name in storage.list_directory(records):
-        written_in = paths.parse_temporary_file(name)
+def _sweep(
+    directory: RunDirectory, epoch: int, chain: str, listed: Collection[Attempt]
+) -> None:
+    # Never an epoch at or above our own: it may belong to a chief that fenced us.
+    names = directory.names()
+    unfinished = [a for a in directory.unfinished(names) if a.epoch < epoch]
+    for attempt in unfinished:
+        _tried(directory, partial(directory.clear, attempt))
+    for name in names:
+        published = paths.parse_published(name)
+        if published is not None and published.epoch < epoch and published not in listed:
+            _tried(directory, partial(_discard_if_ours, directory, published, chain))
+    for name in names:
+        written_in = paths.parse_probe_file(name)
         if written_in is not None and written_in < epoch:
-            storage.remove_file(os.path.join(records, name))
+            _tried(directory, partial(probe.remove, directory, name))
+    state.sweep(directory, epoch)
     mailbox.sweep(directory)
 
 
-def _sweep_name(
-    directory: str, name: str, epoch: int, chain: str, listed: Collection[Attempt]
-) -> None:
-    path = os.path.join(directory, name)
-    unfinished = paths.parse_pending(name) or paths.parse_trash(name)
-    published = paths.parse_published(name)
-    probed_in = paths.parse_probe_file(name)
-    # Never an epoch at or above our own: it may belong to a chief that fenced us.
-    if unfinished is not None and unfinished.epoch < epoch:
-        if name == unfinished.pending:
-            # Out of its writer's reach first: a stopped one that goes on would publish
-            # what is left of it, which nobody could tell from a foreign attempt.
-            path = os.path.join(directory, unfinished.trash)
-            if storage.exists(path):
-                storage.remove_tree(path)
-            storage.rename(os.path.join(directory, name), path)
-        storage.remove_tree(path)
-    elif probed_in is not None and probed_in < epoch:
-        storage.remove_file(path)
-    elif (
-        published is not None
-        and published.epoch < epoch
-        and published not in listed
-        and chain_of(path) == chain
-    ):
-        # Published but never recorded: its writer died between the two.
-        remove_published(directory, published)
+def _tried(directory: RunDirectory, step: Callable[[], object]) -> None:
+    try:
+        step()
+    except StorageError as error:
+        _logger.warning("sweeping %s: %s", directory, error)
 
 
-def chain_of(path: str) -> str | None:
+def _discard_if_ours(directory: RunDirectory, published: Attempt, chain: str) -> None:
+    # Published but never recorded: its writer died between the two.
+    if chain_of(directory.attempt(published)) == chain:
+        directory.discard(published)
+
+
+def chain_of(directory: AttemptDirectory) -> str | None:
     """Return the chain that made an attempt; None where its manifest won't tell.
 
     An attempt that was copied here from another run directory is not ours to delete.
     """
     try:
-        data = storage.read_file(os.path.join(path, paths.MANIFEST_FILE), MAX_SIZE_BYTES)
-        return Manifest.decode(data).chain
+        return Manifest.decode(directory.read_manifest(MAX_SIZE_BYTES)).chain
     except (StorageError, FormatError, NewerFormatError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from distckpt.paths import Attempt
 from distckpt.preemption import Notice
 from distckpt.pretrained import Pretrained
 from distckpt.replica_digests import Replicas
+from distckpt.run_directory import RunDirectory
 from distckpt.shard_header import Draft
 from distckpt.step_watch import NumberWatch, StepWatch
 from distckpt.waiting import broken_by
@@ -63,8 +63,7 @@ class Job:
 
     Attributes:
         checkpoint: The tracked objects.
-        directory: The run directory, absolute: a later chdir changes nothing.
-        given: The same, spelled as it was given: so are the paths that are returned.
+        directory: The run directory.
         decisions: Channel of the caller's thread.
         commits: Channel of what follows capture: of the same thread, or of one that
             brings an asynchronous save to its end.
@@ -101,8 +100,7 @@ class Job:
     """
 
     checkpoint: Checkpoint
-    directory: str
-    given: str
+    directory: RunDirectory
     decisions: Channel
     commits: Channel
     liveness: Liveness | None
@@ -145,13 +143,13 @@ class Job:
         """Number of ranks in the manager's group."""
         return self.decisions.world_size
 
-    def path(self, *names: str) -> str:
-        """Join names to the run directory."""
-        return os.path.join(self.directory, *names)
+    def path(self, prefix: str) -> str:
+        """Return the absolute path of a checkpoint, for messages."""
+        return str(self.directory.attempt_called(prefix))
 
     def shown(self, prefix: str) -> str:
         """Return the path of a checkpoint as callers get it."""
-        return os.path.join(self.given, prefix)
+        return self.directory.path_of(prefix)
 
     def step(self) -> int | None:
         """Return the training step; None without a step counter."""

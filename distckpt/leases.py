@@ -13,7 +13,6 @@ it has seen unchanged for longer than the lease promises has ended. No clocks ar
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
-from distckpt import identity, paths, storage, strict_json
+from distckpt import identity, paths, strict_json
 from distckpt.durations import seconds_of
 from distckpt.errors import ConfigError, FormatError, StorageError
 from distckpt.paths import Attempt
+from distckpt.run_directory import RunDirectory
+from distckpt.storage.store import Place
 
 _logger = logging.getLogger(__name__)
 
@@ -69,15 +70,15 @@ class Lease:
         UnsafeCheckpointError: Leases are elsewhere, by way of a link.
     """
 
-    def __init__(self, directory: str, attempt: Attempt, seconds: float) -> None:
-        folder = _folder(directory)
-        storage.make_directories(folder)
-        self._path = os.path.join(folder, paths.lease_file(attempt))
+    def __init__(self, directory: RunDirectory, attempt: Attempt, seconds: float) -> None:
+        self._folder = _folder(directory)
+        self._folder.make_folder()
+        self._name = paths.lease_file(attempt)
         self._seconds = seconds
         self._ended = threading.Event()
         tree = {"seconds": seconds, "by": identity.this_process()}
         # Not durable: after a power cut there is no reader either.
-        storage.write_new_file(self._path, strict_json.dumps(tree).encode())
+        (self._folder / self._name).write(strict_json.dumps(tree).encode())
         self._thread = threading.Thread(
             target=self._touch, name="distckpt-lease", daemon=True
         )
@@ -86,7 +87,7 @@ class Lease:
     def _touch(self) -> None:
         while not self._ended.wait(self._seconds / _TOUCHES):
             try:
-                storage.touch(self._path)
+                (self._folder / self._name).refresh()
             except StorageError as error:
                 _logger.warning("a lease may end before it is given back: %s", error)
                 if isinstance(error.__cause__, FileNotFoundError):
@@ -97,7 +98,7 @@ class Lease:
         self._ended.set()
         self._thread.join(self._seconds)
         with suppress(StorageError):  # it ends by itself
-            storage.remove_file(self._path)
+            self._folder.remove(self._name)
 
 
 @contextmanager
@@ -111,9 +112,9 @@ def leased(lease: Lease | None) -> Iterator[None]:
 
 
 class _Seen(NamedTuple):
-    """A lease as it was seen last: when it was touched, since when, how long it lasts."""
+    """A lease as it was seen last: its stamp, since when, how long it lasts."""
 
-    modified: float
+    stamp: float
     since: float
     seconds: float
 
@@ -126,7 +127,9 @@ class Leases:
         now: The clock.
     """
 
-    def __init__(self, directory: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, directory: RunDirectory, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._directory = directory
         self._now = now
         self._seen: dict[str, _Seen] = {}
@@ -141,37 +144,38 @@ class Leases:
         return True in alive
 
     def _lives(self, name: str) -> bool:
-        path = os.path.join(_folder(self._directory), name)
+        folder = _folder(self._directory)
+        place = folder / name
         try:
-            modified = storage.modified(path)
+            stamp = place.stamp()
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return False
             raise
         seen = self._seen.get(name)
-        if seen is None or seen.modified != modified:
-            seconds = seen.seconds if seen is not None else _seconds_of(path)
-            self._seen[name] = _Seen(modified, self._now(), seconds)
+        if seen is None or seen.stamp != stamp:
+            seconds = seen.seconds if seen is not None else _seconds_of(place)
+            self._seen[name] = _Seen(stamp, self._now(), seconds)
             return True
         if self._now() - seen.since <= seen.seconds:
             return True
-        _logger.info("%s: its reader has touched it no more; it has ended", path)
-        storage.remove_file(path)
+        _logger.info("%s: its reader has touched it no more; it has ended", place)
+        folder.remove(name)
         del self._seen[name]
         return False
 
 
-def names_of(directory: str, attempt: Attempt) -> list[str]:
+def names_of(directory: RunDirectory, attempt: Attempt) -> list[str]:
     """Return the files of an attempt's leases, of living and dead readers.
 
     Raises:
         StorageError, UnsafeCheckpointError: They cannot be looked for.
     """
-    names = storage.list_directory(_folder(directory))
+    names = _folder(directory).names()
     return [name for name in names if paths.parse_lease_file(name) == attempt]
 
 
-def held(directory: str) -> list[tuple[Attempt, float]]:
+def held(directory: RunDirectory) -> list[tuple[Attempt, float]]:
     """List all leases, of living and dead readers, with the seconds since each was touched.
 
     By this host's clock, for people.
@@ -180,26 +184,25 @@ def held(directory: str) -> list[tuple[Attempt, float]]:
         StorageError, UnsafeCheckpointError: They cannot be looked for.
     """
     found = []
-    for name in storage.list_directory(_folder(directory)):
+    folder = _folder(directory)
+    for name in folder.names():
         attempt = paths.parse_lease_file(name)
         if attempt is not None:
-            path = os.path.join(_folder(directory), name)
             with suppress(StorageError):  # given back meanwhile
-                found.append((attempt, time.time() - storage.modified(path)))
+                found.append((attempt, time.time() - (folder / name).stamp()))
     return found
 
 
-def _seconds_of(path: str) -> float:
+def _seconds_of(place: Place) -> float:
     """Read how long a lease lasts; whatever it says, not for ever."""
     with suppress(StorageError, FormatError, ConfigError, strict_json.JsonError):
-        tree = strict_json.loads(storage.read_file(path, _MAX_SIZE_BYTES))
+        tree = strict_json.loads(place.read(_MAX_SIZE_BYTES))
         if isinstance(tree, dict):
             return checked_seconds(tree.get("seconds")) or SECONDS
     return SECONDS
 
 
-def _folder(directory: str) -> str:
-    folder = os.path.join(directory, paths.LEASES_DIRECTORY)
-    # Whoever made the directory could else have files written and removed anywhere.
-    storage.refuse_link(folder)
+def _folder(directory: RunDirectory) -> Place:
+    folder = directory.places.leases
+    folder.refuse_link()
     return folder

@@ -28,6 +28,7 @@ from distckpt.readers import open_shard
 from distckpt.restore_names import Names
 from distckpt.restore_plan import RestorePlan, Saved
 from distckpt.ring import Ring
+from distckpt.run_directory import AttemptDirectory
 from distckpt.shard_file import Batch, Part, ShardReader, batches_of
 from distckpt.shard_header import Stored
 from distckpt.stamp import FIRST_FORMAT
@@ -112,7 +113,7 @@ class Loading:
 
     def __init__(
         self,
-        directory: str,
+        directory: AttemptDirectory,
         manifest: Manifest,
         rank: int,
         world_size: int,
@@ -514,7 +515,7 @@ class Loading:
         self.close()
 
 
-def name_of(directory: str, manifest: Manifest) -> str:
+def name_of(directory: AttemptDirectory, manifest: Manifest) -> str:
     """Name a checkpoint for messages."""
     return f"checkpoint {manifest.attempt.prefix} ({directory})"
 

@@ -8,17 +8,17 @@ after a crash one may be taken up again, which changes nothing. See docs/format.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distckpt import paths, storage, strict_json
+from distckpt import paths, strict_json
 from distckpt.errors import CorruptStateError, FormatError, StorageError
 from distckpt.paths import Attempt
 from distckpt.record import MAX_METRICS, Entry, is_metric
+from distckpt.run_directory import RunDirectory
+from distckpt.storage.store import Created, Place
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Request:
         return Request(kind, by, attempt, tuple(sorted(metrics.items())), name)
 
 
-def post(directory: str, request: Request) -> str:
+def post(directory: RunDirectory, request: Request) -> str:
     """Leave a request for the chief; returns the name of its file.
 
     After return it is there as a whole, and durable.
@@ -92,21 +92,16 @@ def post(directory: str, request: Request) -> str:
         UnsafeCheckpointError: Requests are elsewhere, by way of a link.
     """
     box = _box(directory)
-    storage.make_directories(box)
+    box.make_folder()
     name = paths.request_file(time.time_ns())
-    temporary = os.path.join(box, paths.partial(name))
-    try:
-        storage.write_new_file(temporary, request.encode())
-        storage.rename_new(temporary, os.path.join(box, name))
-        storage.sync_directory(box)
-    except StorageError:
-        with suppress(StorageError):
-            storage.remove_file(temporary)
-        raise
+    made = (box / name).create(request.encode(), box / paths.partial(name))
+    if made.outcome is not Created.MADE:
+        msg = f"{box / name}: the request could not be written: {made.error}"
+        raise StorageError(msg, operation="create", path=str(box / name)) from made.error
     return name
 
 
-def collect(directory: str) -> tuple[list[Request], dict[str, str]]:
+def collect(directory: RunDirectory) -> tuple[list[Request], dict[str, str]]:
     """Read what is asked for, in the order in which it was.
 
     Returns:
@@ -119,11 +114,10 @@ def collect(directory: str) -> tuple[list[Request], dict[str, str]]:
     """
     box = _box(directory)
     requests, refused = [], {}
-    names = [name for name in storage.list_directory(box) if paths.is_request_file(name)]
+    names = [name for name in box.names() if paths.is_request_file(name)]
     for name in names[:_MAX_AT_ONCE]:
-        path = os.path.join(box, name)
         try:
-            requests.append(Request.decode(storage.read_file(path, _MAX_SIZE_BYTES), name))
+            requests.append(Request.decode((box / name).read(_MAX_SIZE_BYTES), name))
         except (StorageError, FormatError) as error:
             # Not one that another process has removed meanwhile.
             if not isinstance(error.__cause__, FileNotFoundError):
@@ -131,31 +125,25 @@ def collect(directory: str) -> tuple[list[Request], dict[str, str]]:
     return requests, refused
 
 
-def is_waiting(directory: str, name: str) -> bool:
+def is_waiting(directory: RunDirectory, name: str) -> bool:
     """Tell whether a request was not answered yet."""
-    return storage.exists(os.path.join(_box(directory), name))
+    return (_box(directory) / name).exists()
 
 
-def remove(directory: str, names: Collection[str]) -> None:
+def remove(directory: RunDirectory, names: Collection[str]) -> None:
     """Remove requests that are answered, oldest first.
 
     In this order, and durably: were one to come back after a power cut, so would all newer
     ones about the same checkpoint.
     """
-    if not names:
-        return
-    box = _box(directory)
-    for name in sorted(names):
-        storage.remove_file(os.path.join(box, name))
-    storage.sync_directory(box)
+    if names:
+        _box(directory).remove(*sorted(names), durable=True)
 
 
-def sweep(directory: str) -> None:
+def sweep(directory: RunDirectory) -> None:
     """Remove what processes have left that died while they asked for something."""
     box = _box(directory)
-    for name in storage.list_directory(box):
-        if not paths.is_request_file(name):
-            storage.remove_file(os.path.join(box, name))
+    box.remove(*(name for name in box.names() if not paths.is_request_file(name)))
 
 
 def applied(entries: Iterable[Entry], requests: Sequence[Request]) -> tuple[Entry, ...]:
@@ -181,10 +169,9 @@ def applied(entries: Iterable[Entry], requests: Sequence[Request]) -> tuple[Entr
     return tuple(changed.values())
 
 
-def _box(directory: str) -> str:
-    box = os.path.join(directory, paths.REQUESTS_DIRECTORY)
-    # Whoever made the directory could else have files read and removed anywhere.
-    storage.refuse_link(box)
+def _box(directory: RunDirectory) -> Place:
+    box = directory.places.requests
+    box.refuse_link()
     return box
 
 

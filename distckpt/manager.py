@@ -167,7 +167,7 @@ class CheckpointManager:
     @property
     def directory(self) -> str:
         """The run directory, as it was given."""
-        return self._job.given
+        return self._job.directory.spelling
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -362,7 +362,7 @@ class CheckpointManager:
             assert job.chief is not None
             if not job.wait_for_deletions():
                 msg = f"{job.directory}: deletions are still running at the deadline."
-                raise StorageError(msg, operation="delete", path=job.directory)
+                raise StorageError(msg, operation="delete", path=str(job.directory))
             return job.lists()
 
         job.take_lists(job.decisions.consult(Vote(Phase.SYNC), decide))

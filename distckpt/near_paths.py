@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from distckpt import storage
+from distckpt import files
 from distckpt.errors import StorageError
 from distckpt.near import near_names
 
@@ -17,11 +17,11 @@ def there_is(path: str) -> str:
     """
     parent, name = os.path.split(os.path.abspath(path))
     try:
-        if storage.exists(os.path.join(parent, name)):
+        if files.exists(os.path.join(parent, name)):
             return ""
-        while not storage.is_directory(parent):
+        while not files.is_directory(parent):
             parent, name = os.path.split(parent)
-        names = [other for other in storage.list_directory(parent) if other[0] != "."]
+        names = [other for other in files.list_directory(parent) if other[0] != "."]
     except StorageError:
         return ""
     shown = ", ".join(os.path.join(parent, other) for other in near_names(name, names))

@@ -29,6 +29,7 @@ from distckpt.errors import ConfigError, ManifestError, TensorNotFound
 from distckpt.manifest import Manifest
 from distckpt.names import split_inner
 from distckpt.near import did_you_mean
+from distckpt.run_directory import AttemptDirectory
 from distckpt.selection import Selection
 from distckpt.stamp import FIRST_FORMAT
 from distckpt.stored_tensor import Files, StoredTensor
@@ -352,8 +353,8 @@ class OpenedCheckpoint(_Named):
         directory: The attempt's directory.
     """
 
-    def __init__(self, directory: str, manifest: Manifest) -> None:
-        self.directory = directory
+    def __init__(self, directory: AttemptDirectory, manifest: Manifest) -> None:
+        self.directory = str(directory)
         self.manifest = manifest
         self._files = files = Files(directory, manifest)
         handles = {
@@ -368,7 +369,7 @@ class OpenedCheckpoint(_Named):
         }
         rows = manifest.assignment.rows
         same_as = {name: row.same_as for name, row in rows.items() if row.same_as}
-        super().__init__(handles, manifest.values, directory, manifest, same_as)
+        super().__init__(handles, manifest.values, self.directory, manifest, same_as)
 
     @property
     def number(self) -> int:

@@ -11,9 +11,9 @@ from distckpt.checkpoint import Captured
 from distckpt.known import window_of
 from distckpt.layout import Layouts, Piece, Row
 from distckpt.leaves import Leaf
+from distckpt.run_directory import Buffer
 from distckpt.shard_file import Load
 from distckpt.shard_header import Outline
-from distckpt.storage import Buffer
 
 
 class _Part:

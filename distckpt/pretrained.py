@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from distckpt import readers, storage, tensors
+from distckpt import files, readers, tensors
 from distckpt.boxes import contiguous_runs, whole
 from distckpt.checkpoint import Checkpoint, objects_of, remembered_of, restore
 from distckpt.dtypes import item_size_bytes
@@ -81,7 +81,7 @@ class Pretrained:
         try:
             located = readers.locate_newest(self._path)
         except CheckpointNotFound:
-            if not storage.exists(self._path):
+            if not files.exists(self._path):
                 raise
             self._load_safetensors(checkpoint, modules)
         else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 
-from distckpt import paths, storage, words
+from distckpt import paths, words
 from distckpt.errors import StorageError
+from distckpt.run_directory import RunDirectory
+from distckpt.storage.store import Place
 
 _MIN_FREE_BYTES = 2**20
 
@@ -23,18 +24,18 @@ class Probe:
         directory_of_chief: The run directory as the chief calls it, for messages.
     """
 
-    directory: str
+    directory: RunDirectory
     epoch: int
     nonce: str
     directory_of_chief: str = ""
 
     def leave(self) -> None:
         """Write the chief's file, for the others to see."""
-        _write_or_remove(self._path(0))
+        self._write_or_remove(0)
 
     def remove(self) -> None:
         """Remove the chief's file."""
-        storage.remove_file(self._path(0))
+        self._remove(0)
 
     def try_on(self, rank: int) -> None:
         """Show that a rank sees the chief's file and can write one of its own.
@@ -44,54 +45,50 @@ class Probe:
         """
         if rank == 0:
             return
-        if not storage.exists(self._path(0)):
+        if not self._place(0).exists():
             of_chief = self.directory_of_chief
             there = f" ({of_chief} there)" if of_chief else ""
             msg = (
                 f"{self.directory} is not the chief's directory{there}: its probe "
-                f"{os.path.basename(self._path(0))} is not visible here. Every rank needs "
+                f"{self._name(0)} is not visible here. Every rank needs "
                 "the same shared directory."
             )
-            raise StorageError(msg, operation="probe", path=self.directory)
-        _write_or_remove(self._path(rank))
-        storage.remove_file(self._path(rank))
+            raise StorageError(msg, operation="probe", path=str(self.directory))
+        self._write_or_remove(rank)
+        self._remove(rank)
 
-    def _path(self, rank: int) -> str:
-        return os.path.join(self.directory, paths.probe_file(self.epoch, self.nonce, rank))
+    def _name(self, rank: int) -> str:
+        return paths.probe_file(self.epoch, self.nonce, rank)
+
+    def _place(self, rank: int) -> Place:
+        return self.directory.places.root / self._name(rank)
+
+    def _remove(self, rank: int) -> None:
+        self.directory.places.root.remove(self._name(rank))
+
+    def _write_or_remove(self, rank: int) -> None:
+        try:
+            self._place(rank).write(b"")
+        except StorageError:
+            # The next claim of this manager has the same epoch, and would not sweep it.
+            with suppress(StorageError):
+                self._remove(rank)
+            raise
 
 
-def _write_or_remove(path: str) -> None:
-    try:
-        storage.write_new_file(path, b"")
-    except StorageError:
-        # The next claim of this manager has the same epoch, and would not sweep it.
-        with suppress(StorageError):
-            storage.remove_file(path)
-        raise
+def remove(directory: RunDirectory, name: str) -> None:
+    """Remove a file that the probe of a dead claim has left."""
+    directory.places.root.remove(name)
 
 
-def check_filesystem(directory: str, epoch: int) -> None:
-    """Refuse a filesystem without hard links, or one that is full.
+def check_store(directory: RunDirectory, epoch: int) -> None:
+    """Refuse a store that cannot keep two jobs apart, or one that is full.
 
     Raises:
         StorageError: Says what is missing.
     """
-    records = os.path.join(directory, paths.RECORDS_DIRECTORY)
-    one = os.path.join(records, paths.temporary_file(epoch))
-    other = os.path.join(records, paths.temporary_file(epoch))
-    _write_or_remove(one)
-    try:
-        storage.link(one, other)
-    except StorageError as error:
-        msg = (
-            f"{directory}: this filesystem has no hard links ({error}); without them two "
-            "jobs could commit over each other. Use another filesystem."
-        )
-        raise StorageError(msg, operation="link", path=one, errno=error.errno) from error
-    finally:
-        storage.remove_file(one)
-        storage.remove_file(other)
-    free = storage.free_bytes(directory)
-    if free < _MIN_FREE_BYTES:
-        msg = f"{directory}: only {words.size(free)} are free; make room first."
-        raise StorageError(msg, operation="statvfs", path=directory)
+    directory.check_create(epoch)
+    room = directory.room().size_bytes
+    if room is not None and room < _MIN_FREE_BYTES:
+        msg = f"{directory}: only {words.size(room)} are free; make room first."
+        raise StorageError(msg, operation="statvfs", path=str(directory))

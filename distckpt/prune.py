@@ -6,11 +6,10 @@ job does, so a job that goes on nevertheless is fenced, and loses nothing that i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distckpt import mailbox, state, storage
+from distckpt import mailbox, state
 from distckpt.chief import Chief
 from distckpt.errors import ConfigError, DirectoryInUseError
 from distckpt.identity import Identity, this_process
@@ -18,6 +17,7 @@ from distckpt.near import did_you_mean
 from distckpt.policy import Best, Rule, parse, parts_of
 from distckpt.record import Entry, Record
 from distckpt.retention import Retention, spells_number, sweep
+from distckpt.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.2
 
@@ -54,7 +54,7 @@ def rule_of(text: str | None, record: Record) -> Rule:
     return parse(" | ".join(record.rules) if text is None else text)
 
 
-def plan_prune(record: Record, rule: Rule, directory: str) -> Plan:
+def plan_prune(record: Record, rule: Rule, directory: RunDirectory) -> Plan:
     """Say what pruning would do; writes nothing.
 
     Raises:
@@ -86,7 +86,7 @@ def refuse_unknown_metrics(rule: Rule, plan: Plan) -> None:
             raise ConfigError(msg)
 
 
-def prune(directory: str, rule: Rule) -> tuple[Plan, Iterator[Entry]]:
+def prune(directory: RunDirectory, rule: Rule) -> tuple[Plan, Iterator[Entry]]:
     """Drop what the rules do not keep.
 
     After return a durable record says so.
@@ -129,15 +129,16 @@ def prune(directory: str, rule: Rule) -> tuple[Plan, Iterator[Entry]]:
     return plans[0], _deleted(chief, directory, plans[0].dropped)
 
 
-def _deleted(chief: Chief, directory: str, dropped: Sequence[Entry]) -> Iterator[Entry]:
+def _deleted(
+    chief: Chief, directory: RunDirectory, dropped: Sequence[Entry]
+) -> Iterator[Entry]:
     left = [*dropped]
     is_through = False
     try:
         while left and not is_through:
             is_through = chief.settle(_POLL_SECONDS)
             for entry in [*left]:
-                path = os.path.join(directory, entry.attempt.published)
-                if not storage.exists(path):
+                if not directory.has(entry.attempt):
                     left.remove(entry)
                     yield entry
     finally:
@@ -150,7 +151,7 @@ def _plan(every: Sequence[Entry], rule: Rule) -> Plan:
     return Plan(retention.rules, swept.dropped, swept.live)
 
 
-def read(directory: str) -> Record | None:
+def read(directory: RunDirectory) -> Record | None:
     """Read the newest record; None if nothing was ever saved there."""
     head = state.read_head(directory)
     return None if head is None or not head.record.has_committed else head.record

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Literal, overload
 
-from distckpt import paths, state, storage, words
+from distckpt import paths, state, words
 from distckpt.durations import seconds_of
 from distckpt.errors import (
     CheckpointNotFound,
@@ -32,7 +32,8 @@ from distckpt.locations import Path, absolute, checked_path
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.near_paths import there_is
 from distckpt.record import Entry, Record, digest
-from distckpt.run_directory import instead_of_records
+from distckpt.run_checks import instead_of_records
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.shard_file import ShardReader
 from distckpt.shard_header import Entries
 
@@ -86,11 +87,11 @@ def get_checkpoint_state(directory: str | os.PathLike[str]) -> CheckpointState |
             for "no checkpoint", and jobs start from scratch.)
         StorageError: The directory cannot be read.
     """
-    given = checked_path(directory)
-    record = read_record(given)
+    run = RunDirectory.at(checked_path(directory))
+    record = read_record(run)
     if record is None or record.last_preserved is None or not record.live:
         return None
-    live = [os.path.join(given, entry.attempt.prefix) for entry in record.live]
+    live = [run.path_of(entry.attempt.prefix) for entry in record.live]
     return CheckpointState(
         model_checkpoint_path=live[-1],
         all_model_checkpoint_paths=live,
@@ -130,9 +131,10 @@ def latest_checkpoint(
         StorageError: The directory cannot be read.
     """
     root = checked_path(directory)
+    run = RunDirectory.at(root)
     found = None
     for _ in range(_MAX_RACES):
-        record = read_record(root)
+        record = read_record(run)
         if record is None or not record.live:
             if strict:
                 raise CheckpointNotFound(_none_in(root))
@@ -140,8 +142,8 @@ def latest_checkpoint(
         if found == record.number:
             break
         attempt = record.live[-1].attempt
-        if storage.exists(os.path.join(root, attempt.published, paths.MANIFEST_FILE)):
-            return os.path.join(root, attempt.prefix)
+        if run.attempt(attempt).has_manifest():
+            return run.path_of(attempt.prefix)
         # Perhaps a running job has just replaced it: then there is a newer record.
         found = record.number
     text = f"{root}: the newest checkpoint's files are gone"
@@ -182,10 +184,8 @@ def checkpoints_iterator(
             cannot be written; a lease that cannot be taken is a warning.
     """
     # Checked at once, not by the first next().
-    given = checked_path(directory)
     return _iterate(
-        given,
-        absolute(given),
+        RunDirectory.at(checked_path(directory)),
         seconds_of("min_interval_secs", min_interval_secs, may_be_zero=True),
         None if timeout is None else seconds_of("timeout", timeout, may_be_zero=True),
         timeout_fn,
@@ -194,8 +194,7 @@ def checkpoints_iterator(
 
 
 def _iterate(
-    given: str,
-    root: str,
+    run: RunDirectory,
     min_interval_seconds: float,
     timeout: float | None,
     timeout_fn: Callable[[], bool] | None,
@@ -203,47 +202,49 @@ def _iterate(
 ) -> Iterator[str]:
     last: str | None = None
     while True:
-        attempt = _wait_for_other(root, last, timeout)
+        attempt = _wait_for_other(run, last, timeout)
         if attempt is None:
             if timeout_fn is None or timeout_fn():
                 return
             continue
-        lease = _lease(root, attempt, seconds)
+        lease = _lease(run, attempt, seconds)
         # One that was dropped before the lease was there may be deleted at any time.
-        if lease is not None and not _is_committed(root, attempt):
+        if lease is not None and not _is_committed(run, attempt):
             lease.release()
             continue
         started = time.monotonic()
         last = attempt.published
         with leased(lease):
-            yield os.path.join(given, attempt.prefix)
+            yield run.path_of(attempt.prefix)
         rest = started + min_interval_seconds - time.monotonic()
         if rest > 0:
             time.sleep(rest)
 
 
-def _lease(root: str, attempt: paths.Attempt, seconds: float | None) -> Lease | None:
+def _lease(
+    run: RunDirectory, attempt: paths.Attempt, seconds: float | None
+) -> Lease | None:
     if seconds is None:
         return None
     try:
-        return Lease(root, attempt, seconds)
+        return Lease(run, attempt, seconds)
     except (StorageError, FormatError) as error:
-        path = os.path.join(root, attempt.prefix)
+        path = run.path_of(attempt.prefix)
         _logger.warning("%s may be deleted while it is read: %s", path, error)
         return None
 
 
-def _is_committed(root: str, attempt: paths.Attempt) -> bool:
-    record = read_record(root)
+def _is_committed(run: RunDirectory, attempt: paths.Attempt) -> bool:
+    record = read_record(run)
     return record is not None and any(e.attempt == attempt for e in record.committed)
 
 
 def _wait_for_other(
-    root: str, last: str | None, timeout: float | None
+    run: RunDirectory, last: str | None, timeout: float | None
 ) -> paths.Attempt | None:
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
-        record = read_record(root)
+        record = read_record(run)
         if record is not None and record.live:
             attempt = record.live[-1].attempt
             if attempt.published != last:
@@ -253,9 +254,9 @@ def _wait_for_other(
         time.sleep(1.0)
 
 
-def read_record(root: str) -> Record | None:
+def read_record(run: RunDirectory) -> Record | None:
     """Read the newest record, also while a job appends and prunes."""
-    head = state.read_head(root)
+    head = state.read_head(run)
     return None if head is None else head.record
 
 
@@ -268,7 +269,7 @@ class Located:
         manifest_digest: What the record says of its manifest; None without records.
     """
 
-    directory: str
+    directory: AttemptDirectory
     manifest_digest: str | None
 
 
@@ -286,10 +287,10 @@ def locate(path: Path) -> Located:
     """
     # Absolute: what is found is read later, perhaps after a chdir.
     text = absolute(checked_path(path))
-    if storage.exists(os.path.join(text, paths.MANIFEST_FILE)):
+    if AttemptDirectory.at(text).has_manifest():
         # A link that somebody names himself is his own.
-        text = os.path.realpath(text)
-        return Located(text, _digest_in_records(text))
+        attempt = AttemptDirectory.at(os.path.realpath(text))
+        return Located(attempt, _digest_in_records(attempt))
     root, name = os.path.split(text)
     wanted = paths.parse_prefix(name)
     if wanted is None:
@@ -299,16 +300,17 @@ def locate(path: Path) -> Located:
             f"{there_is(text)}"
         )
         raise CheckpointNotFound(msg.strip())
-    if not storage.is_directory(root):
+    run = RunDirectory.at(root)
+    if not run.is_folder():
         msg = f"{text}: no such checkpoint. {instead_of_records(root)}{there_is(root)}"
         raise CheckpointNotFound(msg.strip())
-    if not state.has_records(root):
-        return Located(_newest_whole(root, name), None)
-    record = read_record(root)
+    if not state.has_records(run):
+        return Located(_newest_whole(run, name), None)
+    record = read_record(run)
     assert record is not None
-    for entry in (*record.committed, *_still_read(root, record, name)):
+    for entry in (*record.committed, *_still_read(run, record, name)):
         if entry.attempt.prefix == name:
-            return Located(os.path.join(root, entry.attempt.published), entry.manifest)
+            return Located(run.attempt(entry.attempt), entry.manifest)
     known = [entry.attempt for entry in record.committed]
     msg = (
         f"{text}: no such checkpoint. Committed in {root}, newest first: "
@@ -325,10 +327,10 @@ def _few(attempts: list[paths.Attempt]) -> str:
     return f"{shown}, ... ({len(attempts)})" if len(attempts) > _MAX_SHOWN else shown
 
 
-def _still_read(root: str, record: Record, prefix: str) -> list[Entry]:
+def _still_read(run: RunDirectory, record: Record, prefix: str) -> list[Entry]:
     """Return what is dropped, but leased: whoever has the lease opens it by its name."""
     dropped = [entry for entry in record.releasing if entry.attempt.prefix == prefix]
-    return [entry for entry in dropped if names_of(root, entry.attempt)]
+    return [entry for entry in dropped if names_of(run, entry.attempt)]
 
 
 def locate_newest(path: Path) -> Located:
@@ -339,7 +341,8 @@ def locate_newest(path: Path) -> Located:
         CorruptStateError, StorageError: It cannot be told.
     """
     text = checked_path(path)
-    if not storage.is_directory(text) or not state.has_records(text):
+    run = RunDirectory.at(text)
+    if not run.is_folder() or not state.has_records(run):
         return locate(text)
     for _ in range(_MAX_RACES):
         newest = latest_checkpoint(text)
@@ -353,24 +356,23 @@ def locate_newest(path: Path) -> Located:
     raise CheckpointNotFound(msg)
 
 
-def _digest_in_records(directory: str) -> str | None:
-    root, name = os.path.split(os.path.abspath(directory))
-    if not state.has_records(root):
+def _digest_in_records(directory: AttemptDirectory) -> str | None:
+    if not state.has_records(directory.run):
         return None
-    record = read_record(root)
+    record = read_record(directory.run)
     assert record is not None
     for entry in (*record.committed, *record.bad, *record.releasing, *record.missing):
-        if entry.attempt.published == name:
+        if entry.attempt.published == directory.name:
             return entry.manifest
     return None
 
 
-def _newest_whole(root: str, prefix: str) -> str:
+def _newest_whole(run: RunDirectory, prefix: str) -> AttemptDirectory:
     found = []
-    for name in storage.list_directory(root):
+    for name in run.names():
         attempt = paths.parse_published(name)
         if attempt is not None and attempt.prefix == prefix:
-            directory = os.path.join(root, name)
+            directory = run.attempt(attempt)
             try:
                 manifest = read_manifest(directory)
                 for rank in range(manifest.world_size):
@@ -378,17 +380,19 @@ def _newest_whole(root: str, prefix: str) -> str:
             except (FormatError, StorageError) as error:
                 _logger.warning("%s is not whole: %s", directory, error)
                 continue
-            found.append((attempt.epoch, manifest.created, directory))
+            found.append((attempt.epoch, manifest.created, name))
     if not found:
-        path = os.path.join(root, prefix)
+        path = run.path_of(prefix)
         msg = f"{path}: no such checkpoint."
-        if not storage.is_directory(root):
-            msg = f"{path}: no such checkpoint; {root} is not a directory.{there_is(path)}"
+        if not run.is_folder():
+            msg = f"{path}: no such checkpoint; {run} is not a directory.{there_is(path)}"
         raise CheckpointNotFound(msg)
-    return max(found)[2]
+    return run.attempt_called(max(found)[2])
 
 
-def read_manifest(directory: str, expected_digest: str | None = None) -> Manifest:
+def read_manifest(
+    directory: AttemptDirectory, expected_digest: str | None = None
+) -> Manifest:
     """Read and check the manifest of an attempt.
 
     Args:
@@ -402,10 +406,8 @@ def read_manifest(directory: str, expected_digest: str | None = None) -> Manifes
         UnsafeCheckpointError: It, or the directory, is a link.
         StorageError: It cannot be read.
     """
-    # By the records it is a directory of the run; a link could lead anywhere.
-    storage.refuse_link(directory)
-    path = os.path.join(directory, paths.MANIFEST_FILE)
-    data = storage.read_file(path, MAX_SIZE_BYTES)
+    path = directory.manifest
+    data = directory.read_manifest(MAX_SIZE_BYTES)
     found = digest(data)
     if expected_digest is not None and found != expected_digest:
         msg = (
@@ -420,7 +422,7 @@ def read_manifest(directory: str, expected_digest: str | None = None) -> Manifes
         raise type(error)(msg) from error
 
 
-def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
+def open_shard(directory: AttemptDirectory, manifest: Manifest, rank: int) -> ShardReader:
     """Open one rank's shard file and hold it against the manifest.
 
     Size, header digest, attempt, rank and the boxes that the layout tables promise are
@@ -432,9 +434,10 @@ def open_shard(directory: str, manifest: Manifest, rank: int) -> ShardReader:
         NewerFormatError: A newer version of distckpt wrote it.
         StorageError: It cannot be opened.
     """
-    path = os.path.join(directory, manifest.shard_file(rank))
+    path = directory.path_of(manifest.shard_file(rank))
     shard = manifest.shards[rank]
-    reader = ShardReader(path, shard.header)
+    file = directory.open(manifest.shard_file(rank))
+    reader = ShardReader(file, shard.header)
     try:
         if reader.size_bytes != shard.size_bytes:
             msg = (

@@ -11,20 +11,19 @@ recorded, because its job died between the two: every rank has voted for it.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt import paths, record, stamp, state, storage
+from distckpt import paths, record, stamp, state
 from distckpt.errors import DirectoryInUseError, FormatError, StorageError
 from distckpt.identity import Identity
-from distckpt.lock import DirectoryLock
 from distckpt.manifest import MAX_SIZE_BYTES, Manifest
 from distckpt.paths import Attempt
 from distckpt.readers import read_manifest
 from distckpt.record import Entry, Record, digest
+from distckpt.run_directory import RunDirectory
 from distckpt.state import Head
 from distckpt.verify import Begin, verify_attempt
 
@@ -67,7 +66,7 @@ class Plan:
         record: What is appended; None if nothing is to be repaired.
     """
 
-    directory: str
+    directory: RunDirectory
     damage: str
     basis: str
     verdicts: tuple[Verdict, ...]
@@ -91,7 +90,7 @@ class _Published:
 
 
 def plan_repair(
-    directory: str, identity: Identity, begin: Begin = lambda _: lambda _: None
+    directory: RunDirectory, identity: Identity, begin: Begin = lambda _: lambda _: None
 ) -> Plan:
     """Look at everything, and say what a repair would do; writes nothing.
 
@@ -108,15 +107,11 @@ def plan_repair(
         StorageError: The directory cannot be read.
     """
     # Else the new record would be written wherever a link leads.
-    storage.refuse_link(os.path.join(directory, paths.RECORDS_DIRECTORY))
+    directory.refuse_linked_records()
     damage = _damage_of(directory)
     if not damage:
         return Plan(directory, "", "", (), None)
-    names = [
-        name
-        for name in storage.list_directory(directory)
-        if paths.parse_published(name) is not None
-    ]
+    names = [name for name in directory.names() if paths.parse_published(name) is not None]
     basis, newest_number, what = _basis_of(directory, names)
     known = {} if basis is None else {entry.attempt: entry for entry in _all_of(basis)}
     advance = begin(sum(_size_of(directory, name) for name in names))
@@ -139,8 +134,8 @@ def repair(plan: Plan) -> Head:
         StorageError, OutcomeUnknown: It could not be written.
     """
     assert plan.record is not None, "there is nothing to repair"
-    storage.make_directories(os.path.join(plan.directory, paths.RECORDS_DIRECTORY))
-    lock = DirectoryLock(plan.directory)
+    plan.directory.make_records()
+    lock = plan.directory.owner()
     if not lock.acquire(0):
         msg = f"{plan.directory} is in use by a job; end that job before repairing it."
         raise DirectoryInUseError(msg)
@@ -155,7 +150,7 @@ def repair(plan: Plan) -> Head:
         lock.release()
 
 
-def _damage_of(directory: str) -> str:
+def _damage_of(directory: RunDirectory) -> str:
     """Say why the records cannot be used; "" if they can, or if there is nothing at all."""
     try:
         head = state.read_head(directory)
@@ -166,7 +161,9 @@ def _damage_of(directory: str) -> str:
     return ""
 
 
-def _basis_of(directory: str, names: Collection[str]) -> tuple[Record | None, int, str]:
+def _basis_of(
+    directory: RunDirectory, names: Collection[str]
+) -> tuple[Record | None, int, str]:
     """Find the newest record that is whole, also as the copy for people.
 
     Args:
@@ -211,13 +208,13 @@ def _all_of(basis: Record) -> Iterator[Entry]:
     yield from (*basis.live, *basis.kept, *basis.bad, *basis.releasing, *basis.missing)
 
 
-def _size_of(directory: str, name: str) -> int:
-    manifest = _or_none(read_manifest, os.path.join(directory, name))
+def _size_of(directory: RunDirectory, name: str) -> int:
+    manifest = _or_none(read_manifest, directory.attempt_called(name))
     return 0 if manifest is None else manifest.size_bytes
 
 
 def _look_at(
-    directory: str,
+    directory: RunDirectory,
     name: str,
     known: dict[Attempt, Entry],
     advance: Callable[[int], object],
@@ -225,12 +222,12 @@ def _look_at(
     """Verify one attempt, by the record's word where there is one."""
     attempt = paths.parse_published(name)
     assert attempt is not None
-    path = os.path.join(directory, name)
+    there = directory.attempt(attempt)
     expected = known[attempt].manifest if attempt in known else None
-    report = verify_attempt(path, expected, advance)
+    report = verify_attempt(there, expected, advance)
     problem = "" if report.ok else report.problems[0]
     try:
-        data = storage.read_file(os.path.join(path, paths.MANIFEST_FILE), MAX_SIZE_BYTES)
+        data = there.read_manifest(MAX_SIZE_BYTES)
         manifest = Manifest.decode(data)
     except (StorageError, FormatError):
         return _Published(attempt, None, "", problem)
@@ -239,10 +236,10 @@ def _look_at(
     return _Published(attempt, manifest, digest(data), problem)
 
 
-def _highest_epoch(directory: str) -> int:
+def _highest_epoch(directory: RunDirectory) -> int:
     """Return the highest epoch that any name in the directory speaks of."""
     epochs = [0]
-    for name in storage.list_directory(directory):
+    for name in directory.names():
         attempt = (
             paths.parse_published(name)
             or paths.parse_pending(name)

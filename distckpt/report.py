@@ -41,6 +41,7 @@ from distckpt.history import read_history
 from distckpt.policy import MIN, best_rules
 from distckpt.record import Entry, Record
 from distckpt.retention import best_metrics
+from distckpt.run_directory import RunDirectory
 from distckpt.words import age, count, date, metrics, size, took
 
 _PHASES = {
@@ -66,7 +67,7 @@ class Run:
         events: Its history, oldest first.
     """
 
-    directory: str
+    directory: RunDirectory
     record: Record | None
     events: list[Event]
 
@@ -89,7 +90,7 @@ class Run:
         return sorted(every, key=lambda item: item[1].record, reverse=True)
 
 
-def read_run(directory: str) -> Run:
+def read_run(directory: RunDirectory) -> Run:
     """Read what there is.
 
     Raises:
@@ -124,7 +125,7 @@ def summary(run: Run) -> dict[str, Any]:
     spent = _time_at_work(run.events)
     slowest = Counter(event.detail.get("slowest_rank") for event in commits)
     return {
-        "name": os.path.basename(os.path.abspath(run.directory)),
+        "name": os.path.basename(str(run.directory)),
         "newest": run.entries[0][1] if run.entries else None,
         "num_commits": len(commits),
         "num_claims": len(run.of(CLAIM)),
@@ -156,7 +157,7 @@ def figures(run: Run) -> dict[str, Any]:
         {"rank": rank, "times": times, "share": share} for rank, times, share in slowest
     ]
     return {
-        "directory": run.directory,
+        "directory": str(run.directory),
         "newest": None if newest is None else newest.attempt.prefix,
         **tree,
         **events,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from distckpt import mailbox, paths, state, storage
+from distckpt import mailbox, paths, state
 from distckpt.durations import seconds_of
 from distckpt.errors import CheckpointNotFound, ConfigError
 from distckpt.identity import this_process
@@ -23,6 +23,7 @@ from distckpt.near_paths import there_is
 from distckpt.readers import read_record
 from distckpt.record import Entry
 from distckpt.remarks import Remarks
+from distckpt.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.2
 
@@ -113,10 +114,10 @@ def request_save(
         StorageError, CorruptStateError, NewerFormatError: It could not be asked for.
     """
     given = checked_path(directory)
-    root = absolute(given)
+    root = RunDirectory.at(given)
     seconds = _checked(timeout)
-    if not storage.is_directory(root):
-        msg = f"{given} is not a directory.{there_is(root)}"
+    if not root.is_folder():
+        msg = f"{given} is not a directory.{there_is(str(root))}"
         raise CheckpointNotFound(msg)
     # Read whole: nothing is left in a directory whose records this version cannot read.
     if read_record(root) is None:
@@ -127,7 +128,7 @@ def request_save(
         return None
     record = read_record(root)
     committed = () if record is None else record.committed
-    return os.path.join(given, committed[0].attempt.prefix) if committed else None
+    return root.path_of(committed[0].attempt.prefix) if committed else None
 
 
 def _ask(
@@ -155,26 +156,28 @@ def _checked(timeout: float | timedelta | None) -> float | None:
     return None if timeout is None else seconds_of("timeout", timeout, may_be_zero=True)
 
 
-def _entry_of(path: Path) -> tuple[str, Entry]:
+def _entry_of(path: Path) -> tuple[RunDirectory, Entry]:
     """Find what a path means: a name as users see it, or that of an attempt."""
     text = checked_path(path).rstrip(os.sep)
-    root, name = os.path.split(absolute(text))
+    parent, name = os.path.split(absolute(text))
+    root = RunDirectory.at(parent)
     if not state.has_records(root):
-        msg = f"{text}: {root} is not a run directory.{there_is(root)}"
+        msg = f"{text}: {root} is not a run directory.{there_is(parent)}"
         raise CheckpointNotFound(msg)
     return root, _listed(root, name)
 
 
-def _listed(root: str, name: str) -> Entry:
+def _listed(root: RunDirectory, name: str) -> Entry:
     record = read_record(root)
     committed = () if record is None else record.committed
     for entry in committed:
         if name in (entry.attempt.prefix, entry.attempt.published):
             return entry
     attempt = paths.parse_published(name)
-    path = os.path.join(root, name if attempt is None else attempt.prefix)
+    shown = name if attempt is None else attempt.prefix
+    path = root.path_of(shown)
     known = [entry.attempt.prefix for entry in committed]
-    hint = did_you_mean(os.path.basename(path), known)
+    hint = did_you_mean(shown, known)
     msg = (
         f"{path}: not committed, or dropped before this was asked for{hint} Committed, "
         f"newest first: {', '.join(known[:10]) or 'none'}."

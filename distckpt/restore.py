@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distckpt import paths, run_directory, savable, storage, strict_json, words
+from distckpt import paths, run_checks, savable, strict_json, words
 from distckpt.checkpoint import COUNTER, nodes_of, objects_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.choice import LATEST, spelled
@@ -34,6 +34,7 @@ from distckpt.pretrained import Pretrained
 from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry, digest
 from distckpt.restore_names import Names, RestoreOptions
+from distckpt.run_directory import RunDirectory
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -92,8 +93,8 @@ class Candidates:
         Raises:
             RestoreFailed: It is not: going back to an older one is for the user to decide.
         """
-        path = self._job.path(entry.attempt.published)
-        target = storage.link_target(path)
+        path = self._job.directory.attempt(entry.attempt)
+        target = path.link_target()
         if target is None:
             return False
         if self._skips_links:
@@ -169,7 +170,7 @@ class Candidates:
 
     def _confirm(self, entry: Entry, shard_rank: int | None) -> bool:
         """Read what a rank found corrupt once more, on the chief."""
-        directory = self._job.path(entry.attempt.published)
+        directory = self._job.directory.attempt(entry.attempt)
         try:
             manifest = read_manifest(directory, entry.manifest)
             if shard_rank is not None:
@@ -192,9 +193,9 @@ class _Try:
     names: Ran[Names]
 
 
-def _tell_of_fresh_start(directory: str) -> None:
+def _tell_of_fresh_start(directory: RunDirectory) -> None:
     """Say where nothing was found: the directory may be another one than was meant."""
-    below = run_directory.run_directories_in(directory)
+    below = run_checks.run_directories_in(str(directory))
     if below:
         _logger.warning(
             "no checkpoint in %s: a fresh start. There are run directories in it: %s. Was "
@@ -254,10 +255,11 @@ def _in_this_directory(job: Job, which: Any) -> Any:
     text = os.fspath(which)
     if not isinstance(text, str):
         return which
-    if os.path.normpath(text) in (os.path.normpath(job.given), job.directory):
+    given = os.path.normpath(job.directory.spelling)
+    if os.path.normpath(text) in (given, str(job.directory)):
         return LATEST
     root, name = os.path.split(text.rstrip(os.sep))
-    if root and os.path.normpath(root) == os.path.normpath(job.given):
+    if root and os.path.normpath(root) == given:
         return name
     return which
 
@@ -366,7 +368,7 @@ class _Planned:
 def _plan(job: Job, trial: _Try) -> _Planned:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
     names = trial.names.value()
-    directory = job.path(trial.attempt.published)
+    directory = job.directory.attempt(trial.attempt)
     what = f"opening {trial.attempt.prefix}"
     nodes = nodes_of(job.checkpoint)  # runs user code, so on this thread
 

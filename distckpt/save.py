@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from distckpt import paths, savable, shard_file, strict_json
+from distckpt import savable, shard_file, strict_json
 from distckpt.asking import answer_requests, ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
 from distckpt.checkpoint import Captured, objects_of
@@ -220,8 +220,8 @@ def _write(
     job.decisions.lane.worker.raise_interrupt()
     file = own_file_of(job, captured, plan.layouts)
     draft = draft_of(job, attempt, captured, file)
-    path = job.path(attempt.pending, paths.shard_file(job.rank, job.world_size))
-    return shard_file.write_outlined(path, draft, file.outline, file.loader(captured))
+    target = job.directory.new_shard(attempt, job.rank, job.world_size)
+    return shard_file.write_outlined(target, draft, file.outline, file.loader(captured))
 
 
 # The last save of a job that is told to stop

@@ -15,16 +15,16 @@ Bytes come in and go out as buffers: no torch in this module.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import xxhash
 
-from distckpt import calls, dtypes, shard_header, storage
+from distckpt import calls, dtypes, shard_header
 from distckpt.errors import ChecksumError, NewerFormatError, ShardFileError
 from distckpt.layout import Piece
 from distckpt.record import digest
+from distckpt.run_directory import Buffer, NewShard, Source
 from distckpt.shard_header import (
     CHECKSUM_BYTES,
     LENGTH,
@@ -34,10 +34,11 @@ from distckpt.shard_header import (
     Outline,
     Stored,
 )
-from distckpt.storage import Buffer
 
 # Short runs are read together in spans of at most so many bytes.
 _SPAN_BYTES = 4 * 2**20
+# What images are aligned to, in memory and in length: so can be written past the cache.
+IMAGE_BYTES = 4096
 # What is handed to one call, after its checksums or before them.
 _BATCH_BYTES = 2**20
 _BATCH_BUFFERS = 512
@@ -152,12 +153,16 @@ Load: TypeAlias = Callable[[int, int], Iterable[Buffer]]
 
 
 def write(
-    path: str, entries: Iterable[Entry], *, per_rank_values: dict[str, Any], **whose: Any
+    target: NewShard,
+    entries: Iterable[Entry],
+    *,
+    per_rank_values: dict[str, Any],
+    **whose: Any,
 ) -> Written:
     """Write one shard file with these entries; see ``write_outlined``.
 
     Args:
-        path: Inside the attempt's pending directory.
+        target: The file.
         entries: What to write; equal names are an error.
         per_rank_values: This rank's own plain values, encoded.
         **whose: ``attempt``, ``rank`` and ``world_size``, as for a ``Draft``.
@@ -169,19 +174,19 @@ def write(
     def load(first: int, stop: int) -> list[Buffer]:
         return [entry.load() for entry in ordered[first:stop]]
 
-    return write_outlined(path, draft, outline, load)
+    return write_outlined(target, draft, outline, load)
 
 
-def write_outlined(path: str, draft: Draft, outline: Outline, load: Load) -> Written:
+def write_outlined(target: NewShard, draft: Draft, outline: Outline, load: Load) -> Written:
     """Write one shard file and make its content and its name durable.
 
-    After return the file survives a power loss. No file of this name may exist, and
-    its directory is never made here: where it is gone, another manager took over.
+    After return the file survives a power loss. No file of this name may exist, and the
+    attempt is never begun here: where it is gone, another manager took over.
 
     Called by: every rank. Collectives: none.
 
     Args:
-        path: Inside the attempt's pending directory.
+        target: The file.
         draft: The header.
         outline: What to write.
         load: Returns its bytes.
@@ -189,16 +194,20 @@ def write_outlined(path: str, draft: Draft, outline: Outline, load: Load) -> Wri
     Raises:
         StorageError: Names operation and path.
     """
-    return _write_batches(path, draft, outline, _batched(path, outline, load))
+    return _write_batches(target, draft, outline, _batched(target, outline, load))
 
 
 def write_streamed(
-    path: str, entries: Iterable[Streamed], *, per_rank_values: dict[str, Any], **whose: Any
+    target: NewShard,
+    entries: Iterable[Streamed],
+    *,
+    per_rank_values: dict[str, Any],
+    **whose: Any,
 ) -> Written:
     """Write one shard file of tensors that are never held whole; see ``write_outlined``.
 
     Args:
-        path: Inside the attempt's pending directory.
+        target: The file.
         entries: What to write; equal names are an error.
         per_rank_values: This rank's own plain values, encoded.
         **whose: ``attempt``, ``rank`` and ``world_size``, as for a ``Draft``.
@@ -210,14 +219,14 @@ def write_streamed(
         outline.block_bytes, _STREAM_BYTES // outline.block_bytes * outline.block_bytes
     )
     batches = ([piece] for entry in ordered for piece in entry.stream(step))
-    return _write_batches(path, draft, outline, batches)
+    return _write_batches(target, draft, outline, batches)
 
 
 def _write_batches(
-    path: str, draft: Draft, outline: Outline, batches: Iterable[list[Buffer]]
+    target: NewShard, draft: Draft, outline: Outline, batches: Iterable[list[Buffer]]
 ) -> Written:
     """Write a file from batches: several small entries, or whole blocks of one."""
-    with storage.NewFile(path, draft.size_bytes + outline.data_bytes) as file:
+    with target.create(draft.size_bytes + outline.data_bytes) as file:
         position = draft.size_bytes
         checksums = bytearray()
         for batch in batches:
@@ -227,29 +236,30 @@ def _write_batches(
         head = draft.encode(bytes(checksums))
         file.write_at(0, [head])
         file.finish(position)
-    storage.sync_directory(os.path.dirname(path))
     return Written(position, digest(head))
 
 
 def image_bytes(draft: Draft, outline: Outline) -> int:
     """Return how long the image of a file is, with its padding; see ``write_image``."""
     size = draft.size_bytes + outline.data_bytes
-    return -(-size // storage.DIRECT_BYTES) * storage.DIRECT_BYTES
+    return -(-size // IMAGE_BYTES) * IMAGE_BYTES
 
 
-def write_image(path: str, image: memoryview, draft: Draft, outline: Outline) -> Written:
+def write_image(
+    target: NewShard, image: memoryview, draft: Draft, outline: Outline
+) -> Written:
     """Write a shard file whose entries lie in memory as they will in the file; durably.
 
     Past the page cache where that can be done. Else as ``write``, which see.
 
     Args:
-        path: Inside the attempt's pending directory.
-        image: ``image_bytes`` long, at a multiple of ``storage.DIRECT_BYTES``: room for
-            the header, then the entries.
+        target: The file.
+        image: ``image_bytes`` long, at a multiple of ``IMAGE_BYTES``: room for the header,
+            then the entries.
         draft: The header.
         outline: What the file holds.
     """
-    calls.check_wanted("write", path)
+    calls.check_wanted("write", str(target))
     size = draft.size_bytes + outline.data_bytes
     checksums = bytearray()
     start = draft.size_bytes
@@ -261,10 +271,9 @@ def write_image(path: str, image: memoryview, draft: Draft, outline: Outline) ->
     head = draft.encode(bytes(checksums))
     image[: len(head)] = head
     image[size:] = bytes(len(image) - size)
-    with storage.NewFile(path, size, direct=True) as file:
+    with target.create(size, is_image=True) as file:
         file.write_at(0, [image])
         file.finish(size)
-    storage.sync_directory(os.path.dirname(path))
     return Written(size, digest(head))
 
 
@@ -284,7 +293,7 @@ def _checksums_of(buffers: Sequence[Buffer], block_bytes: int) -> bytes:
     return b"".join(map(xxhash.xxh3_64_digest, buffers))
 
 
-def _batched(path: str, outline: Outline, load: Load) -> Iterator[list[Buffer]]:
+def _batched(target: NewShard, outline: Outline, load: Load) -> Iterator[list[Buffer]]:
     """Gather small entries into one vectored write, and cut large ones.
 
     So little at a time that what was read for the checksums is still in the cache when it
@@ -292,7 +301,7 @@ def _batched(path: str, outline: Outline, load: Load) -> Iterator[list[Buffer]]:
     """
     step = _step_bytes(outline.block_bytes)
     for first, stop in _batches(outline.sizes, outline.block_bytes):
-        calls.check_wanted("write", path)
+        calls.check_wanted("write", str(target))
         buffers = [buffer for buffer in load(first, stop) if len(buffer)]
         assert sum(map(len, buffers)) == sum(outline.sizes[first:stop]), outline
         if len(buffers) > 1:
@@ -336,25 +345,25 @@ class ShardReader:
         num_block_reads: Blocks read so far, for tests and reports.
 
     Args:
-        path: The file.
+        file: The file; closed with this, and if this cannot be made.
         expected_digest: The header's digest in the manifest; None skips that check.
 
     Raises:
         ChecksumError: The header is not the one that was committed.
         ShardFileError: The header is not valid.
         NewerFormatError: A newer version of distckpt wrote it.
-        StorageError: The file cannot be opened or read.
+        StorageError: The file cannot be read.
     """
 
-    def __init__(self, path: str, expected_digest: str | None = None) -> None:
-        self.path = path
+    def __init__(self, file: Source, expected_digest: str | None = None) -> None:
+        self.path = file.path
         self.num_block_reads = 0
-        self._file = storage.OpenFile(path)
+        self._file = file
         try:
             self.header = self._parse(expected_digest)
         except (ShardFileError, NewerFormatError) as error:
             self._file.close()
-            msg = f"{path}: {error}"
+            msg = f"{file.path}: {error}"
             raise type(error)(msg) from error
         except BaseException:
             self._file.close()

@@ -6,10 +6,9 @@ import logging
 import os
 from typing import Any
 
-from distckpt import paths, storage, words
+from distckpt import files, words
 from distckpt.errors import ConfigError
 from distckpt.events import (
-    CLAIM,
     COMMIT,
     DELETE,
     ERROR,
@@ -24,8 +23,6 @@ from distckpt.locations import absolute, checked_path
 
 _logger = logging.getLogger("distckpt")
 
-_MAX_FILE_BYTES = 8 * 2**20
-_KEPT_FILES = 64
 _GIB = 2**30
 
 
@@ -43,48 +40,7 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         """Append one."""
         line = event.to_json() + "\n"
-        storage.append_to_file(self._path.replace("{rank}", str(event.rank)), line.encode())
-
-
-class History:
-    """Keeps what the chief has done in the run directory, for ``distckpt report``.
-
-    One file for each claim, begun anew when it has grown large; old ones are removed.
-
-    Args:
-        directory: The run directory.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self._folder = os.path.join(directory, paths.EVENTS_DIRECTORY)
-        self._path = ""
-        self._size_bytes = 0
-        self._nonce = paths.random_hex(4)
-
-    def __call__(self, event: Event) -> None:
-        """Append one, from the first claim on."""
-        if event.kind == CLAIM:
-            self._begin(int(event.detail["epoch"]), 0)
-        if not self._path:
-            return  # nothing is written into a directory that is not ours yet
-        line = (event.to_json() + "\n").encode()
-        if self._size_bytes + len(line) > _MAX_FILE_BYTES:
-            found = paths.parse_events_file(os.path.basename(self._path))
-            assert found is not None
-            self._begin(found.epoch, found.part + 1)
-        storage.append_to_file(self._path, line)
-        self._size_bytes += len(line)
-
-    def _begin(self, epoch: int, part: int) -> None:
-        storage.refuse_link(self._folder)
-        storage.make_directories(self._folder)
-        self._path = os.path.join(self._folder, paths.events_file(epoch, self._nonce, part))
-        self._size_bytes = 0
-        files = [paths.parse_events_file(n) for n in storage.list_directory(self._folder)]
-        known = sorted(file for file in files if file is not None)
-        for file in known[: -(_KEPT_FILES - 1)]:
-            name = paths.events_file(file.epoch, file.nonce, file.part)
-            storage.remove_file(os.path.join(self._folder, name))
+        files.append_to_file(self._path.replace("{rank}", str(event.rank)), line.encode())
 
 
 class PrometheusFile:

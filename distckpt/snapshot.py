@@ -18,9 +18,9 @@ from distckpt.errors import SaveFailed
 from distckpt.known import window
 from distckpt.leaves import Leaf
 from distckpt.own_file import Move, Moves
+from distckpt.run_directory import Buffer, NewShard
 from distckpt.shard_file import Written
 from distckpt.shard_header import Draft, Outline
-from distckpt.storage import Buffer
 
 # Entries of up to so many bytes are gathered before they are copied: for each of them, a
 # call of its own would take longer than the copy.
@@ -242,10 +242,10 @@ class Snapshot:
         for device, copied in self._beside.items():
             torch.cuda.current_stream(device).wait_event(copied)
 
-    def write(self, path: str) -> Written:
+    def write(self, target: NewShard) -> Written:
         """Write the file; see ``shard_file.write_image``."""
         image = self._image.numpy().data
-        return shard_file.write_image(path, image, self._draft, self._outline)
+        return shard_file.write_image(target, image, self._draft, self._outline)
 
     def _copy(self, moves: Iterable[Move]) -> set[torch.device]:
         """Copy entries; from a device, they are only put into its current stream.

@@ -8,12 +8,11 @@ fenced. See docs/protocol.md for the proof.
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from distckpt import paths, storage
+from distckpt import paths
 from distckpt.errors import (
     CorruptStateError,
     FencedError,
@@ -23,6 +22,8 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.record import MAX_SIZE_BYTES, Record, digest
+from distckpt.run_directory import RunDirectory
+from distckpt.storage.store import Created, Place
 
 _KEPT_RECORDS = 64
 _MAX_RACES = 10
@@ -36,7 +37,7 @@ class Head:
     digest: str
 
 
-def read_head(directory: str) -> Head | None:
+def read_head(directory: RunDirectory) -> Head | None:
     """Read the newest record of a run directory; None if it has no chain.
 
     Raises:
@@ -46,8 +47,7 @@ def read_head(directory: str) -> Head | None:
         UnsafeCheckpointError: The records are elsewhere, by way of a link.
         StorageError: The directory cannot be read.
     """
-    # Whoever made the directory could else have jobs read and write anywhere.
-    storage.refuse_link(os.path.join(directory, paths.RECORDS_DIRECTORY))
+    directory.refuse_linked_records()
     races = 0
     while True:
         number = _newest_number(directory)
@@ -62,7 +62,7 @@ def read_head(directory: str) -> Head | None:
                 raise
 
 
-def _newest_number(directory: str) -> int | None:
+def _newest_number(directory: RunDirectory) -> int | None:
     number = _newest_named(directory)
     if number == 0:
         checkpoint = _any_checkpoint(directory)
@@ -76,31 +76,38 @@ def _newest_number(directory: str) -> int | None:
     return number
 
 
-def _newest_named(directory: str) -> int:
+def _newest_named(directory: RunDirectory) -> int:
     number = _newest_listed(directory)
     # A directory listing may be stale on network filesystems; a name never is.
-    while storage.exists(record_path(directory, number + 1)):
+    while directory.places.record(number + 1).exists():
         number += 1
     return number
 
 
-def has_records(directory: str) -> bool:
+def has_records(directory: RunDirectory) -> bool:
     """Tell whether a directory has a chain, valid or not."""
     return bool(record_numbers(directory))
 
 
-def is_newest(directory: str, head: Head | None) -> bool:
+def copy_without_records(directory: RunDirectory) -> str | None:
+    """Return the path of a file called like the state file, if there are no records."""
+    places = directory.places
+    is_alone = places.state_file.exists() and not places.records.exists()
+    return str(places.state_file) if is_alone else None
+
+
+def is_newest(directory: RunDirectory, head: Head | None) -> bool:
     """Tell, asking by name, whether no record follows this one."""
     number = 0 if head is None else head.record.number
-    if storage.exists(record_path(directory, number + 1)):
+    if directory.places.record(number + 1).exists():
         return False
     if head is None:
         return not record_numbers(directory)  # the first may have been pruned
     # Asked last: while the record itself stands, its successor cannot have been pruned.
-    return storage.exists(record_path(directory, number))
+    return directory.places.record(number).exists()
 
 
-def refuse_lost_records(directory: str, head: Head) -> None:
+def refuse_lost_records(directory: RunDirectory, head: Head) -> None:
     """Raise if the newest record has been lost, so that an older one seems to be it.
 
     The copy for people is written after its record is durable, so it is never ahead of the
@@ -128,7 +135,7 @@ def refuse_lost_records(directory: str, head: Head) -> None:
     raise CorruptStateError(msg)
 
 
-def read_copy(directory: str) -> Record:
+def read_copy(directory: RunDirectory) -> Record:
     """Read the state file, the copy of the newest record for people.
 
     Raises:
@@ -136,16 +143,16 @@ def read_copy(directory: str) -> Record:
         FormatError: It is no record, or no regular file.
         NewerFormatError: A newer version of distckpt wrote it.
     """
-    path = os.path.join(directory, paths.STATE_FILE)
-    data = storage.read_file(path, MAX_SIZE_BYTES)
+    place = directory.places.state_file
+    data = place.read(MAX_SIZE_BYTES)
     try:
         return Record.decode(data)
     except NewerFormatError as error:
-        msg = f"{path}: {error}"
+        msg = f"{place}: {error}"
         raise NewerFormatError(msg) from error
 
 
-def append(directory: str, record: Record) -> Head:
+def append(directory: RunDirectory, record: Record) -> Head:
     """Append one record; after return it is durable and acknowledged.
 
     Called by: the chief alone, as its only way to change anything.
@@ -156,8 +163,7 @@ def append(directory: str, record: Record) -> Head:
             durably, whether the record is there.
         StorageError: It failed before the link was tried; nothing has changed.
     """
-    records = os.path.join(directory, paths.RECORDS_DIRECTORY)
-    path = record_path(directory, record.number)
+    path = directory.places.record(record.number)
     data = record.encode()
     if len(data) > MAX_SIZE_BYTES:
         num_listed = len(record.committed)
@@ -165,23 +171,18 @@ def append(directory: str, record: Record) -> Head:
             f"{path}: a record of {len(data)} bytes, for {num_listed} checkpoints; at most "
             f"{MAX_SIZE_BYTES} are read again. Keep fewer: give max_to_keep."
         )
-        raise StorageError(msg, operation="append", path=path, errno=errno.EFBIG)
-    temporary = os.path.join(records, paths.temporary_file(record.epoch))
-    try:
-        # Complete and durable before it gets a name in the chain: no reader can ever
-        # see a torn record.
-        storage.write_new_file(temporary, data)
-        try:
-            storage.link(temporary, path)
-        except StorageError as error:
-            # EEXIST and lost replies look alike: what the file holds decides.
-            _settle(directory, record.number, data, error)
-        try:
-            storage.sync_directory(records)
-        except StorageError as error:
-            raise _unknown(path, error) from error
-    finally:
-        _remove_quietly(temporary)
+        raise StorageError(msg, operation="append", path=str(path), errno=errno.EFBIG)
+    made = path.create(data, directory.places.scratch(record.epoch))
+    if made.outcome is Created.TAKEN:
+        msg = f"{path} is taken by another record; a newer manager owns the directory."
+        raise FencedError(msg) from made.error
+    if made.outcome is Created.UNKNOWN:
+        # Perhaps a newer manager has swept what this one was writing, and pruned the
+        # record that took its number.
+        with suppress(StorageError):
+            if _newest_listed(directory) > record.number:
+                raise _overtaken(path) from made.error
+        raise _unknown(path, made.error) from made.error
     # The link alone proves nothing to a writer that was stopped for long: its number may
     # have been taken, overtaken and pruned. Only the newest number counts.
     try:
@@ -193,42 +194,44 @@ def append(directory: str, record: Record) -> Head:
     return Head(record, digest(data))
 
 
-def prune(directory: str) -> None:
+def prune(directory: RunDirectory) -> None:
     """Remove records long behind the newest; the newest holds everything in full."""
-    for number in record_numbers(directory)[:-_KEPT_RECORDS]:
-        storage.remove_file(record_path(directory, number))
+    old = record_numbers(directory)[:-_KEPT_RECORDS]
+    directory.places.records.remove(*map(paths.record_file, old))
 
 
-def write_copy(directory: str, head: Head) -> None:
+def write_copy(directory: RunDirectory, head: Head) -> None:
     """Replace the state file, the copy of the newest record for people."""
-    temporary = os.path.join(
-        directory, paths.RECORDS_DIRECTORY, paths.temporary_file(head.record.epoch)
-    )
-    try:
-        storage.write_new_file(temporary, head.record.encode())
-        storage.rename(temporary, os.path.join(directory, paths.STATE_FILE))
-    except StorageError:
-        _remove_quietly(temporary)
-        raise
+    places = directory.places
+    scratch = places.scratch(head.record.epoch)
+    places.state_file.replace(head.record.encode(), scratch)
 
 
-def record_path(directory: str, number: int) -> str:
-    """Return the path of one record's file."""
-    return os.path.join(directory, paths.RECORDS_DIRECTORY, paths.record_file(number))
+def temporary_files(directory: RunDirectory) -> list[str]:
+    """List the files that were to become records, of living and dead writers."""
+    names = directory.places.records.names()
+    return [name for name in names if paths.parse_temporary_file(name) is not None]
 
 
-def record_numbers(directory: str) -> list[int]:
+def sweep(directory: RunDirectory, epoch: int) -> None:
+    """Remove the temporary files of lower epochs."""
+    names = temporary_files(directory)
+    old = [name for name in names if (paths.parse_temporary_file(name) or 0) < epoch]
+    directory.places.records.remove(*old)
+
+
+def record_numbers(directory: RunDirectory) -> list[int]:
     """List the numbers that have a file, valid or not, ascending."""
-    names = storage.list_directory(os.path.join(directory, paths.RECORDS_DIRECTORY))
+    names = directory.places.records.names()
     numbers = (paths.parse_record_file(name) for name in names)
     return sorted(number for number in numbers if number is not None)
 
 
-def _newest_listed(directory: str) -> int:
+def _newest_listed(directory: RunDirectory) -> int:
     return max(record_numbers(directory), default=0)
 
 
-def read_numbered(directory: str, number: int) -> Head:
+def read_numbered(directory: RunDirectory, number: int) -> Head:
     """Read the record of one number.
 
     Raises:
@@ -236,8 +239,8 @@ def read_numbered(directory: str, number: int) -> Head:
         NewerFormatError: A newer version of distckpt wrote it.
         StorageError: It cannot be read.
     """
-    path = record_path(directory, number)
-    data = storage.read_file(path, MAX_SIZE_BYTES)
+    path = directory.places.record(number)
+    data = path.read(MAX_SIZE_BYTES)
     try:
         record = Record.decode(data)
         if record.number != number:
@@ -257,13 +260,13 @@ def read_numbered(directory: str, number: int) -> Head:
     return Head(record, digest(data))
 
 
-def _any_checkpoint(directory: str) -> str | None:
-    names = storage.list_directory(directory)
+def _any_checkpoint(directory: RunDirectory) -> str | None:
+    names = directory.names()
     published = (name for name in names if paths.parse_published(name) is not None)
     return next(published, None)
 
 
-def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
+def _refuse_lost_chain(directory: RunDirectory, checkpoint: str) -> NoReturn:
     msg = (
         f"{directory} has checkpoints ({checkpoint}, ...) but no records in "
         f"{paths.RECORDS_DIRECTORY}: starting afresh would abandon them. "
@@ -272,36 +275,15 @@ def _refuse_lost_chain(directory: str, checkpoint: str) -> NoReturn:
     raise CorruptStateError(msg)
 
 
-def _settle(directory: str, number: int, data: bytes, error: StorageError) -> None:
-    path = record_path(directory, number)
-    try:
-        found = storage.read_file(path, MAX_SIZE_BYTES)
-    except StorageError as second:
-        # A newer manager has swept this one's temporary file, and pruned the record that
-        # took its number.
-        with suppress(StorageError):
-            if _newest_listed(directory) > number:
-                raise _overtaken(path) from error
-        raise _unknown(path, error) from second
-    if found != data:
-        msg = f"{path} is taken by another record; a newer manager owns the directory."
-        raise FencedError(msg) from error
-
-
-def _overtaken(path: str) -> FencedError:
+def _overtaken(path: Place) -> FencedError:
     return FencedError(
         f"another manager has appended after {path}; this one is fenced. The newest record "
         "says whether it knew of this one."
     )
 
 
-def _unknown(path: str, error: StorageError) -> OutcomeUnknown:
+def _unknown(path: Place, error: OSError | None) -> OutcomeUnknown:
     return OutcomeUnknown(
         f"the disk does not say whether {path} was committed ({error}). The next claim "
         "of the directory decides; until an append succeeds nothing is deleted."
     )
-
-
-def _remove_quietly(path: str) -> None:
-    with suppress(StorageError):  # left for the sweep of a later claim
-        storage.remove_file(path)

@@ -12,6 +12,7 @@ from distckpt.boxes import Box, contiguous_runs, overlap, split_range
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.few_open import FewOpen
 from distckpt.manifest import Manifest
+from distckpt.run_directory import AttemptDirectory
 from distckpt.selection import Selection
 from distckpt.shard_file import ShardReader
 from distckpt.shard_header import Stored
@@ -171,7 +172,7 @@ class StoredTensor:
 class Files:
     """The shard files of one checkpoint, opened when they are needed."""
 
-    def __init__(self, directory: str, manifest: Manifest) -> None:
+    def __init__(self, directory: AttemptDirectory, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
         self.readers = FewOpen(partial(readers.open_shard, directory, manifest))

@@ -5,14 +5,14 @@ Record -> manifest's digest -> headers' digests -> blocks' checksums.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from distckpt import paths, storage
+from distckpt import paths
 from distckpt.errors import FormatError, StorageError
 from distckpt.readers import open_shard, read_manifest
+from distckpt.run_directory import AttemptDirectory
 
 # Told how many bytes will be read; returns what is told when some were.
 Begin: TypeAlias = Callable[[int], Callable[[int], object]]
@@ -47,7 +47,7 @@ class Report:
 
 
 def verify_attempt(
-    directory: str,
+    directory: AttemptDirectory,
     manifest_digest: str | None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Report:
@@ -64,7 +64,7 @@ def verify_attempt(
     Raises:
         NewerFormatError: A newer version of distckpt wrote it.
     """
-    report = Report(directory)
+    report = Report(str(directory))
     try:
         manifest = read_manifest(directory, manifest_digest)
         assignment = manifest.assignment
@@ -83,8 +83,6 @@ def verify_attempt(
     expected = {manifest.shard_file(rank) for rank in range(manifest.world_size)}
     expected.add(paths.MANIFEST_FILE)
     report.foreign = [
-        os.path.join(directory, name)
-        for name in storage.list_directory(directory)
-        if name not in expected
+        directory.path_of(name) for name in directory.names() if name not in expected
     ]
     return report

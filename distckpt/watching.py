@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from distckpt import record, state, storage
+from distckpt import record, state
 from distckpt.errors import CorruptStateError, NewerFormatError, StorageError
 from distckpt.record import Entry, Record
+from distckpt.run_directory import RunDirectory
 from distckpt.state import Head
 from distckpt.words import count, duration
 
@@ -75,7 +76,7 @@ class Watcher:
         num_last: How many of the last commits are told of at the beginning.
     """
 
-    def __init__(self, directory: str, num_last: int) -> None:
+    def __init__(self, directory: RunDirectory, num_last: int) -> None:
         self._directory = directory
         self._num_last = num_last
         self._head: Head | None = None
@@ -104,7 +105,7 @@ class Watcher:
             yield from self._follow(self._head)
 
     def _look_for_records(self) -> Iterator[Event]:
-        if not storage.is_directory(self._directory):
+        if not self._directory.is_folder():
             yield from self._say_once(WAITING, "the directory is not there")
             return
         head = state.read_head(self._directory)

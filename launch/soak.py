@@ -30,6 +30,7 @@ from typing import TextIO
 from distckpt import paths
 from distckpt.readers import read_record
 from distckpt.record import Entry
+from distckpt.run_directory import RunDirectory
 from distckpt.verify import verify_attempt
 
 HERE = Path(__file__).parent
@@ -398,15 +399,15 @@ class Soak:
             if number not in newest and not dropped:
                 self._fail(f"number {number} was acknowledged; listed are {newest}")
         for entry in entries:
-            folder = os.path.join(self._directory, entry.attempt.published)
-            report = verify_attempt(folder, entry.manifest)
+            run = RunDirectory.at(self._directory)
+            report = verify_attempt(run.attempt(entry.attempt), entry.manifest)
             # The job goes on meanwhile: what it has dropped since may be gone.
             if not report.ok and entry in self._committed():
                 self._fail(f"number {entry.attempt.number}: {report.problems}")
             self.num_verified += 1
 
     def _committed(self) -> list[Entry]:
-        record = read_record(self._directory)
+        record = read_record(RunDirectory.at(self._directory))
         return [] if record is None else list(record.committed)
 
     def _end(self) -> None:

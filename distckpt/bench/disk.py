@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distckpt import storage
 from distckpt.bench.interrupt import clean_up_at_signals, remove
 from distckpt.bench.measure import cold_method, memory_fields
 from distckpt.bench.results import LIMIT_PREFIX, OURS, ROWS, Series, WorkloadResults
 from distckpt.errors import ConfigError
+from distckpt.files import free_bytes
 
 _WORKLOAD = "ddp-replicated"
 _WORKLOAD_BYTES = 40 * 1024 * 6144 * 4
@@ -67,7 +67,7 @@ def check_room(directory: str, size_bytes: int) -> None:
         ConfigError: Says how much there is.
         StorageError: The directory cannot be asked.
     """
-    _check("disk", directory, _COPIES_ON_DISK * size_bytes, storage.free_bytes(directory))
+    _check("disk", directory, _COPIES_ON_DISK * size_bytes, free_bytes(directory))
     memory = memory_fields().get("MemAvailable")
     if memory is not None:
         _check("memory", "this host", int(_COPIES_IN_MEMORY * size_bytes), memory)

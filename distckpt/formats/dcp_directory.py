@@ -12,10 +12,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from distckpt import dtypes, storage
+from distckpt import dtypes, files
 from distckpt.boxes import contiguous_runs, split_range, whole
 from distckpt.errors import CheckpointNotFound, FormatError
 from distckpt.few_open import FewOpen
+from distckpt.files import OpenFile
 from distckpt.formats import dcp_metadata, torch_load
 from distckpt.formats.dcp_metadata import (
     METADATA_FILE,
@@ -26,14 +27,13 @@ from distckpt.formats.dcp_metadata import (
     Place,
 )
 from distckpt.formats.foreign import PIECE_BYTES, joined
-from distckpt.storage import OpenFile
 
 _MAX_METADATA_BYTES = 2**32
 
 
 def is_dcp(path: str) -> bool:
     """Tell whether a path is a directory of DCP's."""
-    return storage.exists(os.path.join(path, METADATA_FILE))
+    return files.exists(os.path.join(path, METADATA_FILE))
 
 
 class DcpDirectory:
@@ -60,7 +60,7 @@ class DcpDirectory:
                 "written with use_collectives=False has one a rank, and is not read.)"
             )
             raise CheckpointNotFound(msg)
-        data = storage.read_file(file, _MAX_METADATA_BYTES)
+        data = files.read_file(file, _MAX_METADATA_BYTES)
         try:
             metadata = dcp_metadata.decode(data)
         except FormatError as error:

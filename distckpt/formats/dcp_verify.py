@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from distckpt import storage
+from distckpt import files
 from distckpt.errors import DistckptError
 from distckpt.formats import dcp_metadata
 from distckpt.formats.dcp_directory import DcpDirectory, StoredDcpTensor
@@ -94,7 +94,7 @@ class _Check:
         known = {METADATA_FILE, *by_file}
         report.foreign = [
             os.path.join(directory.path, name)
-            for name in storage.list_directory(directory.path)
+            for name in files.list_directory(directory.path)
             if name not in known
         ]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import xxhash
 
-from distckpt import storage
+from distckpt import files
 from distckpt.boxes import Box
 from distckpt.formats import dcp_metadata, torch_save
 from distckpt.formats.dcp_metadata import (
@@ -64,10 +64,10 @@ def write(directory: str, items: Items, advance: Advance) -> dict[str, Facts]:
     Raises:
         FormatError, StorageError: A tensor cannot be read, or a file not be written.
     """
-    storage.make_directory(directory)
+    files.make_directory(directory)
     entries: dict[str, DcpTensor | DcpValue] = {}
     facts: dict[str, Facts] = {}
-    with storage.NewFile(os.path.join(directory, _DATA_FILE)) as file:
+    with files.NewFile(os.path.join(directory, _DATA_FILE)) as file:
         end = 0
         for name, item in items.items():
             if item.same_as:
@@ -87,12 +87,12 @@ def write(directory: str, items: Items, advance: Advance) -> dict[str, Facts]:
     paths = {name: item.path for name, item in items.items()}
     ordered = {name: entries[name] for name in items}
     data = dcp_metadata.encode(DcpMetadata(ordered, paths))
-    storage.write_new_file(os.path.join(directory, METADATA_FILE), data)
+    files.write_new_file(os.path.join(directory, METADATA_FILE), data)
     return facts
 
 
 def _write_tensor(
-    file: storage.NewFile, start: int, tensor: StoredTensor, advance: Advance
+    file: files.NewFile, start: int, tensor: StoredTensor, advance: Advance
 ) -> tuple[DcpTensor, Facts, int]:
     """Write the chunks of a tensor; returns what they are, and where the last one ends."""
     hasher = xxhash.xxh3_128()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distckpt import storage, strict_json
+from distckpt import files, strict_json
 from distckpt.errors import ChecksumError, ConfigError, UnsupportedError
 from distckpt.formats import (
     dcp_names,
@@ -105,7 +105,7 @@ def export(
     tracked_object = options.tracked_object
     if to == HUGGINGFACE and tracked_object is None:
         tracked_object = "model"
-    if options.config is not None and not storage.exists(os.path.realpath(options.config)):
+    if options.config is not None and not files.exists(os.path.realpath(options.config)):
         msg = f"{options.config}: no such file or directory to copy from."
         raise ConfigError(msg)
     chosen = choose(opened, tracked_object, options.patterns)
@@ -149,7 +149,7 @@ def _write_safetensors(
     watched = {name: Watched(tensor, advance) for name, tensor in tensors.items()}
     safetensors_file.write(path, watched, metadata)
     facts = {name: one.facts() for name, one in watched.items()}
-    with storage.OpenFile(path) as file:
+    with files.OpenFile(path) as file:
         compare(path, safetensors_file.read(file), facts, advance)
 
 
@@ -161,28 +161,28 @@ def _write_torch(path: str, chosen: Chosen, advance: Advance) -> None:
         name: torch_save.stored_tensor(watched[own].dtype, watched[own].shape, key_of[own])
         for name, own in names.items()
     }
-    with storage.NewFile(path) as file:
+    with files.NewFile(path) as file:
         storages = {key_of[name]: one for name, one in watched.items()}
         file.finish(torch_save.write(file, 0, tree, storages))
     facts = {name: watched[own].facts() for name, own in names.items()}
-    with storage.OpenFile(path) as opened:
+    with files.OpenFile(path) as opened:
         compare(path, torch_load.read(opened, 0, opened.size_bytes), facts, advance)
 
 
 def _write_huggingface(
     directory: str, chosen: Chosen, options: Options, advance: Advance
 ) -> None:
-    storage.make_directory(directory)
-    files = _files_of(chosen.tensors, options.max_shard_bytes)
-    for file, tensors in files.items():
+    files.make_directory(directory)
+    parts = _files_of(chosen.tensors, options.max_shard_bytes)
+    for file, tensors in parts.items():
         _write_safetensors(os.path.join(directory, file), tensors, _METADATA, advance)
-    if len(files) > 1:
+    if len(parts) > 1:
         index = {
             "metadata": {"total_size": chosen.size_bytes},
-            "weight_map": {name: file for file, own in files.items() for name in own},
+            "weight_map": {name: file for file, own in parts.items() for name in own},
         }
         path = os.path.join(directory, _HF_INDEX)
-        storage.write_new_file(path, strict_json.dumps(index).encode())
+        files.write_new_file(path, strict_json.dumps(index).encode())
     if options.config is not None:
         _copy_config(os.path.realpath(options.config), directory)
 
@@ -208,14 +208,14 @@ def _files_of(
 def _copy_config(source: str, directory: str) -> None:
     """Copy a file, or the files of a directory that are no weights; links are followed."""
     paths = [source]
-    if storage.is_directory(source):
-        names = storage.list_directory(source)
+    if files.is_directory(source):
+        names = files.list_directory(source)
         paths = [os.path.join(source, n) for n in names if not n.endswith(_HF_WEIGHTS)]
     for path in paths:
         real = os.path.realpath(path)
-        if not storage.is_directory(real):
-            data = storage.read_file(real, _MAX_CONFIG_BYTES)
-            storage.write_new_file(os.path.join(directory, os.path.basename(path)), data)
+        if not files.is_directory(real):
+            data = files.read_file(real, _MAX_CONFIG_BYTES)
+            files.write_new_file(os.path.join(directory, os.path.basename(path)), data)
 
 
 def _export_dcp(

@@ -21,6 +21,7 @@ from distckpt.identity import Identity
 from distckpt.layout import SPLIT, WHOLE, Assignment, Row, Table
 from distckpt.manifest import Shard
 from distckpt.retention import Retention
+from distckpt.run_directory import RunDirectory
 
 _COUNTER = "save_counter"
 _SETTLE_SECONDS = 60.0
@@ -80,7 +81,9 @@ def import_run(
     watched = {n: Watched(tensor, advance) for n, tensor in found.tensors.items()}
     ties = found.ties
     with Placing(directory) as placing:
-        published = _commit(placing.path, name, chosen, step, watched, ties, values)
+        published = _commit(
+            RunDirectory.at(placing.path), name, chosen, step, watched, ties, values
+        )
         once = {n: watched[n].facts() for n in watched if n not in ties}
         _check_ties(found, once)
         with opened.open(published) as written:
@@ -110,7 +113,7 @@ def _check_ties(found: Named, facts: Mapping[str, Facts]) -> None:
 
 
 def _commit(
-    directory: str,
+    run: RunDirectory,
     name: str,
     number: int,
     step: int | None,
@@ -121,7 +124,7 @@ def _commit(
     """Save through a chief of its own; returns the attempt's directory."""
     table = Table(_row(n, tensor, ties.get(n, "")) for n, tensor in tensors.items())
     chief = Chief(
-        directory,
+        run,
         checkpoint_name=name,
         retention=Retention(None),
         identity=Identity("import", 0),
@@ -131,7 +134,7 @@ def _commit(
         chief.finish_claim()
         attempt = chief.begin(number, 0)
         written = shard_file.write_streamed(
-            os.path.join(directory, attempt.pending, paths.shard_file(0, 1)),
+            run.new_shard(attempt, 0, 1),
             [
                 shard_file.Streamed(piece, tensors[piece.row.name].stream)
                 for piece in Assignment([table], [0]).pieces_of_rank(0)
@@ -144,11 +147,11 @@ def _commit(
         shards = [Shard(written.size_bytes, written.header, 0)]
         chief.commit(attempt, step=step, shards=shards, layouts=[table], values=values)
         if not chief.settle(_SETTLE_SECONDS):
-            msg = f"{directory}: the filesystem does not come to an end with deleting."
-            raise StorageError(msg, operation="remove", path=directory)
+            msg = f"{run}: the filesystem does not come to an end with deleting."
+            raise StorageError(msg, operation="remove", path=str(run))
     finally:
         chief.close()
-    return os.path.join(directory, attempt.published)
+    return str(run.attempt(attempt))
 
 
 def _row(name: str, tensor: Tensor, same_as: str) -> Row:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from typing import Any
 
-from distckpt import storage
+from distckpt import files
 from distckpt.errors import (
     ConfigError,
     FormatError,
@@ -70,9 +70,9 @@ class Source:
         name = ".".join(map(str, path))
         return any(fnmatchcase(name, pattern) for pattern in self._skip)
 
-    def _open(self, path: str) -> storage.OpenFile:
+    def _open(self, path: str) -> files.OpenFile:
         # Downloads are kept as links to where they really lie.
-        return self._stack.enter_context(storage.OpenFile(os.path.realpath(path)))
+        return self._stack.enter_context(files.OpenFile(os.path.realpath(path)))
 
     def _read_safetensors(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -86,13 +86,13 @@ class Source:
         return {name: t for name, t in found.items() if not self._is_skipped((name,))}
 
     def _safetensors_files(self) -> list[str]:
-        if not storage.is_directory(self._path):
+        if not files.is_directory(self._path):
             return [self._path]
         index = os.path.join(self._path, _INDEX)
-        if storage.exists(index):
+        if files.exists(index):
             names = _files_in_index(index)
         else:
-            every = storage.list_directory(self._path)
+            every = files.list_directory(self._path)
             names = [name for name in every if name.endswith(".safetensors")]
         if not names:
             msg = f"{self._path}: no safetensors file is there."
@@ -138,7 +138,7 @@ class Source:
 
 def _files_in_index(path: str) -> list[str]:
     """Return the files that an index of Hugging Face's names."""
-    data = storage.read_file(os.path.realpath(path), _MAX_INDEX_BYTES)
+    data = files.read_file(os.path.realpath(path), _MAX_INDEX_BYTES)
     try:
         names = {*json.loads(data)["weight_map"].values()}
         are_files = all(name == os.path.basename(name) and name for name in names)

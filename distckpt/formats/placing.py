@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import TracebackType
 
-from distckpt import paths, storage
+from distckpt import files, paths
 from distckpt.errors import ConfigError
 
 
@@ -33,13 +33,13 @@ class Placing:
         self.path = os.path.join(self._directory, paths.partial(name))
 
     def __enter__(self) -> Placing:
-        if storage.exists(self._target):
+        if files.exists(self._target):
             msg = (
                 f"{self._target} is there already, and is not replaced. Remove it, or take "
                 "another name."
             )
             raise ConfigError(msg)
-        storage.make_directories(self._directory)
+        files.make_directories(self._directory)
         return self
 
     def __exit__(
@@ -58,13 +58,13 @@ class Placing:
             self._remove()
 
     def _put_in_place(self) -> None:
-        if storage.is_directory(self.path):
-            storage.sync_directory(self.path)
-        storage.rename_new(self.path, self._target)
-        storage.sync_directory(self._directory)
+        if files.is_directory(self.path):
+            files.sync_directory(self.path)
+        files.rename_new(self.path, self._target)
+        files.sync_directory(self._directory)
 
     def _remove(self) -> None:
-        if storage.is_directory(self.path):
-            storage.remove_tree(self.path)
+        if files.is_directory(self.path):
+            files.remove_tree(self.path)
         else:
-            storage.remove_file(self.path)
+            files.remove_file(self.path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from distckpt import dtypes, strict_json
 from distckpt.errors import ShardFileError, UnsupportedError
+from distckpt.files import NewFile, OpenFile
 from distckpt.formats.foreign import PIECE_BYTES, Tensor
 from distckpt.shard_header import (
     LENGTH,
@@ -15,7 +16,6 @@ from distckpt.shard_header import (
     check_metadata,
     parse_spans,
 )
-from distckpt.storage import NewFile, OpenFile
 
 _METADATA = "__metadata__"
 _ALIGNMENT = 8

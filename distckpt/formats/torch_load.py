@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from distckpt import dtypes
 from distckpt.boxes import checked_size
 from distckpt.errors import FormatError, UnsupportedError
+from distckpt.files import OpenFile
 from distckpt.formats import pickle_read
 from distckpt.formats.foreign import PIECE_BYTES
 from distckpt.formats.pickle_tree import Call, Global, Reference
@@ -23,7 +24,6 @@ from distckpt.formats.torch_save import (
     UNTYPED,
 )
 from distckpt.formats.zip_file import Record, read_records
-from distckpt.storage import OpenFile
 
 _MAX_PICKLE_BYTES = 2**30
 _MAX_SIZE_BYTES = 2**62

@@ -13,12 +13,12 @@ from typing import Any
 
 from distckpt import dtypes
 from distckpt.errors import UnsupportedError
+from distckpt.files import NewFile
 from distckpt.formats import pickle_write
 from distckpt.formats.foreign import PIECE_BYTES, Tensor
 from distckpt.formats.pickle_tree import Call, Global, Reference
 from distckpt.formats.zip_file import ZipWriter
 from distckpt.instances import is_namespace
-from distckpt.storage import NewFile
 from distckpt.value_tags import Wrapper
 
 _ROOT = "archive"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from distckpt.errors import ChecksumError, FormatError
-from distckpt.storage import Buffer, NewFile, OpenFile
+from distckpt.files import Buffer, NewFile, OpenFile
 
 # Where torch has its records begin, so that tensors can be mapped into memory.
 _ALIGNMENT = 64

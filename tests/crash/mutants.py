@@ -29,13 +29,14 @@ from distckpt import (
     readers,
     shard_file,
     state,
-    storage,
     strict_json,
 )
 from distckpt.chief import Chief
 from distckpt.errors import StorageError
-from distckpt.janitor import remove_published
+from distckpt.run_directory import RunDirectory
 from distckpt.state import Head
+from distckpt.storage import posix, posix_store
+from distckpt.storage.posix_store import PosixStore
 
 HERE = Path(__file__).parent
 VARIABLE = "DISTCKPT_MUTANT"
@@ -83,8 +84,8 @@ _undo: list[Callable[[], None]] = []
 
 def _put(owner: Any, name: str, new: Any) -> None:
     # What the crash tests stand between must look as if it came from there.
-    if owner is storage and inspect.isfunction(new):
-        new.__module__ = storage.__name__
+    if owner is posix and inspect.isfunction(new):
+        new.__module__ = posix.__name__
     _undo.append(partial(setattr, owner, name, getattr(owner, name)))
     setattr(owner, name, new)
 
@@ -104,27 +105,27 @@ def applied(name: str) -> Iterator[None]:
 
 
 def _sync_but(is_skipped: Callable[[str], bool]) -> None:
-    honest = storage.sync_directory
+    honest = posix.sync_directory
 
     def sync_directory(path: str) -> None:
         if not is_skipped(path):
             honest(path)
 
-    _put(storage, "sync_directory", sync_directory)
+    _put(posix, "sync_directory", sync_directory)
 
 
-def _chief_syncs_but(is_skipped: Callable[[str], bool]) -> None:
+def _store_syncs_but(is_skipped: Callable[[str], bool]) -> None:
     """Leave a call out: who writes the calls down sees that it is not made."""
 
     class Storage:
         def __getattr__(self, name: str) -> Any:
-            return sync_directory if name == "sync_directory" else getattr(storage, name)
+            return sync_directory if name == "sync_directory" else getattr(posix, name)
 
     def sync_directory(path: str) -> None:
         if not is_skipped(path):
-            storage.sync_directory(path)
+            posix.sync_directory(path)
 
-    _put(chief, "storage", Storage())
+    _put(posix_store, "posix", Storage())
 
 
 @_mutant(_POWER)
@@ -135,7 +136,7 @@ def no_sync_of_files() -> None:
         def __getattr__(self, name: str) -> Any:
             return (lambda _: None) if name == "fsync" else getattr(os, name)
 
-    _put(storage, "os", Os())
+    _put(posix, "os", Os())
     honest = os.fsync
 
     def sync_directory(path: str) -> None:
@@ -143,13 +144,13 @@ def no_sync_of_files() -> None:
         honest(descriptor)
         os.close(descriptor)
 
-    _put(storage, "sync_directory", sync_directory)
+    _put(posix, "sync_directory", sync_directory)
 
 
 @_mutant("tests/unit/test_chief.py::test_save_happens_in_the_durable_order")
 def no_sync_of_the_published_name() -> None:
     """Do not sync the run directory."""
-    _chief_syncs_but(
+    _store_syncs_but(
         lambda path: os.path.exists(os.path.join(path, paths.RECORDS_DIRECTORY))
     )
 
@@ -164,7 +165,7 @@ def no_sync_of_the_records() -> None:
 @_mutant("tests/unit/test_chief.py::test_save_happens_in_the_durable_order")
 def no_sync_of_the_pending_directory() -> None:
     """Do not sync the names of shard files and manifest."""
-    _chief_syncs_but(lambda path: paths.parse_pending(os.path.basename(path)) is not None)
+    _store_syncs_but(lambda path: paths.parse_pending(os.path.basename(path)) is not None)
 
 
 @_mutant("tests/unit/test_storage.py")
@@ -181,7 +182,7 @@ def failed_fsync_tried_again() -> None:
         except OSError:
             os.fsync(descriptor)
 
-    _put(storage, "os", Os())
+    _put(posix, "os", Os())
 
 
 # The order of steps
@@ -194,7 +195,7 @@ def deleted_before_the_commit() -> None:
 
     def hasty(self: Chief, attempt: paths.Attempt, *rest: Any) -> None:
         for entry in self._live[:-1]:
-            remove_published(self._directory, entry.attempt)
+            self._directory.discard(entry.attempt)
         honest(self, attempt, *rest)
 
     _put(Chief, "_append_commit", hasty)
@@ -203,7 +204,7 @@ def deleted_before_the_commit() -> None:
 @_mutant(_KILLS)
 def recorded_before_published() -> None:
     """Append the record, then rename."""
-    honest, rename = Chief._append_commit, storage.rename
+    honest, rename = Chief._append_commit, posix.rename
     held: list[tuple[str, str]] = []
 
     def later(source: str, target: str) -> None:
@@ -218,14 +219,14 @@ def recorded_before_published() -> None:
             rename(source, target)
         held.clear()
 
-    _put(storage, "rename", later)
+    _put(posix, "rename", later)
     _put(Chief, "_append_commit", first)
 
 
 @_mutant(_KILLS)
 def published_before_the_manifest() -> None:
     """Rename the directory, then write the manifest into it."""
-    write, rename = storage.write_new_file, storage.rename
+    write, rename = posix.write_new_file, posix.rename
     held: list[tuple[str, bytes]] = []
 
     def later(path: str, data: bytes) -> None:
@@ -240,8 +241,8 @@ def published_before_the_manifest() -> None:
             write(os.path.join(target, os.path.basename(path)), data)
         held.clear()
 
-    _put(storage, "write_new_file", later)
-    _put(storage, "rename", first)
+    _put(posix, "write_new_file", later)
+    _put(posix, "rename", first)
 
 
 @_mutant(_KILLS)
@@ -263,16 +264,14 @@ def acknowledged_before_the_record() -> None:
     _put(Chief, "begin", first)
 
 
-@_mutant(
-    "tests/unit/test_janitor.py::test_remove_published_renames_and_syncs_before_it_deletes"
-)
+@_mutant("tests/unit/test_janitor.py::test_discarding_renames_and_syncs_before_it_deletes")
 def deleted_in_place() -> None:
     """Delete a published attempt without renaming it first."""
 
-    def in_place(directory: str, attempt: paths.Attempt) -> None:
-        storage.remove_tree(os.path.join(directory, attempt.published))
+    def in_place(self: PosixStore, folder: str, attempt: paths.Attempt) -> None:
+        posix.remove_tree(os.path.join(folder, attempt.published))
 
-    _put(janitor, "remove_published", in_place)
+    _put(PosixStore, "discard", in_place)
 
 
 # Records
@@ -282,10 +281,10 @@ def deleted_in_place() -> None:
 def record_written_in_place() -> None:
     """Write a record under its final name."""
 
-    def in_place(directory: str, new: Any) -> Head:
-        path = state.record_path(directory, new.number)
-        storage.write_new_file(path, new.encode())
-        storage.sync_directory(os.path.dirname(path))
+    def in_place(directory: RunDirectory, new: Any) -> Head:
+        path = str(directory.places.record(new.number))
+        posix.write_new_file(path, new.encode())
+        posix.sync_directory(os.path.dirname(path))
         return Head(new, state.digest(new.encode()))
 
     _put(state, "append", in_place)
@@ -300,7 +299,7 @@ def record_that_replaces_another() -> None:
         os.link(source, copy)
         os.rename(copy, target)
 
-    _put(storage, "link", link)
+    _put(posix, "link", link)
 
 
 @_mutant(_SCHEDULES)
@@ -330,7 +329,7 @@ def link_alone_taken_for_a_commit() -> None:
     """Do not look whether the number was taken, overtaken and pruned."""
     honest = state._newest_listed
 
-    def newest(directory: str) -> int:
+    def newest(directory: RunDirectory) -> int:
         caller = sys._getframe(1).f_code.co_name
         return 0 if caller == "append" else honest(directory)
 
@@ -341,18 +340,18 @@ def link_alone_taken_for_a_commit() -> None:
 def lost_reply_taken_for_a_failure() -> None:
     """Believe an error of the link."""
 
-    def settle(directory: str, number: int, data: bytes, error: StorageError) -> None:
+    def settled(name: str, data: bytes, error: StorageError) -> None:
         raise error
 
-    _put(state, "_settle", settle)
+    _put(posix_store, "_settled", settled)
 
 
 @_mutant(_ERRORS)
 def unknown_outcome_taken_for_a_failure() -> None:
     """Remove an attempt whose record may be there."""
 
-    def unknown(path: str, error: StorageError) -> StorageError:
-        return StorageError(str(error), operation="link", path=path)
+    def unknown(path: Any, error: StorageError) -> StorageError:
+        return StorageError(str(error), operation="link", path=str(path))
 
     _put(state, "_unknown", unknown)
 
@@ -365,7 +364,7 @@ def sweep_of_any_epoch() -> None:
     """Sweep whatever no list names."""
     honest = janitor._sweep
 
-    def greedy(directory: str, epoch: int, *rest: Any) -> None:
+    def greedy(directory: RunDirectory, epoch: int, *rest: Any) -> None:
         honest(directory, epoch + 1000, *rest)
 
     _put(janitor, "_sweep", greedy)
@@ -381,13 +380,13 @@ def attempts_with_one_name() -> None:
 @_mutant("tests/unit/test_chief.py")
 def sweep_of_any_chain() -> None:
     """Sweep what another run directory's chain has made."""
-    honest = janitor._sweep_name
+    honest = janitor._discard_if_ours
 
-    def careless(directory: str, name: str, epoch: int, chain: str, listed: Any) -> None:
-        found = janitor.chain_of(os.path.join(directory, name))
-        honest(directory, name, epoch, found or chain, listed)
+    def careless(directory: RunDirectory, published: paths.Attempt, chain: str) -> None:
+        found = janitor.chain_of(directory.attempt(published))
+        honest(directory, published, found or chain)
 
-    _put(janitor, "_sweep_name", careless)
+    _put(janitor, "_discard_if_ours", careless)
 
 
 # What others ask for
@@ -438,7 +437,7 @@ def manifests_digest_not_compared() -> None:
     """Take any manifest that says it is right."""
     honest = readers.read_manifest
 
-    def careless(directory: str, expected_digest: str | None = None) -> Any:
+    def careless(directory: Any, expected_digest: str | None = None) -> Any:
         return honest(directory)
 
     import distckpt.verify
@@ -450,7 +449,7 @@ def manifests_digest_not_compared() -> None:
 @_mutant(_CRAFTED)
 def links_followed() -> None:
     """Open whatever a name leads to."""
-    _put(storage, "_READ_FLAGS", storage._READ_FLAGS & ~os.O_NOFOLLOW)
+    _put(posix, "_READ_FLAGS", posix._READ_FLAGS & ~os.O_NOFOLLOW)
 
 
 @_mutant(_CRAFTED)

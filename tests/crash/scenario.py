@@ -31,6 +31,7 @@ from distckpt.manifest import Shard
 from distckpt.paths import Attempt
 from distckpt.record import Record
 from distckpt.retention import Retention
+from distckpt.run_directory import AttemptDirectory, NewShard, RunDirectory
 from distckpt.shard_header import Draft, Outline
 from distckpt.values import encode
 from distckpt.verify import verify_attempt
@@ -109,11 +110,13 @@ class InlineJanitor(Janitor):
 def make_chief(directory: str, *, run: str = "job", threaded: bool = False) -> Chief:
     """Make a chief as a manager does."""
     return Chief(
-        directory,
+        RunDirectory.at(directory),
         checkpoint_name="ckpt",
         retention=Retention(MAX_TO_KEEP),
         identity=Identity(run, 0),
-        janitor=Janitor(directory) if threaded else InlineJanitor(directory),
+        janitor=Janitor(RunDirectory.at(directory))
+        if threaded
+        else InlineJanitor(RunDirectory.at(directory)),
     )
 
 
@@ -147,7 +150,7 @@ def write_shards(
         entries.append(shard_file.Entry(own, _loader(data), per_rank=True))
         write = _write_staged if staged else shard_file.write
         written = write(
-            os.path.join(directory, attempt.pending, paths.shard_file(rank, WORLD_SIZE)),
+            RunDirectory.at(directory).new_shard(attempt, rank, WORLD_SIZE),
             entries,
             attempt=attempt.published,
             rank=rank,
@@ -159,7 +162,7 @@ def write_shards(
 
 
 def _write_staged(
-    path: str, entries: Sequence[shard_file.Entry], **whose: Any
+    target: NewShard, entries: Sequence[shard_file.Entry], **whose: Any
 ) -> shard_file.Written:
     ordered = sorted(entries, key=lambda entry: shard_file.order(entry.piece))
     outline = Outline([(entry.piece, entry.per_rank) for entry in ordered])
@@ -169,7 +172,7 @@ def _write_staged(
     for entry, size in zip(ordered, outline.sizes, strict=True):
         image[start : start + size] = entry.load()
         start += size
-    return shard_file.write_image(path, image, draft, outline)
+    return shard_file.write_image(target, image, draft, outline)
 
 
 def _loader(data: bytes) -> Callable[[], memoryview]:
@@ -318,7 +321,7 @@ def run(
 def check_content(directory: str, saved: Saved) -> None:
     """Read a checkpoint as a restore does and compare every byte."""
     located = readers.locate(os.path.join(directory, saved.prefix))
-    demand(Torn, os.path.basename(located.directory) == saved.published, located)
+    demand(Torn, located.directory.name == saved.published, located)
     manifest = readers.read_manifest(located.directory, located.manifest_digest)
     demand(Torn, manifest.values == {"seed": encode(saved.seed, "seed")}, manifest)
     demand(Torn, manifest.world_size == WORLD_SIZE, manifest)
@@ -356,7 +359,7 @@ def check_readable(
         Torn, Lost: It is not so.
         DistckptError: The directory cannot be read.
     """
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     entries = () if record is None else record.live
     names = [entry.attempt.published for entry in entries]
     matching = [some for some in possible if [s.published for s in some] == names]
@@ -364,7 +367,7 @@ def check_readable(
     listing = matching[0]
     for entry, saved in zip(entries, listing, strict=True):
         path = os.path.join(directory, entry.attempt.published)
-        report = verify_attempt(path, entry.manifest)
+        report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
         demand(Torn, report.ok and not report.foreign, report)
         check_content(directory, saved)
     prefixes = [os.path.join(directory, saved.prefix) for saved in listing]
@@ -392,7 +395,7 @@ def _check_chain(directory: str) -> None:
     )
     previous = None
     for number in numbers:
-        head = state.read_numbered(directory, number)
+        head = state.read_numbered(RunDirectory.at(directory), number)
         if previous is not None:
             demand(Lost, number == previous.record.number + 1, numbers)
             demand(Lost, head.record.previous == previous.digest, f"{number} forks")
@@ -409,7 +412,7 @@ def recover(directory: str, journal: Journal, seed: int) -> None:
     claim(chief)
     save(chief, directory, journal, seed)
     assert chief.settle(10)
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     assert record is not None
     leftovers = [
         name for name in unlisted(directory, record) if _epoch_of(name) < record.epoch
@@ -424,7 +427,7 @@ def claim_and_check_clean(directory: str) -> None:
     claim(chief)
     assert chief.settle(10)
     chief.close()
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     assert record is not None
     leftovers = unlisted(directory, record)
     demand(Lost, not leftovers, f"left behind: {leftovers}")

@@ -1,8 +1,9 @@
-"""Stand between the library and its storage module: count, stop, kill, fail.
+"""Stand between the library and its store, and beneath it: count, stop, kill, fail.
 
-The library has no hook for tests. Its one module that touches the filesystem is patched
-from outside: every public function and method, so that a new one is covered by itself,
-or (for errors) the ``os`` and ``shutil`` that the module sees.
+The library has no hook for tests. The verbs of its store that consist of several calls are
+patched from outside, and so is the one module that touches files: every public function
+and method, so that a new one is covered by itself, or (for errors) the ``os`` and
+``shutil`` that the module sees.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from distckpt import storage
+from distckpt.storage import posix
+from distckpt.storage.posix_store import PosixStore
 
 # They consist of calls that are intercepted themselves.
 _COMPOSED = {"write_new_file", "read_file", "OpenFile.read"}
+
+# Verbs that consist of several calls: between two of them nothing happens.
+VERBS = ("clear", "create", "discard", "publish", "remove", "replace")
 
 # Calls that only look: nothing on disk differs before and after them.
 LOOKING = {
@@ -32,17 +37,17 @@ LOOKING = {
     "OpenFile.read_into",
     "OpenFile.read_vector",
     "exists",
-    "free_bytes",
     "is_directory",
     "list_directory",
     "modified",
-    "refuse_link",
+    "link_target",
+    "room",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the storage module.
+    """One call of the store, or of the module that touches files.
 
     Attributes:
         name: Function, or class and method.
@@ -81,7 +86,7 @@ Hook = Callable[[Call], Any]
 
 @contextmanager
 def intercepted(hook: Hook) -> Iterator[None]:
-    """Hand every call of the storage module to a hook, which runs it or does not."""
+    """Hand every call to a hook, which runs it or does not."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in _seams()]
     try:
         for owner, name, original in originals:
@@ -94,19 +99,20 @@ def intercepted(hook: Hook) -> Iterator[None]:
 
 def _seams() -> list[tuple[Any, str]]:
     seams: list[tuple[Any, str]] = []
-    for name, item in vars(storage).items():
-        if name.startswith("_") or getattr(item, "__module__", "") != storage.__name__:
+    for name, item in vars(posix).items():
+        if name.startswith("_") or getattr(item, "__module__", "") != posix.__name__:
             continue
         if inspect.isfunction(item):
-            seams.append((storage, name))
+            seams.append((posix, name))
         elif inspect.isclass(item):
             methods = [n for n in vars(item) if n == "__init__" or not n.startswith("_")]
             seams += [(item, n) for n in methods if inspect.isfunction(vars(item)[n])]
-    return [(o, n) for o, n in seams if _label(o, n) not in _COMPOSED]
+    beneath = [(o, n) for o, n in seams if _label(o, n) not in _COMPOSED]
+    return [*((PosixStore, verb) for verb in VERBS), *beneath]
 
 
 def _label(owner: Any, name: str) -> str:
-    return name if owner is storage else f"{owner.__name__}.{name}"
+    return name if owner is posix else f"{owner.__name__}.{name}"
 
 
 def _wrapped(owner: Any, name: str, original: Any, hook: Hook) -> Any:
@@ -202,7 +208,7 @@ def ways(name: str) -> Iterator[tuple[str, str]]:
 
 
 class Faults:
-    """Makes the operating system's calls under the storage module fail.
+    """Makes the operating system's calls fail.
 
     Attributes:
         names: The calls so far.
@@ -259,7 +265,7 @@ class _Namespace(ModuleType):
 
 @contextmanager
 def failing(faults: Faults) -> Iterator[None]:
-    """Let faults stand between the storage module and the operating system."""
+    """Let faults stand between the one module and the operating system."""
 
     def wrap(module: ModuleType, name: str) -> Any:
         original = getattr(module, name)
@@ -267,10 +273,10 @@ def failing(faults: Faults) -> Iterator[None]:
             functools.partial(faults.call, name, original), original
         )
 
-    originals = storage.os, storage.shutil
-    storage.os = _Namespace(os, {name: wrap(os, name) for name in _FAILING_OS})  # type: ignore[attr-defined]
-    storage.shutil = _Namespace(shutil, {"rmtree": wrap(shutil, "rmtree")})  # type: ignore[attr-defined]
+    originals = posix.os, posix.shutil
+    posix.os = _Namespace(os, {name: wrap(os, name) for name in _FAILING_OS})  # type: ignore[attr-defined]
+    posix.shutil = _Namespace(shutil, {"rmtree": wrap(shutil, "rmtree")})  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        storage.os, storage.shutil = originals  # type: ignore[attr-defined]
+        posix.os, posix.shutil = originals  # type: ignore[attr-defined]

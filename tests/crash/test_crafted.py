@@ -36,6 +36,7 @@ from scenario import (
 from distckpt import cli, opened, paths, readers, record, stamp
 from distckpt.errors import DistckptError, FormatError
 from distckpt.manifest import Manifest
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 pytestmark = pytest.mark.timeout(1200)
@@ -61,7 +62,7 @@ class Craft:
         self.root = os.path.join(folder, "run")
         self.outside = os.path.join(folder, "outside")
         self.secret = os.path.join(self.outside, "secret")
-        head = readers.read_record(self.root)
+        head = readers.read_record(RunDirectory.at(self.root))
         assert head is not None
         self.number = head.number
         self.attempt = head.live[-1].attempt
@@ -654,7 +655,7 @@ def _use(craft: Craft) -> list[str]:
         except DistckptError as error:
             refused.append(f"{what}: {type(error).__name__}")
 
-    attempt("record", lambda: readers.read_record(craft.root))
+    attempt("record", lambda: readers.read_record(RunDirectory.at(craft.root)))
     attempt("latest", lambda: readers.latest_checkpoint(craft.root))
     attempt("state", lambda: readers.get_checkpoint_state(craft.root))
     attempt("all of it", lambda: _read_everything(craft.root))
@@ -667,7 +668,7 @@ def _use(craft: Craft) -> list[str]:
 
 
 def _verify(folder: str) -> None:
-    report = verify_attempt(folder, None)
+    report = verify_attempt(AttemptDirectory.at(folder), None)
     if not report.ok:
         raise FormatError(report.problems[0])
 

@@ -20,6 +20,7 @@ from scenario import (
 
 from distckpt import paths, readers
 from distckpt.errors import OutcomeUnknown, StorageError
+from distckpt.run_directory import RunDirectory
 
 _PAGE_BYTES = 4096
 # The pending directory, two shard files, the manifest, the record's temporary file.
@@ -80,7 +81,7 @@ class Job:
     def check(self) -> list[str]:
         """Check what is committed; returns what is there beside it."""
         check_readable(self.directory, [self.journal.listing])
-        record = readers.read_record(self.directory)
+        record = readers.read_record(RunDirectory.at(self.directory))
         assert record is not None
         return unlisted(self.directory, record)
 

@@ -29,9 +29,10 @@ from scenario import (
 )
 from storage_calls import REFUSED, SHORT, Faults, failing, ways
 
-from distckpt import paths, storage
+from distckpt import paths
 from distckpt.chief import Chief
 from distckpt.errors import DistckptError, OutcomeUnknown, StorageError
+from distckpt.storage import posix
 from distckpt.values import encode
 
 # Hundreds of crash points; a busy machine may take its time.
@@ -129,8 +130,8 @@ def _past(directory: str) -> Listing:
     trash = life.chief.begin(None, 2)
     os.rename(os.path.join(directory, trash.pending), os.path.join(directory, trash.trash))
     for name in (paths.temporary_file(1), paths.temporary_file(0)):
-        storage.write_new_file(os.path.join(directory, paths.RECORDS_DIRECTORY, name), b"")
-    storage.write_new_file(os.path.join(directory, paths.probe_file(1, "0" * 16, 1)), b"")
+        posix.write_new_file(os.path.join(directory, paths.RECORDS_DIRECTORY, name), b"")
+    posix.write_new_file(os.path.join(directory, paths.probe_file(1, "0" * 16, 1)), b"")
     life.close()
     return life.possible[0]
 
@@ -257,6 +258,6 @@ def test_storage_error_names_operation_path_and_reason(scratch: str):
     path = os.path.join(scratch, "file")
     with failing(Faults(0, errno.EIO, how=REFUSED, for_ever=True)):
         with pytest.raises(StorageError, match=f"open {path}") as caught:
-            storage.write_new_file(path, b"data")
+            posix.write_new_file(path, b"data")
     assert (caught.value.operation, caught.value.path) == ("open", path)
     assert caught.value.errno == errno.EIO

@@ -36,7 +36,8 @@ from distckpt.errors import (
 from distckpt.formats import safetensors_file
 from distckpt.manifest import Manifest
 from distckpt.record import Record, digest
-from distckpt.storage import OpenFile
+from distckpt.run_directory import RunDirectory
+from distckpt.storage.posix import OpenFile
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -188,7 +189,7 @@ class Fuzz(Campaign[Input]):
                 saved = save(chief, directory, journal, seed)
             journal.close()
             chief.close()
-        record = readers.read_record(directory)
+        record = readers.read_record(RunDirectory.at(directory))
         assert record is not None
         self._record = record.encode()
         folder = os.path.join(directory, saved.published)

@@ -25,6 +25,7 @@ from figures import Figures, Hung, Lost, Torn, Wrong
 
 from distckpt import paths
 from distckpt.readers import read_record
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 # Each restart takes seconds; a busy machine may take its time.
@@ -166,14 +167,14 @@ class Kills(Campaign[Kill]):
 
     def _check_disk(self) -> None:
         directory = self._job.directory
-        record = read_record(directory)
+        record = read_record(RunDirectory.at(directory))
         for entry in record.committed if record is not None else ():
             path = os.path.join(directory, entry.attempt.published)
-            report = verify_attempt(path, entry.manifest)
+            report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
             if report.ok:
                 continue
             # The job goes on meanwhile: what it has dropped since may be gone.
-            newer = read_record(directory)
+            newer = read_record(RunDirectory.at(directory))
             if newer is not None and entry in newer.committed:
                 raise Torn(str(report))
 

@@ -26,6 +26,7 @@ from storage_calls import BEFORE, LOOKING, Counter, Killer, intercepted
 from distckpt import paths, pin, readers, unpin
 from distckpt.errors import CheckpointNotFound
 from distckpt.leases import Lease
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 pytestmark = pytest.mark.timeout(1200)
@@ -53,7 +54,7 @@ class Life:
         if leases:
             attempt = paths.parse_published(self.kept)
             assert attempt is not None
-            self._lease = Lease(self.directory, attempt, 3600.0)
+            self._lease = Lease(RunDirectory.at(self.directory), attempt, 3600.0)
         self._copy = os.path.join(scratch, "copy")
         shutil.copytree(self.directory, self._copy)
 
@@ -101,12 +102,14 @@ class Life:
         """Check that it is there, whole, for whoever was told that it stays."""
         if not os.path.exists(self._acknowledged):
             return
-        record = readers.read_record(self.directory)
+        record = readers.read_record(RunDirectory.at(self.directory))
         assert record is not None
         if not self._leases:
             names = [entry.attempt.published for entry in record.committed]
             demand(Lost, self.kept in names, f"{self.kept} is not in {names}")
-        report = verify_attempt(os.path.join(self.directory, self.kept), None)
+        report = verify_attempt(
+            AttemptDirectory.at(os.path.join(self.directory, self.kept)), None
+        )
         demand(Torn, report.ok, report)
 
     def let_go(self) -> None:

@@ -26,7 +26,8 @@ from scenario import HUNG, KILLED, Journal, Listing, in_child, read_text, recove
 from storage_calls import BEFORE, MIDDLE, Killer, intercepted
 from test_kill_every_call import Stage, _calls, _points
 
-from distckpt import state, storage
+from distckpt import state
+from distckpt.storage import posix
 
 # Hundreds of crash points; a busy machine may take its time.
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("power_switches")]
@@ -132,7 +133,7 @@ class PowerCuts(Campaign[Cut]):
         stage, disk = self._stages[point.kind]
         stage.clear()
         # Else a cut that comes soon brings back what was there before.
-        storage.sync_directory(disk.path)
+        posix.sync_directory(disk.path)
         live = partial(stage.live, staged=point.staged)
         cutter = Cutter(point.index, point.place, disk=disk, mode=point.mode)
 
@@ -213,15 +214,15 @@ def test_disk_comes_back_after_a_cut_though_another_process_holds_it(
     if shutil.which(holder[0]) is None:
         pytest.skip(f"there is no {holder[0]} command here")
     with mounted_disk(image, path, kind) as disk:
-        storage.write_new_file(str(file), b"synced")
-        storage.sync_directory(path)
+        posix.write_new_file(str(file), b"synced")
+        posix.sync_directory(path)
         process = subprocess.Popen(holder, stdout=subprocess.PIPE)
         try:
             _wait_until_held(process.pid, str(file) if holds == "open-file" else "")
             disk.cut(LOG_LOST)
             disk.switch_on()
             assert file.read_bytes() == b"synced"
-            storage.write_new_file(f"{path}/another", b"written")
+            posix.write_new_file(f"{path}/another", b"written")
             assert process.poll() is None
         finally:
             process.kill()
@@ -252,7 +253,7 @@ def test_power_cut_without_file_fsync_is_found(
     scratch: str, report_figures: Callable[[str], None], monkeypatch
 ):
     """A file that is not synced is found out: the cuts are real."""
-    monkeypatch.setattr(storage.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(posix.os, "fsync", lambda descriptor: None)
     figures = campaign.run(PowerCuts(again=False), scratch, range(40))
     report_figures(str(figures))
     assert figures.lost or figures.torn or figures.unopenable
@@ -264,7 +265,7 @@ def test_power_cut_without_directory_sync_is_found(
     scratch: str, report_figures: Callable[[str], None], monkeypatch, kind: str
 ):
     """A name that is not synced is found out, on each filesystem."""
-    monkeypatch.setattr(storage, "sync_directory", lambda path: None)
+    monkeypatch.setattr(posix, "sync_directory", lambda path: None)
     # On ext4 the next fsync of any file takes names along; this one comes at once.
     monkeypatch.setattr(state, "write_copy", lambda directory, head: None)
     figures = campaign.run(PowerCuts((kind,), again=False), scratch, range(60))

@@ -35,6 +35,7 @@ from distckpt.errors import (
     NewerFormatError,
     StorageError,
 )
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import Report, verify_attempt
 
 pytestmark = pytest.mark.timeout(1200)
@@ -112,7 +113,7 @@ class Rot(Campaign[Damage]):
             for folder, _, names in os.walk(self._template)
             for name in names
         } - {paths.LOCK_FILE, paths.STATE_FILE}
-        record = readers.read_record(self._template)
+        record = readers.read_record(RunDirectory.at(self._template))
         assert record is not None
         self._digests = {e.attempt.published: e.manifest for e in record.live}
         self.others, self._cuts = [*self._all_others()], [*self._all_cuts()]
@@ -181,7 +182,9 @@ class Rot(Campaign[Damage]):
             return
         for saved in self._saved:
             name = saved.published
-            report = verify_attempt(os.path.join(directory, name), self._digests[name])
+            report = verify_attempt(
+                AttemptDirectory.at(os.path.join(directory, name)), self._digests[name]
+            )
             if name != folder:
                 demand(Wrong, report.ok and not report.foreign, f"the other one: {report}")
             elif point.what == FOREIGN:
@@ -202,14 +205,14 @@ class Rot(Campaign[Damage]):
             if (n := paths.parse_record_file(os.path.basename(path))) is not None
         )
         if number is None or number < newest:
-            readers.read_record(directory)  # nobody reads it any more
+            readers.read_record(RunDirectory.at(directory))  # nobody reads it any more
             return
         is_missing = point.what == MISSING
         try:
             # The one before seems to be the newest then; the state file knows better.
             if is_missing:
                 claim(make_chief(directory))
-            found = readers.read_record(directory)
+            found = readers.read_record(RunDirectory.at(directory))
         except (CorruptStateError, NewerFormatError) as error:
             demand(
                 Wrong,

@@ -41,6 +41,7 @@ from storage_calls import Call
 from distckpt import paths, readers, state
 from distckpt.errors import DistckptError
 from distckpt.record import COMMIT, Record
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 # Thousands of schedules; a busy machine may take its time.
@@ -83,7 +84,10 @@ class Template:
         chief.close()
         records = os.path.join(directory, paths.RECORDS_DIRECTORY)
         numbers = sorted(filter(None, map(paths.parse_record_file, os.listdir(records))))
-        history = tuple(state.read_numbered(directory, number).record for number in numbers)
+        history = tuple(
+            state.read_numbered(RunDirectory.at(directory), number).record
+            for number in numbers
+        )
         return Template(directory, saved, history)
 
 
@@ -97,7 +101,8 @@ class Incarnation(Actor):
         claim(self.chief)
         newest = self.chief.candidates[0]
         report = verify_attempt(
-            os.path.join(directory, newest.attempt.published), newest.manifest
+            AttemptDirectory.at(os.path.join(directory, newest.attempt.published)),
+            newest.manifest,
         )
         if not report.ok:
             self.wrong.append(f"restore: {report}")
@@ -149,14 +154,14 @@ class Interleaving(Contest):
         self._is_looking = False
 
     def _check_listed(self, listing: Listing) -> None:
-        record = readers.read_record(self.directory)
+        record = readers.read_record(RunDirectory.at(self.directory))
         assert record is not None
         names = [entry.attempt.published for entry in record.live]
         if names != [saved.published for saved in listing]:
             raise Lost(f"listed {names}, expected {listing}")
         for entry in record.live:
             path = os.path.join(self.directory, entry.attempt.published)
-            report = verify_attempt(path, entry.manifest)
+            report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
             if not report.ok or report.foreign:
                 raise Torn(str(report))
 
@@ -180,7 +185,7 @@ class Interleaving(Contest):
         listing = self._check_history()
         self._check_fences()
         self._check_listed(listing)
-        record = readers.read_record(self.directory)
+        record = readers.read_record(RunDirectory.at(self.directory))
         if unlisted(self.directory, record):
             claim_and_check_clean(self.directory)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from distckpt.readers import read_record
+from distckpt.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -48,6 +49,6 @@ def small_program(folder: Path, steps: int) -> str:
 
 def newest(folder: Path) -> int:
     """Return the step of the newest checkpoint of that job."""
-    record = read_record(str(folder / "run"))
+    record = read_record(RunDirectory.at(str(folder / "run")))
     assert record is not None
     return record.live[-1].step

@@ -13,6 +13,7 @@ from harness import held_up_seconds
 from torch import nn
 
 from distckpt import Checkpoint, CheckpointManager, paths, readers
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 
@@ -147,16 +148,17 @@ def state_of(checkpoint):
 
 def committed(directory):
     """Return the prefixes of all committed checkpoints, newest first."""
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     return [] if record is None else [e.attempt.prefix for e in record.committed]
 
 
 def assert_all_whole(directory):
     """Fail unless every committed checkpoint verifies byte for byte."""
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     for entry in record.committed:
         report = verify_attempt(
-            os.path.join(directory, entry.attempt.published), entry.manifest
+            AttemptDirectory.at(os.path.join(directory, entry.attempt.published)),
+            entry.manifest,
         )
         assert report.ok, report.problems
 
@@ -172,7 +174,7 @@ def leftovers(directory):
 
 def attempt_directory(path):
     """Return the directory behind a checkpoint's path."""
-    return readers.locate(path).directory
+    return str(readers.locate(path).directory)
 
 
 def flip_last_bit(path):

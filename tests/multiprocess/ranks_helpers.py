@@ -6,6 +6,7 @@ import time
 
 from distckpt import paths, readers, state
 from distckpt.errors import CheckpointNotFound
+from distckpt.run_directory import RunDirectory
 
 
 class Clock:
@@ -62,8 +63,8 @@ def exists(path):
     except CheckpointNotFound:
         assert found == [], f"{path}: unlisted, but {found} is there"
         return False
-    assert found == [os.path.basename(located.directory)], (path, found, located)
-    return os.path.isfile(os.path.join(located.directory, paths.MANIFEST_FILE))
+    assert found == [located.directory.name], (path, found, located)
+    return located.directory.has_manifest()
 
 
 def published(directory):
@@ -79,7 +80,7 @@ def numbers(prefixes):
 
 def newest_record(directory):
     """Read the newest record of a run directory."""
-    head = state.read_head(os.fspath(directory))
+    head = state.read_head(RunDirectory.at(os.fspath(directory)))
     assert head is not None
     return head.record
 

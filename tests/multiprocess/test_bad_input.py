@@ -32,6 +32,7 @@ from outcome_helpers import (
 import distckpt.chief
 import distckpt.job
 from distckpt import Checkpoint, CheckpointManager, ConfigError, PerRank, readers
+from distckpt.run_directory import RunDirectory
 from distckpt.shard_header import Draft
 from distckpt.stamp import Stamp
 
@@ -240,7 +241,7 @@ def test_directory_that_cannot_be_written_is_found_at_the_claim(
             assert "Permission denied" in found.text and directory in found.text
             if unprivileged == (1,):
                 assert "rank 1: " in found.text and "rank 0: " not in found.text
-    assert readers.read_record(directory) is None
+    assert readers.read_record(RunDirectory.at(directory)) is None
     assert [name for name in os.listdir(directory) if "probe" in name] == []
 
 
@@ -506,8 +507,11 @@ def test_damaged_newest_checkpoint_is_passed_over_by_all_ranks_together(
             assert called == [], name
     for name, directory in directories.items():
         bad = DAMAGES[name][1]
-        record = readers.read_record(directory)
-        (old,) = {e.attempt.published for e in readers.read_record(original).live[2:]}
+        record = readers.read_record(RunDirectory.at(directory))
+        (old,) = {
+            e.attempt.published
+            for e in readers.read_record(RunDirectory.at(original)).live[2:]
+        }
         assert [e.attempt.published for e in record.bad] == ([old] if bad else []), name
         assert tree_of(os.path.join(directory, old)) == damaged[name], name
         assert any("ckpt-3" in text for text in results[0][name][-1]), name

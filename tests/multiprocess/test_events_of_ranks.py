@@ -19,9 +19,10 @@ from outcome_helpers import (
     train,
 )
 
-from distckpt import CheckpointManager, latest, paths, storage
+from distckpt import CheckpointManager, latest, paths
 from distckpt import manager as manager_module
 from distckpt.events import Event
+from distckpt.storage import posix
 
 _SLOW_SECONDS = 0.3
 
@@ -36,14 +37,14 @@ def _live(rank, directory, options):
     told = []
     checkpoint, manager = _make(directory, told)
     if rank == 1:
-        finish = storage.NewFile.finish
+        finish = posix.NewFile.finish
 
         def slow(file, size_bytes):
             if ".safetensors" in file.path:
                 time.sleep(_SLOW_SECONDS)
             finish(file, size_bytes)
 
-        storage.NewFile.finish = slow
+        posix.NewFile.finish = slow
     manager.restore_or_initialize()
     for number in range(2):
         train(checkpoint)

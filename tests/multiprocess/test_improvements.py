@@ -35,9 +35,9 @@ from distckpt import (
     latest_checkpoint,
     paths,
     readers,
-    state,
 )
 from distckpt.record import Record
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 
 both_sizes = pytest.mark.parametrize(
     "world_size", [pytest.param(1, marks=pytest.mark.full), 2]
@@ -48,9 +48,9 @@ def _verify_all(directory, record):
     """Read every byte of what a record lists as committed."""
     for entry in record.committed:
         attempt = os.path.join(directory, entry.attempt.published)
-        manifest = readers.read_manifest(attempt, entry.manifest)
+        manifest = readers.read_manifest(AttemptDirectory.at(attempt), entry.manifest)
         for rank in range(manifest.world_size):
-            with readers.open_shard(attempt, manifest, rank) as reader:
+            with readers.open_shard(AttemptDirectory.at(attempt), manifest, rank) as reader:
                 reader.verify()
 
 
@@ -353,7 +353,7 @@ def test_unreadable_state_is_an_error_on_all_ranks_and_changes_nothing(
     manager.save()
     manager.save()
     manager.close()
-    newest = state.record_path(directory, 3)
+    newest = str(RunDirectory.at(directory).places.record(3))
     if harm == "empty":
         os.truncate(newest, 0)
     elif harm == "garbage":

@@ -24,6 +24,7 @@ from distckpt import (
     readers,
     request_save,
 )
+from distckpt.run_directory import RunDirectory
 
 _SECONDS = 30.0
 _RARELY = every(steps=1_000_000)
@@ -100,7 +101,7 @@ def test_job_saves_when_it_is_asked_and_says_when_it_is_committed(tmp_path, when
     assert answer == path and 1 < at_step <= step
     assert len(reasons) == 1 and "on_request(): asked for by process" in reasons[0]
     assert_all_whole(directory)
-    assert mailbox.collect(directory) == ([], {})
+    assert mailbox.collect(RunDirectory.at(directory)) == ([], {})
 
 
 def test_who_asks_when_all_is_saved_is_answered_with_what_there_is(tmp_path):
@@ -127,6 +128,7 @@ _READER = """
 import json, sys, time
 from distckpt import checkpoints_iterator, readers
 from distckpt.errors import DistckptError
+from distckpt.run_directory import RunDirectory
 from distckpt.verify import verify_attempt
 
 directory, lease = sys.argv[1], json.loads(sys.argv[2])
@@ -139,7 +141,7 @@ for path in checkpoints_iterator(directory, timeout=30, lease_seconds=lease):
         problems = report.problems
     except DistckptError as error:
         problems = [str(error)]
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     dropped += all(not path.endswith(e.attempt.prefix) for e in record.committed)
     read += 1
     failed += problems[:1]

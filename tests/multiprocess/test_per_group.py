@@ -22,6 +22,7 @@ from distckpt import (
     RestoreOptions,
     readers,
 )
+from distckpt.run_directory import AttemptDirectory
 
 
 def _manager(checkpoint, directory):
@@ -95,7 +96,7 @@ def test_each_group_s_values_are_stored_once_and_compared_within_the_group(saved
     """Names differ between groups; work is shared within one."""
     _, results, _ = saved
     path, *_, drifted, undeclared = results[0]
-    manifest = readers.read_manifest(attempt_directory(path))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(path)))
     names = [*manifest.assignment.rows]
     assert "experts/~g0/0.weight" in names and "experts/~g1/0.weight" in names
     assert "optimizer/state/experts/~g1/0.weight/exp_avg" in names

@@ -28,6 +28,7 @@ from distckpt import (
     readers,
 )
 from distckpt import open as open_checkpoint
+from distckpt.run_directory import RunDirectory
 
 _SECONDS = 20.0
 
@@ -221,7 +222,7 @@ def test_overhead_is_measured_and_kept(tmp_path):
 def _fail_by_the_clock(rank, directory):
     checkpoint, manager = _make(directory, None, every(seconds=0.1))
     manager.restore_or_initialize()
-    state = readers.read_record(directory)
+    state = readers.read_record(RunDirectory.at(directory))
     time.sleep(0.2)
     train(checkpoint)
     checkpoint.odd = object() if rank == 1 else 5

@@ -37,11 +37,12 @@ from distckpt import (
     CheckpointOptions,
     PerRank,
     SaveFailed,
-    storage,
 )
 from distckpt.chief import Chief
 from distckpt.identity import Identity
 from distckpt.retention import Retention
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 
 DEADLINE_SECONDS = 2.0
 
@@ -230,7 +231,7 @@ def _interrupt_the_beginning(rank, directory, enable_async):
     with _manager(checkpoint, directory) as manager:
         manager.save()
         train(checkpoint)
-        real = storage.make_directory
+        real = posix.make_directory
 
         def make_directory(path):
             # The chief's thread for storage is at work, its main thread waits for it.
@@ -238,11 +239,11 @@ def _interrupt_the_beginning(rank, directory, enable_async):
             time.sleep(0.2)
             real(path)
 
-        storage.make_directory = make_directory
+        posix.make_directory = make_directory
         if rank == 1:  # the chief must not be gone before it has told this one, too
             _on_shard_open(lambda: time.sleep(0.3), "write")
         found = [outcome(manager.save, options=options)]
-        storage.make_directory = real
+        posix.make_directory = real
         found.append(outcome(manager.sync))
         return found
 
@@ -744,13 +745,13 @@ def _close_and_leave(rank, directory):
         found["again"] = outcome(again.save)
         found["entered"] = again is not None
     manager = _manager(checkpoint, directory, max_to_keep=1)
-    real = storage.remove_tree
+    real = posix.remove_tree
 
     def remove_slowly(path):
         time.sleep(0.5)
         real(path)
 
-    storage.remove_tree = remove_slowly
+    posix.remove_tree = remove_slowly
     manager.save()
     if rank == 0:
         lock = FileLock(os.path.join(directory, ".lock"))
@@ -845,7 +846,7 @@ def _be_away_in_a_commit(rank, directory):
     manager.save()
     stopped = Path(f"{directory}.pid")
     if rank == 0:
-        real = storage.write_new_file
+        real = posix.write_new_file
 
         def stop_first(path, data):
             if path.endswith("manifest.json"):
@@ -853,7 +854,7 @@ def _be_away_in_a_commit(rank, directory):
                 os.kill(os.getpid(), signal.SIGSTOP)
             real(path, data)
 
-        storage.write_new_file = stop_first
+        posix.write_new_file = stop_first
         saved = outcome(manager.save)
         return saved, outcome(manager.save), outcome(manager.close)
     threading.Thread(target=outcome, args=(manager.save,), daemon=True).start()
@@ -872,7 +873,7 @@ def test_chief_that_was_away_is_told_that_it_is_fenced(tmp_path):
             time.sleep(0.01)
         time.sleep(0.5)  # until its peer has gone
         newer = Chief(
-            directory,
+            RunDirectory.at(directory),
             checkpoint_name="ckpt",
             retention=Retention(None),
             identity=Identity("newer", 0),

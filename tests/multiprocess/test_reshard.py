@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distckpt import Checkpoint, CheckpointManager, readers
 from distckpt.comm import GroupChannel
+from distckpt.run_directory import AttemptDirectory
 
 # Every layout of every size that it can have; by default a part of them.
 EVERYTHING = "DISTCKPT_EVERY_RESHARD" in os.environ
@@ -146,10 +147,12 @@ class Reads:
 
     def watch(self, path):
         """Leave the headers of a checkpoint out of account: they are read to know more."""
-        directory = readers.locate(path).directory
-        manifest = readers.read_manifest(directory)
+        directory = str(readers.locate(path).directory)
+        manifest = readers.read_manifest(AttemptDirectory.at(directory))
         for rank in range(manifest.world_size):
-            with readers.open_shard(directory, manifest, rank) as reader:
+            with readers.open_shard(
+                AttemptDirectory.at(directory), manifest, rank
+            ) as reader:
                 self.data_start[os.path.basename(reader.path)] = reader._data_start
 
 

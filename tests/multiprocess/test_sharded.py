@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpoint, CheckpointManager, PerRank, Replicated, loading, readers
 from distckpt.layout import SHARDED
+from distckpt.run_directory import AttemptDirectory
 
 # What is saved is made from these alone, so that each process knows what must come back.
 
@@ -198,7 +199,7 @@ def test_every_placement_comes_back_bit_for_bit_in_place_elsewhere_and_in_one_pr
     directory = str(tmp_path / "run")
     (path, *_) = values_of(run_ranks(_save_and_restore_everywhere, 4, directory))
     assert_all_whole(directory)
-    manifest = readers.read_manifest(attempt_directory(path))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(path)))
     rows = manifest.assignment.rows
     assert {row.kind for row in rows.values()} == {SHARDED}
     live = {}
@@ -478,7 +479,7 @@ def test_fsdp_restored_into_fresh_objects_trains_on_bit_for_bit(tmp_path, world_
     paths, *_ = values_of(
         run_ranks(_train_through_restarts, world_size, str(tmp_path), timeout=100)
     )
-    manifest = readers.read_manifest(attempt_directory(paths["adamw"]))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(paths["adamw"])))
     rows = manifest.assignment.rows
     tied = {row.name: row.same_as for row in rows.values() if row.same_as}
     assert tied == {"model/head.weight": "model/embedding.weight"}
@@ -685,7 +686,7 @@ def _balanced(rank, directory):
 def test_hybrid_shards_are_balanced_and_only_files_with_something_are_opened(tmp_path):
     """Replicas write half of what they share; nobody opens a file without need."""
     found = values_of(run_ranks(_balanced, 4, str(tmp_path / "run")))
-    manifest = readers.read_manifest(attempt_directory(found[0][0]))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(found[0][0])))
     sizes = [
         sum(piece.size_bytes for piece in manifest.assignment.pieces_of_rank(rank))
         for rank in range(4)
@@ -756,7 +757,7 @@ def test_separate_meshes_are_copies_if_they_hold_one_tensor(tmp_path):
     assert "Checkpoint(tensors=Replicated(tensors))" in undeclared.text
     assert "Checkpoint(tensors=PerGroup(tensors, mesh))" in undeclared.text
     assert drifted.failures == {3: "tensors/cut[256, 0]"}
-    manifest = readers.read_manifest(attempt_directory(path))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(path)))
     sizes = [shard.size_bytes for shard in manifest.shards]
     assert max(sizes) <= 1.03 * sum(sizes) / 4
     torch.manual_seed(0)

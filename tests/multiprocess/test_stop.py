@@ -25,7 +25,8 @@ from outcome_helpers import (
     train,
 )
 
-from distckpt import CheckpointManager, every, on_signal, storage
+from distckpt import CheckpointManager, every, on_signal
+from distckpt.storage import posix
 
 TERM = on_signal("SIGTERM")
 _MAX_STEPS = 3000
@@ -366,16 +367,16 @@ def _look_where_nothing_can_be(rank, directory, hangs):
         10**6 | on_signal("SIGTERM", file=loop / "stop"),
         timeout_seconds=1.0 if hangs else 30.0,
     )
-    real, looked = storage.exists, []
+    real, looked = posix.exists, []
 
     def exists(path):
         if path.endswith("/stop"):
             looked.append(path)
-            with storage._reported("lstat", path):
+            with posix._reported("lstat", path):
                 time.sleep(2.0 * hangs)
         return real(path)
 
-    storage.exists = exists
+    posix.exists = exists
     logged = LoggedTexts()
     with manager:
         manager.save()

@@ -14,6 +14,7 @@ import pytest
 from harness import EVERYTHING
 
 from distckpt.readers import read_record
+from distckpt.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 # Each takes over twenty seconds of processor time, mostly to import torch.
@@ -117,7 +118,7 @@ def test_a_job_whose_launcher_is_told_to_stop_saves_once_more(
     ended = time.time()
     (last,) = (line for line in rest if "told to stop at step" in line)
     step = int(last.split("step")[1].split(";")[0])
-    record = read_record(str(directory))
+    record = read_record(RunDirectory.at(str(directory)))
     assert record is not None and record.live[-1].step == step > 1
     seconds = record.live[-1].time - told
     report_figures(

@@ -7,20 +7,21 @@ import os
 import pytest
 from harness import run_ranks, values_of
 
-from distckpt import Checkpoint, CheckpointManager, OutcomeUnknown, StorageError, storage
+from distckpt import Checkpoint, CheckpointManager, OutcomeUnknown, StorageError
+from distckpt.storage import posix
 
 
 def _fail_one_sync_of_the_records():
     """Let the next fsync of the records' directory fail, after the record is linked."""
-    sync = storage.sync_directory
+    sync = posix.sync_directory
 
     def fail(path):
         if os.path.basename(path) != ".state":
             return sync(path)
-        storage.sync_directory = sync
+        posix.sync_directory = sync
         raise StorageError("fsync: Input/output error", operation="fsync", path=path)
 
-    storage.sync_directory = fail
+    posix.sync_directory = fail
 
 
 def _save_with_an_unknown_outcome(rank, directory):

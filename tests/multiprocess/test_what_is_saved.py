@@ -32,6 +32,7 @@ from distckpt import (
 from distckpt.comm import GroupChannel
 from distckpt.layout import SPLIT, WHOLE, Assignment
 from distckpt.messages import Phase
+from distckpt.run_directory import AttemptDirectory
 
 
 class Gpt(nn.Module):
@@ -79,7 +80,7 @@ def _save_gpt(rank, directory):
 def _assert_safetensors(path):
     """Open every shard file in the official package; returns the names in each."""
     directory = attempt_directory(path)
-    manifest = readers.read_manifest(directory)
+    manifest = readers.read_manifest(AttemptDirectory.at(directory))
     names = []
     for rank in range(manifest.world_size):
         file = os.path.join(directory, paths.shard_file(rank, manifest.world_size))
@@ -101,7 +102,7 @@ def test_replicated_bytes_of_a_gpt_are_balanced_within_3_percent(tmp_path, world
     """Every rank writes its share of parameters and optimizer state, and all of it fits."""
     directory = str(tmp_path / "run")
     (path, *_) = values_of(run_ranks(_save_gpt, world_size, directory))
-    manifest = readers.read_manifest(attempt_directory(path))
+    manifest = readers.read_manifest(AttemptDirectory.at(attempt_directory(path)))
     split = [
         sum(
             p.size_bytes
@@ -204,10 +205,10 @@ def test_each_rank_gets_back_its_own_and_the_lowest_rank_s_buffers(tmp_path, wor
         whole = {"shared", "step", "model/1.running_mean", "model/1.num_batches_tracked"}
         assert whole & found == (whole if rank == 0 else set())
     directory = attempt_directory(path)
-    manifest = readers.read_manifest(directory)
+    manifest = readers.read_manifest(AttemptDirectory.at(directory))
     assert "values" not in manifest.values
     for rank in range(world_size):
-        with readers.open_shard(directory, manifest, rank) as reader:
+        with readers.open_shard(AttemptDirectory.at(directory), manifest, rank) as reader:
             assert reader.header.per_rank_values["values"]["rank"] == rank
             (own,) = [e for e in reader.header.entries.values() if e.per_rank]
             assert own.global_shape == (rank + 1,)

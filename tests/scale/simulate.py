@@ -38,6 +38,7 @@ from distckpt.messages import Phase, Vote
 from distckpt.record import digest
 from distckpt.remarks import NOTHING
 from distckpt.retention import Retention
+from distckpt.run_directory import RunDirectory
 from distckpt.save import CheckpointOptions, Request, _begin
 from distckpt.save_plan import SavePlan, _decide
 from distckpt.sharding import Mesh, Sharding, mesh_of
@@ -271,7 +272,7 @@ def simulate(make: Callable[[int, int], Job], ranks: int, tensors: int) -> Costs
         layouts.assignment.pieces_of_rank(rank)
     with tempfile.TemporaryDirectory() as directory:
         chief = Chief(
-            directory,
+            RunDirectory.at(directory),
             checkpoint_name="ckpt",
             retention=Retention(3),
             identity=Identity("simulation", 0),

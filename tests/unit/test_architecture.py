@@ -16,57 +16,62 @@ import distckpt
 # names out lazily.
 LAYERS = {
     -2: {"errors"},
-    -1: {"_version", "durations", "collector", "arrays", "instances", "value_hints"}
+    -1: {"_version", "arrays", "collector", "durations", "instances", "value_hints"}
     | {"value_tags", "value_types"},
-    0: {"paths", "strict_json", "dtypes", "boxes", "identity", "names", "stamp"}
-    | {"few_open", "parts", "locations", "near", "words", "value_encoder"}
-    | {"generators", "step_watch", "trainable"},
-    1: {"values", "record", "sharding", "messages", "modules", "line", "events"}
-    | {"charts"}
-    | {"calls", "selection", "preemption", "restore_names", "terminal", "per_rank"}
-    | {"rendezvous"}
-    | {"policy", "elements", "torch_versions"},
-    2: {"mismatch", "layout", "lock", "storage", "clock", "gate", "remarks", "retention"}
-    | {"state_dicts", "wrapper_tensors"},
-    3: {"tensor_paths", "manifest", "choice", "state", "shard_header", "tensors", "probe"}
-    | {"liveness", "worker", "arena", "mailbox", "leases", "sinks"}
-    | {"history", "near_paths"},
-    4: {"run_directory", "shard_file", "janitor", "known", "read_plan", "waiting"}
-    | {"lookout", "report"}
-    | {"watching", "taken"},
-    5: {"readers", "chief", "leaves", "restore_plan", "comm", "exchange_plan", "ring"},
-    6: {"verify", "groups", "flight", "stored_tensor", "node", "requests", "prune"}
-    | {"module_loading"},
-    7: {"opened", "module_node", "marked_nodes", "repair", "doctor", "optimizers"},
-    8: {"optimizer_node", "diff", "schedulers", "frozen_node"},
-    9: {"tracked"},
-    10: {"loading", "object_types"},
-    11: {"checkpoint"},
+    0: {"boxes", "dtypes", "few_open", "generators", "identity", "locations"}
+    | {"names", "near", "parts", "paths", "stamp", "step_watch", "strict_json"}
+    | {"trainable", "value_encoder", "words"},
+    1: {"calls", "charts", "elements", "events", "line", "messages", "modules"}
+    | {"per_rank", "policy", "preemption", "record", "rendezvous", "restore_names"}
+    | {"selection", "sharding", "terminal", "torch_versions", "values"},
+    2: {"clock", "gate", "layout", "mismatch", "remarks", "retention", "state_dicts"}
+    | {"wrapper_tensors"},
+    3: {"arena", "choice", "files", "liveness", "manifest", "shard_header"}
+    | {"tensor_paths", "tensors", "worker"},
+    4: {"known", "lookout", "near_paths", "read_plan", "sinks", "taken", "waiting"},
+    5: {"comm", "exchange_plan", "leaves", "restore_plan", "run_directory"},
+    6: {"flight", "groups", "history", "leases", "mailbox", "module_loading", "node"}
+    | {"probe", "shard_file", "state"},
+    7: {"janitor", "marked_nodes", "module_node", "optimizers", "report", "ring"}
+    | {"run_checks", "watching"},
+    8: {"chief", "doctor", "frozen_node", "optimizer_node", "readers", "schedulers"},
+    9: {"prune", "requests", "stored_tensor", "tracked", "verify"},
+    10: {"loading", "object_types", "opened", "repair"},
+    11: {"checkpoint", "diff"},
     12: {"own_file", "pretrained", "replica_digests"},
     13: {"job", "snapshot"},
-    14: {"savable", "claim", "construct", "exchange", "asking", "replicas"},
+    14: {"asking", "claim", "construct", "exchange", "replicas", "savable"},
     15: {"restore", "save_plan"},
     16: {"commit"},
     17: {"background", "cli_paths"},
-    18: {"save", "cli_transfer", "cli_repair", "cli_diff", "cli_watch"}
-    | {"cli_completion", "cli_bench", "cli_requests", "cli_report"},
+    18: {"cli_bench", "cli_completion", "cli_diff", "cli_repair", "cli_report"}
+    | {"cli_requests", "cli_transfer", "cli_watch", "save"},
     19: {"cli", "manager"},
 }
-# Those of ``formats`` stand between these: the same numbers.
+# Those of the packages ``formats`` and ``storage`` stand between these: the same numbers.
 FORMATS = {
     0: {"pickle_tree"},
     1: {"foreign", "optimizers", "pickle_read", "pickle_write"},
     2: {"dcp_metadata", "import_names"},
-    3: {"placing", "zip_file"},
-    4: {"safetensors_file", "torch_save"},
-    5: {"torch_load"},
-    6: {"dcp_directory"},
-    7: {"dcp_verify", "dcp_write", "import_source"},
-    8: {"dcp_names", "export_names", "import_run"},
-    9: {"export"},
+    4: {"placing", "safetensors_file", "zip_file"},
+    5: {"torch_save"},
+    6: {"torch_load"},
+    7: {"dcp_directory"},
+    8: {"import_source"},
+    10: {"dcp_verify", "dcp_write"},
+    11: {"dcp_names", "export_names", "import_run"},
+    12: {"export"},
 }
-for layer, row in FORMATS.items():
-    LAYERS[layer] |= {f"formats.{module}" for module in row}
+STORAGE = {
+    1: {"store"},
+    2: {"lock", "memory_store", "posix"},
+    3: {"posix_findings"},
+    4: {"posix_store"},
+}
+PACKAGES = {"formats": FORMATS, "storage": STORAGE}
+for package, rows in PACKAGES.items():
+    for layer, row in rows.items():
+        LAYERS[layer] |= {f"{package}.{module}" for module in row}
 
 # ``bench`` stands above all rows. One module runs it, and imports it only then.
 RUNS_BENCH = "cli_bench"
@@ -84,7 +89,7 @@ TORCH_FREE = {
         "values",
     },
     *{"record", "stamp"},
-    *{"layout", "storage", "messages", "manifest", "policy", "state", "lock", "shard_file"},
+    *{"layout", "files", "messages", "manifest", "policy", "state", "shard_file"},
     *{"retention", "remarks", "gate", "clock", "choice"},
     *{"shard_header", "probe", "line", "liveness", "worker", "waiting"},
     *{"calls", "read_plan", "exchange_plan", "collector", "restore_names"},
@@ -95,9 +100,10 @@ TORCH_FREE = {
     *{"cli_completion", "cli_bench", "cli_requests", "cli_report", "events", "sinks"},
     *{"mailbox", "leases", "lookout", "requests", "prune", "charts", "history"},
     *{"report", "torch_versions", "locations", "durations", "mismatch", "words"},
-    *{"run_directory", "step_watch", "near", "near_paths", "state_dicts"},
+    *{"run_directory", "run_checks", "step_watch", "near", "near_paths", "state_dicts"},
     *{"arrays", "instances", "value_types", "value_hints", "value_tags", "value_encoder"},
     *{f"formats.{module}" for row in FORMATS.values() for module in row},
+    *{f"storage.{module}" for row in STORAGE.values() for module in row},
 }
 
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
@@ -116,6 +122,9 @@ ON_OPENED_FILES = {
     "value_types": {"import of pathlib"},
 }
 
+# What has a place in a store, or opens one; ``storage`` itself left out.
+USE_A_STORE = {"run_directory", "files", "state", "mailbox", "leases", "history", "probe"}
+
 # Modules, and calls of torch, that pickle.
 PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
 PICKLING_CALLS = {
@@ -127,7 +136,7 @@ PICKLING_CALLS = {
 FOLDER = Path(distckpt.__file__).parent
 MODULES = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
-    for pattern in ("*.py", "formats/*.py")
+    for pattern in ("*.py", "formats/*.py", "storage/*.py")
     for path in FOLDER.glob(pattern)
     if path.stem != "__init__"
 )
@@ -161,7 +170,7 @@ def own_imports_of(module):
     """Return the modules of the package that a module imports, anywhere in it."""
     dotted = (name.split(".") for name in imports_of(parse(module)))
     own = [parts[1:] for parts in dotted if parts[0] == "distckpt" and len(parts) > 1]
-    found = {".".join(parts[: 2 if parts[0] == "formats" else 1]) for parts in own}
+    found = {".".join(parts[: 2 if parts[0] in PACKAGES else 1]) for parts in own}
     return found - {"bench"} if module == RUNS_BENCH else found
 
 
@@ -270,14 +279,53 @@ def test_bench_is_imported_only_when_it_is_run():
     assert result.returncode == 0, result.stderr
 
 
-def test_modules_touch_no_file_but_through_storage():
+def test_modules_touch_no_file_but_posix():
     """One module touches the filesystem; the lock file is filelock's."""
     found = {
         module: {*file_uses_of(parse(module))} - ON_OPENED_FILES.get(module, set())
         for module in MODULES
-        if module != "storage"
+        if module != "storage.posix"
     }
     assert not any(found.values()), {m: uses for m, uses in found.items() if uses}
+
+
+def test_at_most_eight_modules_use_a_store():
+    """All others say what they mean (an attempt, a request) to one of these."""
+    using = {
+        module
+        for module in MODULES
+        if not module.startswith("storage.")
+        and (
+            any(name.startswith("distckpt.storage") for name in imports_of(parse(module)))
+            or ("run_directory" in own_imports_of(module) and _uses_places(module))
+        )
+    }
+    assert using == USE_A_STORE
+    assert len(using) <= 8
+
+
+def _uses_places(module):
+    return any(name.endswith(".places") for name, _ in uses_of(parse(module)))
+
+
+def test_names_in_a_run_directory_are_joined_in_one_module():
+    """Others spell only what a user has given, or another program's files."""
+    names = {"STATE_FILE", "RECORDS_DIRECTORY", "LOCK_FILE", "MANIFEST_FILE"}
+    names |= {"REQUESTS_DIRECTORY", "LEASES_DIRECTORY", "EVENTS_DIRECTORY"}
+    for module in set(MODULES) - {"run_directory"}:
+        if module.startswith("storage."):
+            continue
+        for node in nodes_of(parse(module)):
+            if isinstance(node, ast.Call) and dotted_name(node.func).endswith("path.join"):
+                used = {dotted_name(a).rpartition(".")[2] for a in node.args}
+                called = {
+                    a.attr
+                    for arg in node.args
+                    for a in ast.walk(arg)
+                    if isinstance(a, ast.Attribute)
+                }
+                assert not used & names, (module, node.lineno)
+                assert not called & {"published", "pending", "trash"}, (module, node.lineno)
 
 
 def test_modules_other_than_lock_do_not_use_filelock():
@@ -287,7 +335,7 @@ def test_modules_other_than_lock_do_not_use_filelock():
         for module in MODULES
         if any(name.split(".")[0] == "filelock" for name in imports_of(parse(module)))
     ]
-    assert using == ["lock"]
+    assert using == ["storage.lock"]
 
 
 def test_modules_never_pickle():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distckpt import storage
 from distckpt.arena import Arena
+from distckpt.storage import posix
 
 _MIB = 2**20
 
@@ -17,7 +17,7 @@ def test_arena_has_what_is_asked_for_at_an_address_for_direct_writes(size):
     memory = Arena(size, False).bytes
     assert memory.numel() >= size
     assert memory.untyped_storage().nbytes() <= size + 4 * _MIB
-    assert memory.data_ptr() % storage.DIRECT_BYTES == 0
+    assert memory.data_ptr() % posix.DIRECT_BYTES == 0
     memory.fill_(7)
     assert int(memory[-1]) == 7
 

@@ -31,8 +31,8 @@ from distckpt import (
     UnsupportedError,
     layout,
     readers,
-    storage,
 )
+from distckpt.storage import posix
 
 
 def test_objects_are_attributes_that_can_be_set_and_deleted():
@@ -144,7 +144,7 @@ def test_counter_is_given_back_when_a_save_fails(run_dir):
 def test_restore_takes_a_prefix_a_directory_and_a_path_object(run_dir):
     """Everything that names a checkpoint will do, without a manager."""
     prefix = save(run_dir, x=torch.arange(3), epoch=4)
-    directory = readers.locate(prefix).directory
+    directory = str(readers.locate(prefix).directory)
     for path in (prefix, directory, Path(prefix), Path(directory), directory + "/"):
         checkpoint = Checkpoint(x=torch.zeros(3, dtype=torch.int64), epoch=0)
         checkpoint.restore(path)
@@ -155,7 +155,7 @@ def test_restore_takes_a_prefix_a_directory_and_a_path_object(run_dir):
 def test_restore_reads_a_copied_directory_and_a_copied_run(run_dir, tmp_path):
     """A checkpoint is complete in itself: its copy restores anywhere."""
     prefix = save(run_dir, x=torch.arange(3))
-    directory = readers.locate(prefix).directory
+    directory = str(readers.locate(prefix).directory)
     alone = str(tmp_path / "renamed")
     shutil.copytree(directory, alone)
     without_records = tmp_path / "copies"
@@ -197,7 +197,7 @@ def test_restore_that_does_not_fit_changes_nothing(run_dir):
 def test_restore_of_damaged_files_names_them(run_dir):
     """A missing, cut or changed file is an error with its path."""
     prefix = save(run_dir, x=torch.arange(1000))
-    directory = readers.locate(prefix).directory
+    directory = str(readers.locate(prefix).directory)
     shard = os.path.join(directory, "rank-00000-of-00001.safetensors")
     whole = Path(shard).read_bytes()
 
@@ -221,7 +221,7 @@ def test_restore_of_damaged_files_names_them(run_dir):
 
 def test_restore_of_a_newer_format_says_that_it_is_newer(run_dir, tmp_path):
     """A copied checkpoint of a later version is refused by its number."""
-    directory = readers.locate(save(run_dir, x=torch.zeros(1))).directory
+    directory = str(readers.locate(save(run_dir, x=torch.zeros(1))).directory)
     copied = tmp_path / "copy"
     shutil.copytree(directory, copied)
     manifest = copied / "manifest.json"
@@ -324,7 +324,7 @@ def test_an_interrupt_behind_the_commit_does_not_fence_the_manager(run_dir, monk
     """After Ctrl-C between the record's link and the return, saving goes on."""
     manager = CheckpointManager(Checkpoint(x=1), run_dir, max_to_keep=None)
     manager.save()
-    sync = storage.sync_directory
+    sync = posix.sync_directory
 
     def interrupt(path):
         sync(path)
@@ -332,7 +332,7 @@ def test_an_interrupt_behind_the_commit_does_not_fence_the_manager(run_dir, monk
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "sync_directory", interrupt)
+    monkeypatch.setattr(posix, "sync_directory", interrupt)
     with pytest.raises(KeyboardInterrupt):
         manager.save()
     assert manager.save() == os.path.join(run_dir, "ckpt-3")
@@ -459,7 +459,7 @@ def test_error_of_user_code_while_planning_closes_what_is_open(run_dir, by_manag
     live = make(0.0)
     with CheckpointManager(make(1.0), run_dir, max_to_keep=None) as manager:
         path = manager.save()
-    live.state.directory = readers.locate(path).directory
+    live.state.directory = str(readers.locate(path).directory)
     manager = CheckpointManager(live, run_dir, max_to_keep=None)
     restoring = manager.restore_or_initialize if by_manager else partial(live.restore, path)
     with pytest.raises((error, DistckptError)) as caught:

@@ -19,13 +19,14 @@ from unit_helpers import (
     make_claimed,
     numbers,
     published_numbers,
+    record_path,
     save,
     settle,
     write_attempt,
 )
 
 from distckpt import chief as chief_module
-from distckpt import paths, state, storage
+from distckpt import paths, state
 from distckpt.errors import (
     ConfigError,
     CorruptStateError,
@@ -36,6 +37,9 @@ from distckpt.errors import (
 )
 from distckpt.janitor import Janitor
 from distckpt.record import CLAIM, COMMIT
+from distckpt.run_directory import AttemptDirectory, RunDirectory
+from distckpt.storage import posix
+from distckpt.storage.store import Room
 from distckpt.verify import verify_attempt
 
 pytestmark = pytest.mark.alone
@@ -52,7 +56,7 @@ class NoSweep(Janitor):
 
 
 def newest(directory):
-    return state.read_head(directory).record
+    return state.read_head(RunDirectory.at(directory)).record
 
 
 def storage_error(path=""):
@@ -61,7 +65,7 @@ def storage_error(path=""):
 
 def fail_once(monkeypatch, name, match):
     """Let one call of a storage function fail, whose first path contains a text."""
-    real = getattr(storage, name)
+    real = getattr(posix, name)
     left = [1]
 
     def call(path, *more):
@@ -70,7 +74,7 @@ def fail_once(monkeypatch, name, match):
             raise storage_error(path)
         return real(path, *more)
 
-    monkeypatch.setattr(storage, name, call)
+    monkeypatch.setattr(posix, name, call)
 
 
 # Claim
@@ -94,7 +98,7 @@ def test_claim_is_a_claim_only_when_finished(run_dir):
     """Ranks show that they can write before the directory changes hands."""
     chief = make_chief(run_dir)
     probe = chief.prepare_claim()
-    assert (chief.is_claimed, state.has_records(run_dir)) == (False, False)
+    assert (chief.is_claimed, state.has_records(RunDirectory.at(run_dir))) == (False, False)
     assert paths.probe_file(probe.epoch, probe.nonce, 0) in os.listdir(run_dir)
 
 
@@ -141,7 +145,7 @@ def test_claim_copies_the_lists_verbatim(run_dir, clock):
 def test_claim_on_a_corrupt_chain_is_refused(run_dir):
     """Nothing is guessed, nothing is overwritten."""
     make_claimed(run_dir)
-    with open(state.record_path(run_dir, 1), "w") as file:
+    with open(record_path(run_dir, 1), "w") as file:
         file.write("{")
     with pytest.raises(CorruptStateError):
         make_chief(run_dir)
@@ -149,7 +153,7 @@ def test_claim_on_a_corrupt_chain_is_refused(run_dir):
 
 def test_claim_where_there_are_no_hard_links_is_refused(run_dir, monkeypatch):
     """Without them two jobs could commit over each other."""
-    monkeypatch.setattr(storage, "link", lambda *_: (_ for _ in ()).throw(storage_error()))
+    monkeypatch.setattr(posix, "link", lambda *_: (_ for _ in ()).throw(storage_error()))
     with pytest.raises(StorageError, match="no hard links"):
         make_chief(run_dir).prepare_claim()
     assert os.listdir(os.path.join(run_dir, ".state")) == []
@@ -157,7 +161,7 @@ def test_claim_where_there_are_no_hard_links_is_refused(run_dir, monkeypatch):
 
 def test_claim_on_a_full_disk_is_refused(run_dir, monkeypatch):
     """Said at the start, not after the first hour of training."""
-    monkeypatch.setattr(storage, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(posix, "room", lambda _: Room(10, None))
     with pytest.raises(StorageError, match="only 10 B are free"):
         make_chief(run_dir).prepare_claim()
 
@@ -211,7 +215,9 @@ def test_save_is_committed_published_and_whole(run_dir):
     chief = make_claimed(run_dir)
     attempt = save(chief, run_dir, 1000, step=1000)
     entry = newest(run_dir).live[-1]
-    report = verify_attempt(os.path.join(run_dir, attempt.published), entry.manifest)
+    report = verify_attempt(
+        AttemptDirectory.at(os.path.join(run_dir, attempt.published)), entry.manifest
+    )
     assert (entry.attempt, entry.step, report.problems) == (attempt, 1000, [])
 
 
@@ -230,13 +236,13 @@ def test_save_happens_in_the_durable_order(run_dir, monkeypatch):
     shards = write_attempt(chief, run_dir, attempt)
     log = []
     for name in ("write_new_file", "sync_directory", "rename", "link"):
-        real = getattr(storage, name)
+        real = getattr(posix, name)
 
         def call(*arguments, name=name, real=real):
             log.append((name, os.path.basename(arguments[-1 if name == "link" else 0])))
             return real(*arguments)
 
-        monkeypatch.setattr(storage, name, call)
+        monkeypatch.setattr(posix, name, call)
     # write_new_file(path, data): the first argument is the path.
     commit(chief, attempt, shards)
     settle(chief)
@@ -566,13 +572,13 @@ def test_retention_deletes_only_what_a_durable_record_released(run_dir, monkeypa
     chief = make_claimed(run_dir, keep=1)
     save(chief, run_dir, 1)
     seen = []
-    real = storage.remove_tree
+    real = posix.remove_tree
 
     def remove_tree(path):
         seen.append([e.attempt.number for e in newest(run_dir).releasing])
         real(path)
 
-    monkeypatch.setattr(storage, "remove_tree", remove_tree)
+    monkeypatch.setattr(posix, "remove_tree", remove_tree)
     save(chief, run_dir, 2)
     assert seen == [[1]]
 
@@ -967,11 +973,11 @@ def test_claim_that_others_overtake_reads_again(run_dir, monkeypatch, times):
         if len(others) < times:
             others.append(make_chief(directory, takeover=True))
             with monkeypatch.context() as honest:
-                honest.setattr(chief_module, "check_filesystem", lambda *_: None)
+                honest.setattr(chief_module, "check_store", lambda *_: None)
                 claim(others[-1])
             raise StorageError("link: No such file", operation="link")
 
-    monkeypatch.setattr(chief_module, "check_filesystem", overtaken)
+    monkeypatch.setattr(chief_module, "check_store", overtaken)
     mine = make_chief(run_dir, takeover=True)
     if times == 1:
         claim(mine)
@@ -990,7 +996,7 @@ def test_chief_whose_number_a_stopped_one_has_taken_again_is_told_that_it_is_fen
     older = make_claimed(run_dir)
     attempt = older.begin(None, 0)
     shards = write_attempt(older, run_dir, attempt)
-    last = state.record_path(run_dir, newest(run_dir).number)
+    last = record_path(run_dir, newest(run_dir).number)
     newer = claim(make_chief(run_dir, takeover=True))
     for number in (11, 12):
         save(newer, run_dir, number)

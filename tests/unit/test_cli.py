@@ -23,17 +23,20 @@ from unit_helpers import (
     make_entry,
     make_record,
     make_saved,
+    record_path,
     save,
     write_attempt,
 )
 
-from distckpt import cli, state, storage, terminal
+from distckpt import cli, state, terminal
 from distckpt.layout import SPLIT, Row, Table
 from distckpt.manifest import Manifest, Shard
 from distckpt.opened import open as open_checkpoint
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
 from distckpt.requests import pin, unpin
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 from distckpt.terminal import Progress
 
 pytestmark = pytest.mark.alone
@@ -437,7 +440,7 @@ def test_verify_of_a_linked_manifest_exits_with_1(saved):
 
 def test_verify_of_one_bad_among_good_counts_them(several):
     """The last line says what a restore would do."""
-    published = storage.list_directory(several)
+    published = posix.list_directory(several)
     name = next(name for name in published if name.startswith("ckpt-2."))
     os.unlink(os.path.join(several, name, "rank-00000-of-00002.safetensors"))
     result = run("verify", several)
@@ -513,7 +516,7 @@ def test_missing_directory_exits_with_3(run_dir, command):
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
 def test_corrupt_chain_exits_with_3(saved, command):
     """What is committed cannot be told."""
-    open(state.record_path(saved.directory, 2), "w").close()
+    open(record_path(saved.directory, 2), "w").close()
     path = saved.prefix if command == "show" else saved.directory
     result = run(command, path)
     assert result.exit_code == 3
@@ -640,7 +643,7 @@ def thousands(run_dir):
     rules = ("latest(10000)",)
     record = make_record(10_001, live=tuple(live), rules=rules, last_preserved=0.0)
     os.makedirs(os.path.join(run_dir, ".state"))
-    state.append(run_dir, record)
+    state.append(RunDirectory.at(run_dir), record)
     return run_dir
 
 
@@ -703,7 +706,14 @@ def test_pending_save_is_not_listed(run_dir):
 
 def damage_records(directory):
     """Flip a bit of the newest record, and take its copy away."""
-    flip_bit(state.record_path(directory, max(state.record_numbers(directory))), 100)
+    flip_bit(
+        str(
+            RunDirectory.at(directory).places.record(
+                max(state.record_numbers(RunDirectory.at(directory)))
+            )
+        ),
+        100,
+    )
     os.unlink(os.path.join(directory, "checkpoint"))
 
 

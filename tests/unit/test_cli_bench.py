@@ -8,9 +8,10 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from distckpt import cli, storage
+from distckpt import cli, files
 from distckpt.bench import disk, measure, phases
 from distckpt.errors import ConfigError
+from distckpt.storage.store import Room
 
 
 def run(*arguments):
@@ -67,14 +68,14 @@ def test_bench_that_is_interrupted_leaves_nothing(run_dir, measured, monkeypatch
 
 def test_size_that_would_fill_the_disk_is_refused(tmp_path):
     """Before anything is written; with what there is."""
-    free = storage.free_bytes(str(tmp_path))
+    free = files.free_bytes(str(tmp_path))
     done = run(str(tmp_path), "--size", f"{free // 7 + 2**26}B")
     assert (done.exit_code, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert "GiB of disk" in done.stderr and "smaller --size" in done.stderr
 
 
 def test_size_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "free_bytes", lambda _: 2**60)
+    monkeypatch.setattr(files, "room", lambda _: Room(2**60, None))
     memory = measure.memory_fields()["MemAvailable"]
     with pytest.raises(ConfigError, match="GiB of memory"):
         disk.check_room(str(tmp_path), memory // 2)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from unit_helpers import make_claimed, make_saved, save
 
 from distckpt import cli, state
+from distckpt.run_directory import RunDirectory
 
 WAIT_SECONDS = 30
 
@@ -80,7 +81,11 @@ def test_run_directories_complete_as_directories(runs, command):
 
 def test_completion_of_a_corrupt_directory_is_quiet(runs):
     """Nobody wants a traceback at the press of a key."""
-    newest = state.record_path("runs/gpt", max(state.record_numbers("runs/gpt")))
+    newest = str(
+        RunDirectory.at("runs/gpt").places.record(
+            max(state.record_numbers(RunDirectory.at("runs/gpt")))
+        )
+    )
     with open(newest, "w"):
         pass
     assert completed("show", "runs/gpt/") == [("dir", "runs/gpt/")]

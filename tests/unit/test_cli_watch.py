@@ -12,12 +12,13 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from unit_helpers import make_claimed, make_record, make_saved, save
+from unit_helpers import make_claimed, make_record, make_saved, record_path, save
 
 from distckpt import cli, state, watching
 from distckpt.policy import best, latest
 from distckpt.prune import prune
 from distckpt.remarks import Remarks
+from distckpt.run_directory import RunDirectory
 from distckpt.watching import Watcher
 
 WAIT_SECONDS = 20
@@ -50,16 +51,19 @@ def test_first_look_tells_how_things_stand(run_dir, chief):
     """Whose it is, and the last commits, oldest first."""
     for number in (1, 2, 3):
         save(chief, run_dir, number)
-    watcher = Watcher(run_dir, 10)
+    watcher = Watcher(RunDirectory.at(run_dir), 10)
     assert told(watcher) == [("begin", ""), ("commit", "ckpt-2"), ("commit", "ckpt-3")]
     assert told(watcher) == []
-    assert told(Watcher(run_dir, 1)) == [("begin", ""), ("commit", "ckpt-3")]
-    assert told(Watcher(run_dir, 0)) == [("begin", "")]
+    assert told(Watcher(RunDirectory.at(run_dir), 1)) == [
+        ("begin", ""),
+        ("commit", "ckpt-3"),
+    ]
+    assert told(Watcher(RunDirectory.at(run_dir), 0)) == [("begin", "")]
 
 
 def test_commits_and_deletions_are_told_once_and_in_order(run_dir, chief):
     """Also several between two looks, and what was deleted again meanwhile."""
-    watcher = Watcher(run_dir, 10)
+    watcher = Watcher(RunDirectory.at(run_dir), 10)
     assert told(watcher) == [("begin", "")]
     save(chief, run_dir, 1)
     assert told(watcher) == [("commit", "ckpt-1")]
@@ -77,7 +81,7 @@ def test_commits_and_deletions_are_told_once_and_in_order(run_dir, chief):
 
 def test_look_that_finds_nothing_new_reads_no_record(run_dir, chief, monkeypatch):
     """It asks for two names."""
-    watcher = Watcher(run_dir, 10)
+    watcher = Watcher(RunDirectory.at(run_dir), 10)
     watcher.look()
 
     def fail(*_):
@@ -89,7 +93,7 @@ def test_look_that_finds_nothing_new_reads_no_record(run_dir, chief, monkeypatch
 
 def test_replaced_checkpoint_is_a_commit_and_a_deletion(run_dir, chief):
     save(chief, run_dir, 1)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     save(chief, run_dir, 1)
     assert told(watcher) == [("commit", "ckpt-1"), ("deletion", "ckpt-1")]
@@ -97,7 +101,7 @@ def test_replaced_checkpoint_is_a_commit_and_a_deletion(run_dir, chief):
 
 def test_checkpoint_that_is_found_bad_is_told(run_dir, chief):
     save(chief, run_dir, 1)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     chief.confirm_bad(chief.candidates[0])
     save(chief, run_dir, 2)
@@ -107,7 +111,7 @@ def test_checkpoint_that_is_found_bad_is_told(run_dir, chief):
 def test_checkpoint_that_is_preserved_is_told(run_dir, clock):
     """It leaves the managed ones, and stays."""
     chief = make_claimed(run_dir, keep=1, hours=1.0)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     for number in (1, 2):
         clock.now += 7200
@@ -121,7 +125,7 @@ def test_checkpoint_that_is_preserved_is_told(run_dir, clock):
 
 def test_claims_tell_a_restart_from_another_job(run_dir, chief):
     """By whom, which restart, and which epoch."""
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     assert watcher.look()[0].text == "job 'unit', epoch 1: 0 checkpoints"
     make_claimed(run_dir, restart=1).close()
     (event,) = watcher.look()
@@ -134,12 +138,12 @@ def test_claims_tell_a_restart_from_another_job(run_dir, chief):
 
 def test_records_that_were_pruned_unseen_are_a_gap(run_dir, chief):
     """What became of it all is told from the newest, which has everything."""
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     for number in (1, 2, 3):
         save(chief, run_dir, number)
     for number in (1, 2, 3):
-        os.unlink(state.record_path(run_dir, number))
+        os.unlink(record_path(run_dir, number))
     events = watcher.look()
     assert [event.kind for event in events] == ["gap", "commit", "commit", "deletion"]
     assert events[0].text.startswith("2 records ")
@@ -148,7 +152,7 @@ def test_records_that_were_pruned_unseen_are_a_gap(run_dir, chief):
 def test_directory_that_is_made_anew_is_told(run_dir, chief):
     """The numbers start again; so does the watching."""
     save(chief, run_dir, 1)
-    watcher = Watcher(run_dir, 5)
+    watcher = Watcher(RunDirectory.at(run_dir), 5)
     watcher.look()
     chief.close()
     shutil.rmtree(run_dir)
@@ -165,9 +169,9 @@ def test_directory_that_is_made_anew_is_told(run_dir, chief):
 
 def test_repair_by_hand_is_told(run_dir, chief):
     save(chief, run_dir, 1)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
-    newest = state.read_head(run_dir)
+    newest = state.read_head(RunDirectory.at(run_dir))
     repaired = make_record(
         newest.record.number + 1,
         previous=newest.digest,
@@ -177,7 +181,7 @@ def test_repair_by_hand_is_told(run_dir, chief):
         last_preserved=1.0,
         rules=newest.record.rules,
     )
-    state.append(run_dir, repaired)
+    state.append(RunDirectory.at(run_dir), repaired)
     assert told(watcher) == [("repair", "")]
 
 
@@ -185,9 +189,9 @@ def test_pruning_by_hand_is_told(run_dir, chief):
     for number in (1, 2):
         save(chief, run_dir, number)
     chief.close()
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
-    [*prune(run_dir, latest(1))[1]]
+    [*prune(RunDirectory.at(run_dir), latest(1))[1]]
     assert [kind for kind, _ in told(watcher)] == ["claim", "prune", "deletion"]
 
 
@@ -196,7 +200,7 @@ def test_pruning_by_hand_is_told(run_dir, chief):
 
 def test_directory_need_not_be_there_yet(run_dir):
     """What it waits for is said once."""
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     (event,) = watcher.look()
     assert (event.kind, event.text) == ("waiting", "the directory is not there")
     assert watcher.look() == []
@@ -208,7 +212,7 @@ def test_directory_need_not_be_there_yet(run_dir):
 def test_directory_that_cannot_be_read_is_said_once_and_tried_again(run_dir, chief):
     """As when a network filesystem is away for a while."""
     save(chief, run_dir, 1)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     records = os.path.join(run_dir, ".state")
     os.rename(records, records + "-away")
@@ -234,7 +238,7 @@ def make_paced(run_dir, clock, seconds, behind):
 def test_stale_directory_is_told_once_until_the_next_commit(run_dir, clock):
     """With the usual interval."""
     chief = make_paced(run_dir, clock, 600, behind=1900)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     (event,) = watcher.look()
     assert event.kind == "stale"
@@ -248,7 +252,7 @@ def test_stale_directory_is_told_once_until_the_next_commit(run_dir, clock):
 
 def test_directory_at_its_usual_pace_is_not_stale(run_dir, clock):
     make_paced(run_dir, clock, 600, behind=1700)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     assert told(watcher) == [("begin", "")]
     assert told(watcher) == []
 
@@ -259,7 +263,7 @@ def test_pause_of_seconds_is_no_news_however_fast_the_commits(
 ):
     """Three times some milliseconds pass between any two looks."""
     make_paced(run_dir, clock, 0.01, behind)
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     assert told(watcher) == [("begin", "")]
     assert [kind for kind, _ in told(watcher)] == ["stale"] * is_late
 
@@ -272,7 +276,7 @@ def test_what_was_deleted_meanwhile_does_not_lengthen_the_usual_interval(run_dir
         loss = 0.0 if number in (0, 11) else 1.0
         save(chief, run_dir, number, remarks=Remarks.of({"loss": loss}, None))
     clock.now += 400
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     watcher.look()
     (event,) = watcher.look()
     assert event.text == "no commit for 7 min; usually it takes 100 s"
@@ -283,7 +287,7 @@ def test_first_commits_are_never_late(run_dir, clock):
     chief = make_claimed(run_dir)
     save(chief, run_dir, 1)
     clock.now += 1e6
-    watcher = Watcher(run_dir, 0)
+    watcher = Watcher(RunDirectory.at(run_dir), 0)
     assert [told(watcher), told(watcher)] == [[("begin", "")], []]
     chief.close()
 
@@ -331,7 +335,7 @@ def test_checkpoint_in_place_of_a_directory_is_refused(run_dir):
 
 def test_corrupt_records_exit_with_3(run_dir):
     make_saved(run_dir)
-    with open(state.record_path(run_dir, 2), "w"):
+    with open(record_path(run_dir, 2), "w"):
         pass
     done = run(run_dir)
     assert done.exit_code == 3 and "00002.json" in done.stderr

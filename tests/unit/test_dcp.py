@@ -27,6 +27,7 @@ from distckpt.formats import dcp_metadata
 from distckpt.formats.dcp_directory import DcpDirectory
 from distckpt.formats.dcp_metadata import Chunk, DcpMetadata, DcpTensor, DcpValue, Place
 from distckpt.formats.dcp_verify import verify_dcp
+from distckpt.storage import posix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -98,13 +99,12 @@ class Cut:
     """Saves one tensor in chunks along any dimensions, as ranks would."""
 
     def __init__(self, path, tensor, boxes):
-        from distckpt import storage
         from distckpt.formats import torch_save
 
         chunks = []
         end = 0
         os.mkdir(path)
-        with storage.NewFile(os.path.join(path, "data")) as file:
+        with posix.NewFile(os.path.join(path, "data")) as file:
             for box in boxes:
                 index = tuple(
                     slice(start, start + length)
@@ -118,7 +118,7 @@ class Cut:
             file.finish(end)
         entry = DcpTensor("int32", tuple(tensor.shape), tuple(chunks))
         data = dcp_metadata.encode(DcpMetadata({"w": entry}, {"w": ("w",)}))
-        storage.write_new_file(os.path.join(path, ".metadata"), data)
+        posix.write_new_file(os.path.join(path, ".metadata"), data)
 
 
 class InMemory:

@@ -10,9 +10,11 @@ import sys
 import pytest
 from unit_helpers import flip_bit, make_attempt, make_claimed, save
 
-from distckpt import doctor, lock, paths, pin, request_save, state, storage
+from distckpt import doctor, paths, pin, request_save, state
 from distckpt.errors import StorageError
 from distckpt.leases import Lease
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import lock, posix
 
 pytestmark = pytest.mark.alone
 
@@ -29,7 +31,7 @@ def saved(run_dir):
 def findings_of(directory, **more):
     """Return verdict and text of everything, by what it is about."""
     found = {}
-    for what, verdict, text in doctor.examine(directory, **more):
+    for what, verdict, text in doctor.examine(RunDirectory.at(directory), **more):
         found.setdefault(what, []).append((verdict, text))
     return found
 
@@ -84,7 +86,7 @@ def test_read_only_writes_nothing(saved, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("written")
 
-    monkeypatch.setattr(storage.NewFile, "__init__", fail)
+    monkeypatch.setattr(posix.NewFile, "__init__", fail)
     found = findings_of(saved, tries=False)
     assert "records" in found and "hard links" not in found
 
@@ -93,21 +95,21 @@ def test_filesystem_without_hard_links_is_bad(saved, monkeypatch):
     def refuse(source, target):
         raise StorageError("link: Operation not permitted", operation="link")
 
-    monkeypatch.setattr(storage, "link", refuse)
+    monkeypatch.setattr(posix, "link", refuse)
     verdict, text = one(saved, "hard links")
     assert verdict == doctor.BAD and "not permitted" in text
     assert not [name for name in os.listdir(saved) if "probe" in name]
 
 
 def test_filesystem_that_creates_again_is_bad(saved, monkeypatch):
-    real = storage.write_new_file
+    real = posix.write_new_file
 
     def careless(path, data):
         if os.path.exists(path):
             return
         real(path, data)
 
-    monkeypatch.setattr(storage, "write_new_file", careless)
+    monkeypatch.setattr(posix, "write_new_file", careless)
     assert one(saved, "exclusive creation")[0] == doctor.BAD
 
 
@@ -176,14 +178,24 @@ def test_holder_is_named(saved):
 
 
 def test_damaged_records_are_bad_and_name_the_repair(saved):
-    path = state.record_path(saved, max(state.record_numbers(saved)))
+    path = str(
+        RunDirectory.at(saved).places.record(
+            max(state.record_numbers(RunDirectory.at(saved)))
+        )
+    )
     flip_bit(path, 100)
     verdict, text = one(saved, "records")
     assert verdict == doctor.BAD and "distckpt repair" in text
 
 
 def test_lost_records_are_bad(saved):
-    os.unlink(state.record_path(saved, max(state.record_numbers(saved))))
+    os.unlink(
+        str(
+            RunDirectory.at(saved).places.record(
+                max(state.record_numbers(RunDirectory.at(saved)))
+            )
+        )
+    )
     verdict, text = one(saved, "records")
     assert verdict == doctor.BAD and "records are lost" in text
 
@@ -194,7 +206,7 @@ def test_state_file_that_is_behind_is_told(saved):
 
 
 def test_each_leftover_is_named_with_its_fate(saved, tmp_path):
-    live = state.read_head(saved).record.live[0].attempt
+    live = state.read_head(RunDirectory.at(saved)).record.live[0].attempt
     pending = make_attempt(8, epoch=0)
     lost = make_attempt(9, epoch=1)
     foreign = make_attempt(10, epoch=1)
@@ -205,8 +217,8 @@ def test_each_leftover_is_named_with_its_fate(saved, tmp_path):
         os.path.join(saved, live.published), os.path.join(saved, lost.published)
     )
     records = os.path.join(saved, paths.RECORDS_DIRECTORY)
-    storage.write_new_file(os.path.join(records, paths.temporary_file(0)), b"")
-    storage.write_new_file(os.path.join(saved, paths.probe_file(0, "0" * 16, 1)), b"")
+    posix.write_new_file(os.path.join(records, paths.temporary_file(0)), b"")
+    posix.write_new_file(os.path.join(saved, paths.probe_file(0, "0" * 16, 1)), b"")
     texts = [text for _, text in findings_of(saved)["left over"]]
     said = dict(text.split(": ", 1) for text in texts if ": " in text)
     assert "died" in said[pending.pending]
@@ -232,7 +244,11 @@ def test_state_file_that_is_no_file_is_told(saved):
 def test_what_others_ask_for_and_read_is_told(saved):
     pin(os.path.join(saved, "ckpt-2"))
     request_save(saved)
-    lease = Lease(saved, state.read_head(saved).record.live[0].attempt, 60.0)
+    lease = Lease(
+        RunDirectory.at(saved),
+        state.read_head(RunDirectory.at(saved)).record.live[0].attempt,
+        60.0,
+    )
     found = findings_of(saved, tries=False)
     assert [text.partition(",")[0] for _, text in found["requests"]] == [
         "pin of ckpt-2",

@@ -14,7 +14,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt import events, paths, sinks
+from distckpt import events, history, paths
 from distckpt.errors import UnsafeCheckpointError
 from distckpt.events import (
     CLAIM,
@@ -27,7 +27,9 @@ from distckpt.events import (
     Event,
     Events,
 )
-from distckpt.sinks import History, JsonLines, Log, PrometheusFile, TensorBoard, say_line
+from distckpt.history import History
+from distckpt.run_directory import RunDirectory
+from distckpt.sinks import JsonLines, Log, PrometheusFile, TensorBoard, say_line
 
 WHOLE = Event(
     COMMIT,
@@ -188,7 +190,7 @@ def history_of(directory):
 
 
 def test_history_begins_with_a_claim_and_has_a_file_for_each(run_dir):
-    sink = History(run_dir)
+    sink = History(RunDirectory.at(run_dir))
     sink(WHOLE)
     assert history_of(run_dir) == []
     for epoch in (1, 2):
@@ -202,9 +204,9 @@ def test_history_begins_with_a_claim_and_has_a_file_for_each(run_dir):
 
 
 def test_history_that_grows_goes_on_in_another_file_and_old_ones_go(run_dir, monkeypatch):
-    monkeypatch.setattr(sinks, "_MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(sinks, "_KEPT_FILES", 3)
-    sink = History(run_dir)
+    monkeypatch.setattr(history, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(history, "_KEPT_FILES", 3)
+    sink = History(RunDirectory.at(run_dir))
     sink(claimed(1))
     for _ in range(20):
         sink(WHOLE)
@@ -220,7 +222,7 @@ def test_history_is_not_written_where_a_link_leads(run_dir, tmp_path):
     os.makedirs(run_dir, exist_ok=True)
     os.symlink(tmp_path, os.path.join(run_dir, paths.EVENTS_DIRECTORY))
     with pytest.raises(UnsafeCheckpointError):
-        History(run_dir)(claimed(1))
+        History(RunDirectory.at(run_dir))(claimed(1))
     assert not [name for name in os.listdir(tmp_path) if name.endswith("jsonl")]
 
 

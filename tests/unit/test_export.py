@@ -34,12 +34,13 @@ from transfer_helpers import (
 from unit_helpers import flip_bit, make_saved
 
 import distckpt
-from distckpt import PerRank, dtypes, storage
+from distckpt import PerRank, dtypes
 from distckpt.errors import ChecksumError, ConfigError, UnsupportedError
 from distckpt.formats import dcp_write, export, torch_save
 from distckpt.formats.dcp_verify import verify_dcp
 from distckpt.formats.foreign import DCP, EXPORTED, HUGGINGFACE, SAFETENSORS, TORCH
 from distckpt.layout import WHOLE, Row
+from distckpt.storage import posix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -358,14 +359,14 @@ def test_what_the_disk_has_not_kept_is_noticed_and_nothing_is_left(
 ):
     """What was written is read again before it gets its name."""
     saved = make_saved(run_dir, 1)
-    finish = storage.NewFile.finish
+    finish = posix.NewFile.finish
 
     def lose_a_bit(file, size_bytes):
         finish(file, size_bytes)
         if size_bytes > 300_000:
             flip_bit(file.path, 200_000)
 
-    monkeypatch.setattr(storage.NewFile, "finish", lose_a_bit)
+    monkeypatch.setattr(posix.NewFile, "finish", lose_a_bit)
     with pytest.raises(ChecksumError):
         do_export(saved.prefix, target, to)
     assert left_beside(target) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from unit_helpers import FileTarget, open_shard_at
 
 from distckpt import shard_file, values
 from distckpt.boxes import Box, whole
@@ -21,7 +22,6 @@ from distckpt.manifest import Manifest, Shard
 from distckpt.paths import Attempt
 from distckpt.record import COMMIT, Entry, Record
 from distckpt.remarks import Remarks
-from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
 from distckpt.stamp import CURRENT_FORMAT, FIRST, Stamp
 
@@ -134,7 +134,7 @@ def write_shard(path, stamp):
         return shard_file.Entry(Piece(row, box, 0), lambda: memoryview(data), per_rank)
 
     return shard_file.write(
-        str(path),
+        FileTarget(path),
         [
             entry(ROWS[0], Box((1, 0), (2, 4)), np.arange(8, dtype="<f4").tobytes()),
             entry(ROWS[2], whole(()), b"\x34\x12"),
@@ -216,7 +216,7 @@ def test_shard_file_is_written_with_the_golden_bytes(tmp_path, form, read):
 
 @pytest.fixture
 def reader(form):
-    with ShardReader(str(GOLDEN / form / "shard.safetensors")) as reader:
+    with open_shard_at(GOLDEN / form / "shard.safetensors") as reader:
         yield reader
 
 

@@ -48,6 +48,7 @@ from distckpt import (
     paths,
     state,
 )
+from distckpt.run_directory import RunDirectory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -272,7 +273,7 @@ def test_readers_name_the_newest_and_the_managed(golden, directory):
 @pytest.mark.parametrize("golden", some_in_full(with_records()))
 def test_newest_record_says_what_was_done_last_and_what_is_being_deleted(golden, directory):
     expected = expected_of(golden)
-    newest = state.read_head(directory).record
+    newest = state.read_head(RunDirectory.at(directory)).record
     assert (newest.action, newest.epoch) == (expected["action"], expected["epoch"])
     assert [*newest.rules] == expected["rules"]
     releasing = [entry.attempt.prefix for entry in newest.releasing]
@@ -281,7 +282,9 @@ def test_newest_record_says_what_was_done_last_and_what_is_being_deleted(golden,
     assert {*wanted} <= {*releasing}
     assert {*releasing}.isdisjoint(committed(expected))
     if "num_records" in expected:
-        assert len(state.record_numbers(directory)) == expected["num_records"]
+        assert (
+            len(state.record_numbers(RunDirectory.at(directory))) == expected["num_records"]
+        )
         assert newest.number > expected["num_records"]
 
 

@@ -30,9 +30,10 @@ from transfer_helpers import (
 from unit_helpers import flip_bit
 
 import distckpt
-from distckpt import Checkpoint, CheckpointManager, dtypes, storage, values
+from distckpt import Checkpoint, CheckpointManager, dtypes, values
 from distckpt.errors import ConfigError, UnsupportedError
 from distckpt.formats import import_names, torch_save
+from distckpt.storage import posix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -476,14 +477,14 @@ def test_what_the_disk_has_not_kept_is_noticed_and_nothing_is_left(
 ):
     """What was written is read again before it gets its name."""
     torch.save({"w": torch.zeros(100_000)}, source)
-    finish = storage.NewFile.finish
+    finish = posix.NewFile.finish
 
     def lose_a_bit(file, size_bytes):
         finish(file, size_bytes)
         if size_bytes > 300_000:
             flip_bit(file.path, 200_000)
 
-    monkeypatch.setattr(storage.NewFile, "finish", lose_a_bit)
+    monkeypatch.setattr(posix.NewFile, "finish", lose_a_bit)
     result = run("import", source, "--from", "torch", "--output", target)
     assert result.exit_code == 1
     assert "model/w" in result.stderr

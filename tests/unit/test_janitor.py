@@ -9,9 +9,11 @@ import threading
 import pytest
 from unit_helpers import CHAIN, SETTLE_SECONDS, make_attempt
 
-from distckpt import paths, storage
+from distckpt import paths
 from distckpt.errors import StorageError
-from distckpt.janitor import Janitor, remove_published
+from distckpt.janitor import Janitor
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 
 pytestmark = pytest.mark.alone
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.alone
 @pytest.fixture
 def janitor(tmp_path):
     (tmp_path / ".state").mkdir()
-    return Janitor(str(tmp_path))
+    return Janitor(RunDirectory.at(str(tmp_path)))
 
 
 def make_directory(tmp_path, name):
@@ -71,7 +73,7 @@ def test_release_that_failed_does_not_count_as_deleted(tmp_path, janitor, monkey
     def rename(*_):
         raise StorageError("busy")
 
-    monkeypatch.setattr(storage, "rename", rename)
+    monkeypatch.setattr(posix, "rename", rename)
     janitor.release([make_attempt(1)])
     wait(janitor)
     assert janitor.take_released() == set()
@@ -83,14 +85,14 @@ def test_release_that_failed_does_not_end_the_others(
     """One busy file does not fill the disk."""
     for number in (1, 2):
         make_directory(tmp_path, make_attempt(number).published)
-    real = storage.rename
+    real = posix.rename
 
     def rename(source, target):
         if "ckpt-1." in source:
             raise StorageError("busy")
         real(source, target)
 
-    monkeypatch.setattr(storage, "rename", rename)
+    monkeypatch.setattr(posix, "rename", rename)
     with caplog.at_level(logging.WARNING):
         janitor.release([make_attempt(1), make_attempt(2)])
         wait(janitor)
@@ -101,7 +103,7 @@ def test_release_that_failed_does_not_end_the_others(
 def test_wait_with_too_little_time_says_so(janitor, monkeypatch):
     """A deletion that hangs does not hang the caller."""
     gate = threading.Event()
-    monkeypatch.setattr(storage, "exists", lambda _: gate.wait() and False)
+    monkeypatch.setattr(posix, "exists", lambda _: gate.wait() and False)
     janitor.release([make_attempt(1)])
     in_time = janitor.wait(0.05)
     gate.set()
@@ -119,19 +121,19 @@ def test_idle_janitor_has_no_thread(janitor):
     assert all(t.name != "distckpt-janitor" for t in threading.enumerate())
 
 
-def test_remove_published_renames_and_syncs_before_it_deletes(tmp_path, monkeypatch):
+def test_discarding_renames_and_syncs_before_it_deletes(tmp_path, monkeypatch):
     """After a power cut no torn attempt stands under a published name."""
     make_directory(tmp_path, make_attempt(1).published)
     log = []
     for name in ("rename", "sync_directory", "remove_tree"):
-        real = getattr(storage, name)
+        real = getattr(posix, name)
 
         def call(*arguments, name=name, real=real):
             log.append(name)
             return real(*arguments)
 
-        monkeypatch.setattr(storage, name, call)
-    remove_published(str(tmp_path), make_attempt(1))
+        monkeypatch.setattr(posix, name, call)
+    RunDirectory.at(str(tmp_path)).discard(make_attempt(1))
     assert log == ["rename", "sync_directory", "remove_tree"]
 
 
@@ -221,7 +223,7 @@ def test_sweep_takes_an_attempt_out_of_its_writers_reach_first(
     """A stopped chief that wakes up in the sweep must not publish what is left of it."""
     attempt = make_attempt(1, epoch=1)
     make_directory(tmp_path, attempt.pending)
-    remove_tree, woken = storage.remove_tree, []
+    remove_tree, woken = posix.remove_tree, []
 
     def publish_first(path):
         try:
@@ -230,7 +232,7 @@ def test_sweep_takes_an_attempt_out_of_its_writers_reach_first(
             woken.append(error)
         remove_tree(path)
 
-    monkeypatch.setattr(storage, "remove_tree", publish_first)
+    monkeypatch.setattr(posix, "remove_tree", publish_first)
     janitor.sweep(2, CHAIN, [])
     wait(janitor)
     assert len(woken) == 1

@@ -14,6 +14,7 @@ from unit_helpers import make_attempt, make_claimed, published_numbers, save, se
 from distckpt import leases, paths, readers
 from distckpt.errors import CheckpointNotFound, ConfigError, UnsafeCheckpointError
 from distckpt.leases import Lease, Leases
+from distckpt.run_directory import RunDirectory
 from distckpt.verify import verify_attempt
 
 ONE = make_attempt(1)
@@ -44,9 +45,9 @@ def leave_dead(directory, attempt, text='{"seconds": 5.0, "by": "nobody"}'):
 
 
 def test_a_lease_holds_its_attempt_and_no_other_until_it_is_released(run_dir):
-    seen = Leases(run_dir)
+    seen = Leases(RunDirectory.at(run_dir))
     assert not seen.hold(ONE)
-    lease = Lease(run_dir, ONE, 60.0)
+    lease = Lease(RunDirectory.at(run_dir), ONE, 60.0)
     assert seen.hold(ONE)
     assert not seen.hold(make_attempt(2)) and not seen.hold(make_attempt(1, epoch=2))
     lease.release()
@@ -55,8 +56,11 @@ def test_a_lease_holds_its_attempt_and_no_other_until_it_is_released(run_dir):
 
 
 def test_each_of_two_leases_holds(run_dir):
-    seen = Leases(run_dir)
-    one, other = Lease(run_dir, ONE, 60.0), Lease(run_dir, ONE, 60.0)
+    seen = Leases(RunDirectory.at(run_dir))
+    one, other = (
+        Lease(RunDirectory.at(run_dir), ONE, 60.0),
+        Lease(RunDirectory.at(run_dir), ONE, 60.0),
+    )
     one.release()
     assert seen.hold(ONE)
     other.release()
@@ -65,7 +69,7 @@ def test_each_of_two_leases_holds(run_dir):
 
 def test_a_lease_that_nobody_touches_ends_by_the_clock_of_who_deletes(run_dir):
     clock = Clock()
-    seen = Leases(run_dir, clock)
+    seen = Leases(RunDirectory.at(run_dir), clock)
     path = leave_dead(run_dir, ONE)
     os.utime(path, (4e9, 4e9))  # what the filesystem's clock says does not matter
     assert seen.hold(ONE)
@@ -78,7 +82,7 @@ def test_a_lease_that_nobody_touches_ends_by_the_clock_of_who_deletes(run_dir):
 
 def test_a_lease_that_is_touched_lasts(run_dir):
     clock = Clock()
-    seen = Leases(run_dir, clock)
+    seen = Leases(RunDirectory.at(run_dir), clock)
     path = leave_dead(run_dir, ONE)
     for number in range(5):
         os.utime(path, (1000 + number, 1000 + number))
@@ -94,7 +98,7 @@ def test_a_lease_that_is_touched_lasts(run_dir):
 )
 def test_a_lease_that_says_nothing_sensible_ends_like_any_other(run_dir, text):
     clock = Clock()
-    seen = Leases(run_dir, clock)
+    seen = Leases(RunDirectory.at(run_dir), clock)
     leave_dead(run_dir, ONE, text)
     assert seen.hold(ONE)
     clock.seconds = leases.SECONDS + 1
@@ -103,7 +107,7 @@ def test_a_lease_that_says_nothing_sensible_ends_like_any_other(run_dir, text):
 
 def test_a_fifo_in_the_place_of_a_lease_holds_nobody_up(run_dir):
     clock = Clock()
-    seen = Leases(run_dir, clock)
+    seen = Leases(RunDirectory.at(run_dir), clock)
     os.makedirs(folder(run_dir))
     os.mkfifo(folder(run_dir, paths.lease_file(ONE)))
     assert seen.hold(ONE)
@@ -115,13 +119,13 @@ def test_leases_that_are_elsewhere_are_refused(run_dir, tmp_path):
     os.makedirs(run_dir, exist_ok=True)
     os.symlink(tmp_path, folder(run_dir))
     with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
-        Leases(run_dir).hold(ONE)
+        Leases(RunDirectory.at(run_dir)).hold(ONE)
     with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
-        Lease(run_dir, ONE, 60.0)
+        Lease(RunDirectory.at(run_dir), ONE, 60.0)
 
 
 def test_a_reader_touches_its_lease_while_it_lives(run_dir):
-    lease = Lease(run_dir, ONE, 0.3)
+    lease = Lease(RunDirectory.at(run_dir), ONE, 0.3)
     (name,) = left(run_dir)
     first = os.stat(folder(run_dir, name)).st_mtime_ns
     deadline = time.monotonic() + 20
@@ -132,7 +136,7 @@ def test_a_reader_touches_its_lease_while_it_lives(run_dir):
 
 
 def test_a_reader_whose_lease_was_taken_away_says_so_and_touches_no_more(run_dir, caplog):
-    lease = Lease(run_dir, ONE, 0.3)
+    lease = Lease(RunDirectory.at(run_dir), ONE, 0.3)
     os.unlink(folder(run_dir, left(run_dir)[0]))
     deadline = time.monotonic() + 20
     while "may end before it is given back" not in caplog.text:
@@ -147,12 +151,13 @@ def test_the_lease_of_a_reader_that_was_killed_ends(run_dir):
         "import sys, os, signal\n"
         "from distckpt.leases import Lease\n"
         "from distckpt.paths import parse_published\n"
-        "Lease(sys.argv[1], parse_published(sys.argv[2]), 0.5)\n"
+        "from distckpt.run_directory import RunDirectory\n"
+        "Lease(RunDirectory.at(sys.argv[1]), parse_published(sys.argv[2]), 0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code, run_dir, ONE.published], check=False)
     assert len(left(run_dir)) == 1
-    seen = Leases(run_dir)
+    seen = Leases(RunDirectory.at(run_dir))
     assert seen.hold(ONE)
     deadline = time.monotonic() + 20
     while seen.hold(ONE):

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from distckpt import lock
-from distckpt.lock import DirectoryLock
+from distckpt.storage import lock
+from distckpt.storage.lock import DirectoryLock
 
 pytestmark = pytest.mark.alone
 
 HOLDER = """
 import sys
-from distckpt.lock import DirectoryLock
+from distckpt.storage.lock import DirectoryLock
 lock = DirectoryLock(sys.argv[1])
 print(lock.acquire(0), flush=True)
 sys.stdin.read()

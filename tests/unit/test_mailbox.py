@@ -9,9 +9,11 @@ import os
 import pytest
 from unit_helpers import make_attempt, make_entry
 
-from distckpt import mailbox, paths, storage
+from distckpt import mailbox, paths
 from distckpt.errors import CorruptStateError, StorageError, UnsafeCheckpointError
 from distckpt.mailbox import METRICS, PIN, SAVE, UNPIN, Request
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 
 ONE, OTHER = make_attempt(1), make_attempt(2)
 REQUESTS = [
@@ -36,8 +38,8 @@ def put(directory, data, name=None):
 
 
 def test_requests_come_back_as_they_were_posted_and_in_that_order(run_dir):
-    names = [mailbox.post(run_dir, request) for request in REQUESTS]
-    found, refused = mailbox.collect(run_dir)
+    names = [mailbox.post(RunDirectory.at(run_dir), request) for request in REQUESTS]
+    found, refused = mailbox.collect(RunDirectory.at(run_dir))
     assert not refused
     assert [(r.kind, r.by, r.attempt, r.metrics) for r in found] == [
         (r.kind, r.by, r.attempt, r.metrics) for r in REQUESTS
@@ -46,23 +48,23 @@ def test_requests_come_back_as_they_were_posted_and_in_that_order(run_dir):
 
 
 def test_where_nobody_ever_asked_there_is_nothing(run_dir):
-    assert mailbox.collect(run_dir) == ([], {})
-    mailbox.remove(run_dir, [])
-    mailbox.sweep(run_dir)
+    assert mailbox.collect(RunDirectory.at(run_dir)) == ([], {})
+    mailbox.remove(RunDirectory.at(run_dir), [])
+    mailbox.sweep(RunDirectory.at(run_dir))
     assert not os.path.exists(box(run_dir))
 
 
 def test_a_request_waits_until_it_is_removed(run_dir):
-    names = [mailbox.post(run_dir, request) for request in REQUESTS]
-    mailbox.remove(run_dir, names[:2])
-    assert [mailbox.is_waiting(run_dir, name) for name in names] == [
+    names = [mailbox.post(RunDirectory.at(run_dir), request) for request in REQUESTS]
+    mailbox.remove(RunDirectory.at(run_dir), names[:2])
+    assert [mailbox.is_waiting(RunDirectory.at(run_dir), name) for name in names] == [
         False,
         False,
         True,
         True,
     ]
-    mailbox.remove(run_dir, names)
-    assert mailbox.collect(run_dir) == ([], {})
+    mailbox.remove(RunDirectory.at(run_dir), names)
+    assert mailbox.collect(RunDirectory.at(run_dir)) == ([], {})
 
 
 TREE = json.loads(REQUESTS[3].encode())
@@ -97,8 +99,8 @@ TREE = json.loads(REQUESTS[3].encode())
 )
 def test_what_is_no_request_is_named_and_takes_no_part(run_dir, data):
     name = put(run_dir, data)
-    posted = mailbox.post(run_dir, REQUESTS[1])
-    found, refused = mailbox.collect(run_dir)
+    posted = mailbox.post(RunDirectory.at(run_dir), REQUESTS[1])
+    found, refused = mailbox.collect(RunDirectory.at(run_dir))
     assert [request.name for request in found] == [posted]
     assert list(refused) == [name] and refused[name]
     if len(data) < 60_000:  # what is larger is not even read
@@ -117,7 +119,7 @@ def test_what_is_no_file_is_refused_and_not_followed(run_dir, tmp_path, kind):
         os.symlink(tmp_path / "secret", box(run_dir, name))
     else:
         os.mkdir(box(run_dir, name))
-    found, refused = mailbox.collect(run_dir)
+    found, refused = mailbox.collect(RunDirectory.at(run_dir))
     assert found == [] and list(refused) == [name]
 
 
@@ -139,48 +141,48 @@ def test_a_directory_of_requests_that_is_a_link_is_refused(run_dir, tmp_path, us
     os.makedirs(run_dir, exist_ok=True)
     os.symlink(elsewhere, box(run_dir))
     with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
-        use(run_dir)
+        use(RunDirectory.at(run_dir))
     assert os.listdir(elsewhere) == ["x"]
 
 
 def test_other_names_are_nobodys_request(run_dir):
     put(run_dir, REQUESTS[0].encode(), "notes.txt")
     put(run_dir, REQUESTS[0].encode(), paths.partial(paths.request_file(1)))
-    assert mailbox.collect(run_dir) == ([], {})
+    assert mailbox.collect(RunDirectory.at(run_dir)) == ([], {})
 
 
 def test_sweep_removes_what_died_before_it_was_a_request(run_dir):
-    posted = mailbox.post(run_dir, REQUESTS[0])
+    posted = mailbox.post(RunDirectory.at(run_dir), REQUESTS[0])
     put(run_dir, b"half", paths.partial(paths.request_file(1)))
-    mailbox.sweep(run_dir)
+    mailbox.sweep(RunDirectory.at(run_dir))
     assert os.listdir(box(run_dir)) == [posted]
 
 
 def test_a_request_that_cannot_be_written_leaves_nothing(run_dir, monkeypatch):
     def fail(*_):
-        raise StorageError("full", operation="rename", path="x", errno=28)
+        raise StorageError("full", operation="link", path="x", errno=28)
 
-    monkeypatch.setattr(storage, "rename_new", fail)
+    monkeypatch.setattr(posix, "link", fail)
     with pytest.raises(StorageError, match="full"):
-        mailbox.post(run_dir, REQUESTS[0])
+        mailbox.post(RunDirectory.at(run_dir), REQUESTS[0])
     assert os.listdir(box(run_dir)) == []
 
 
 def test_a_request_is_durable_before_anybody_is_told(run_dir, monkeypatch):
     """Its content before its name, and its name before the return."""
     calls = []
-    for name in ("write_new_file", "rename_new", "sync_directory"):
-        original = getattr(storage, name)
+    for name in ("write_new_file", "link", "sync_directory"):
+        original = getattr(posix, name)
 
         def noted(*arguments, name=name, original=original):
             calls.append((name, arguments[0]))
             return original(*arguments)
 
-        monkeypatch.setattr(storage, name, noted)
-    mailbox.post(run_dir, REQUESTS[0])
+        monkeypatch.setattr(posix, name, noted)
+    mailbox.post(RunDirectory.at(run_dir), REQUESTS[0])
     assert [name for name, _ in calls][-3:] == [
         "write_new_file",
-        "rename_new",
+        "link",
         "sync_directory",
     ]
     assert calls[-1][1] == box(run_dir)

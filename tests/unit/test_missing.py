@@ -23,12 +23,14 @@ from distckpt import (
     latest_checkpoint,
     readers,
     state,
-    storage,
 )
 from distckpt.chief import Chief
 from distckpt.cli import main
 from distckpt.record import Entry, Record
+from distckpt.run_directory import RunDirectory
 from distckpt.stamp import MISSING, Stamp
+from distckpt.storage import posix
+from distckpt.storage.store import Room
 
 
 class Run:
@@ -47,7 +49,7 @@ class Run:
             manager.save(**more)
 
     def path(self, prefix):
-        return readers.locate(os.path.join(self.directory, prefix)).directory
+        return str(readers.locate(os.path.join(self.directory, prefix)).directory)
 
     def there(self):
         names = os.listdir(self.directory)
@@ -55,7 +57,7 @@ class Run:
 
     @property
     def record(self):
-        return state.read_head(self.directory).record
+        return state.read_head(RunDirectory.at(self.directory)).record
 
 
 @pytest.fixture
@@ -183,12 +185,12 @@ def test_listing_without_the_records_is_not_believed(run, monkeypatch):
     """Half of a listing, or that of another directory, takes nothing out of the lists."""
     with run.job() as manager:
         run.save(manager, 1, 2)
-        real = storage.list_directory
+        real = posix.list_directory
 
         def listing(path):
             return [] if path == run.directory else real(path)
 
-        monkeypatch.setattr(storage, "list_directory", listing)
+        monkeypatch.setattr(posix, "list_directory", listing)
         run.save(manager, 3)
         assert _names(manager) == ["ckpt-2", "ckpt-3"]
     assert run.record.missing == ()
@@ -198,12 +200,12 @@ def test_old_listing_is_not_believed_where_the_name_is_there(run, monkeypatch):
     """As of a network filesystem that remembers listings."""
     with run.job() as manager:
         run.save(manager, 1, 2)
-        real = storage.list_directory
+        real = posix.list_directory
 
         def listing(path):
             return [n for n in real(path) if path != run.directory or "ckpt" not in n]
 
-        monkeypatch.setattr(storage, "list_directory", listing)
+        monkeypatch.setattr(posix, "list_directory", listing)
         run.save(manager, 3)
         assert _names(manager) == ["ckpt-2", "ckpt-3"]
     assert run.record.missing == ()
@@ -320,7 +322,7 @@ def test_latest_checkpoint_of_a_reader_stays_tensorflows(run, caplog):
 def free(monkeypatch):
     """Set the free space that the filesystem tells of."""
     told = [10**12]
-    monkeypatch.setattr(storage, "free_bytes", lambda path: told[0])
+    monkeypatch.setattr(posix, "room", lambda path: Room(told[0], None))
     return told
 
 

@@ -19,6 +19,8 @@ from unit_helpers import (
     make_entry,
     make_record,
     make_saved,
+    open_shard_at,
+    record_path,
     save,
     write_attempt,
 )
@@ -39,6 +41,7 @@ from distckpt import (
 from distckpt.errors import CorruptStateError, FencedError, ManifestError, ShardFileError
 from distckpt.manifest import Manifest
 from distckpt.record import Entry, Record, digest
+from distckpt.run_directory import RunDirectory
 from distckpt.shard_header import Draft
 from distckpt.stamp import Stamp
 
@@ -91,7 +94,7 @@ def newer(request, run_dir):
         save(made, run_dir, number, step=number)
     made.begin(9, 0)  # a pending directory of a save that died
     made.close()
-    _rewrite(state.record_path(run_dir, 4), NEWER_RECORDS[request.param])
+    _rewrite(record_path(run_dir, 4), NEWER_RECORDS[request.param])
     return run_dir
 
 
@@ -161,7 +164,7 @@ def test_manager_that_was_made_before_does_not_claim(run_dir):
     """A newer job may claim between the constructor and the first call."""
     make_saved(run_dir)
     mine = make_chief(run_dir)
-    _rewrite(state.record_path(run_dir, 2), NEWER_RECORDS["feature"])
+    _rewrite(record_path(run_dir, 2), NEWER_RECORDS["feature"])
     names = sorted(os.listdir(run_dir))
     with pytest.raises(NewerFormatError):
         mine.prepare_claim()
@@ -176,7 +179,7 @@ def test_manager_is_fenced_by_a_claim_of_a_newer_version(run_dir, is_written):
     if is_written:
         attempt = old.begin(2, 0)
         shards = write_attempt(old, run_dir, attempt)
-    newest = state.read_head(run_dir)
+    newest = state.read_head(RunDirectory.at(run_dir))
     claim = replace(
         newest.record,
         number=newest.record.number + 1,
@@ -185,7 +188,7 @@ def test_manager_is_fenced_by_a_claim_of_a_newer_version(run_dir, is_written):
         action="claim",
         stamp=UNKNOWN_NEED,
     )
-    state.append(run_dir, claim)
+    state.append(RunDirectory.at(run_dir), claim)
     with pytest.raises(FencedError, match=r"newer version of distckpt.*telepathy"):
         commit(old, attempt, shards) if is_written else old.begin(2, 0)
     old.close()
@@ -205,10 +208,10 @@ def test_copy_of_a_newer_record_beside_older_records_is_not_claimed(run_dir):
 def test_damaged_first_field_is_repaired_when_the_file_is_moved_away(run_dir, tmp_path):
     """The way out that the message names."""
     saved = make_saved(run_dir)
-    path = state.record_path(run_dir, 2)
+    path = record_path(run_dir, 2)
     flip_bit(path, len('{\n"format": "'))
     with pytest.raises(NewerFormatError, match="move it elsewhere and run"):
-        state.read_head(run_dir)
+        state.read_head(RunDirectory.at(run_dir))
     shutil.move(path, tmp_path)
     done = CliRunner().invoke(cli.main, ["repair", run_dir, "--yes"])
     assert done.exit_code == 0, done.output
@@ -297,7 +300,7 @@ def test_restore_of_a_shard_that_needs_an_unknown_feature_does_not_fall_back(
     manager = CheckpointManager(Checkpoint(step=step), run_dir, max_to_keep=None)
     with manager, pytest.raises(NewerFormatError, match=r"safetensors: .*'telepathy'"):
         manager.restore_or_initialize()
-    record = state.read_head(run_dir).record
+    record = state.read_head(RunDirectory.at(run_dir)).record
     assert (len(record.live), record.bad) == (2, ())
 
 
@@ -359,11 +362,11 @@ def test_job_keeps_the_notes_and_unknown_fields_of_entries(run_dir):
         live = (replace(record.live[0], unknown=RED),)
         return replace(record, live=live, stamp=UNKNOWN_NOTE).encode()
 
-    _rewrite(state.record_path(run_dir, 2), noted)
+    _rewrite(record_path(run_dir, 2), noted)
     older = make_claimed(run_dir, restart=1)
     save(older, run_dir, 2)
     older.close()
-    record = state.read_head(run_dir).record
+    record = state.read_head(RunDirectory.at(run_dir)).record
     assert record.stamp == Stamp(version=__version__, notes=("colour",))
     assert [entry.unknown for entry in record.live] == [RED, ()]
 
@@ -476,7 +479,7 @@ def test_shard_file_without_a_stamp_is_refused(tmp_path, run_dir):
     shutil.copy(saved.shard(0), path)
     _rewrite(path, lambda data: data.replace(b"2-provisional.3", b"2-previsional.1"))
     with pytest.raises(ShardFileError, match="without a format"):
-        distckpt.shard_file.ShardReader(str(path))
+        open_shard_at(path)
 
 
 def test_entry_from_json_refuses_unknown_fields_by_default():

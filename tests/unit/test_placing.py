@@ -6,13 +6,13 @@ import os
 
 import pytest
 
-from distckpt import storage
 from distckpt.errors import ConfigError, StorageError
 from distckpt.formats.placing import Placing
+from distckpt.storage import posix
 
 
 def make_file(path):
-    storage.write_new_file(path, b"x")
+    posix.write_new_file(path, b"x")
 
 
 def make_directory(path):
@@ -55,10 +55,10 @@ def test_placing_never_replaces_what_is_there(tmp_path, make):
 
 def test_rename_new_without_help_of_the_system_looks_first(tmp_path, monkeypatch):
     """Older systems have no rename that fails if the name exists."""
-    monkeypatch.setattr(storage, "_LIBC", object())
+    monkeypatch.setattr(posix, "_LIBC", object())
     source, target = str(tmp_path / "source"), str(tmp_path / "target")
     make_file(source)
-    storage.rename_new(source, target)
+    posix.rename_new(source, target)
     make_file(source)
     with pytest.raises(StorageError, match="File exists"):
-        storage.rename_new(source, target)
+        posix.rename_new(source, target)

@@ -4,9 +4,12 @@ import os
 
 import pytest
 
-from distckpt import paths, storage
+from distckpt import paths
 from distckpt.errors import StorageError
-from distckpt.probe import Probe, check_filesystem
+from distckpt.probe import Probe, check_store
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
+from distckpt.storage.store import Room
 
 
 def _directory(run_dir):
@@ -16,7 +19,7 @@ def _directory(run_dir):
 
 def test_a_rank_that_sees_the_chiefs_file_leaves_nothing(run_dir):
     """A rank writes a file of its own and takes it away again."""
-    probe = Probe(_directory(run_dir), 3, "ab" * 8)
+    probe = Probe(RunDirectory.at(_directory(run_dir)), 3, "ab" * 8)
     probe.leave()
     probe.try_on(1)
     assert [n for n in os.listdir(run_dir) if n.startswith(".probe")] == [
@@ -28,9 +31,9 @@ def test_a_rank_that_sees_the_chiefs_file_leaves_nothing(run_dir):
 
 def test_a_rank_in_another_directory_says_so(run_dir, tmp_path):
     """A rank that does not see the chief's file has another directory mounted there."""
-    Probe(_directory(run_dir), 1, "ab" * 8).leave()
+    Probe(RunDirectory.at(_directory(run_dir)), 1, "ab" * 8).leave()
     with pytest.raises(StorageError, match="not the chief's directory"):
-        Probe(str(tmp_path), 1, "ab" * 8).try_on(1)
+        Probe(RunDirectory.at(str(tmp_path)), 1, "ab" * 8).try_on(1)
 
 
 def test_a_filesystem_without_hard_links_is_refused(run_dir, monkeypatch):
@@ -39,14 +42,14 @@ def test_a_filesystem_without_hard_links_is_refused(run_dir, monkeypatch):
     def refuse(source, target):
         raise StorageError("link: Operation not supported", operation="link", path=target)
 
-    monkeypatch.setattr(storage, "link", refuse)
+    monkeypatch.setattr(posix, "link", refuse)
     with pytest.raises(StorageError, match="no hard links"):
-        check_filesystem(_directory(run_dir), 1)
+        check_store(RunDirectory.at(_directory(run_dir)), 1)
     assert os.listdir(os.path.join(run_dir, paths.RECORDS_DIRECTORY)) == []
 
 
 def test_a_full_filesystem_is_refused(run_dir, monkeypatch):
     """A claim of a full disk would only fail later."""
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(posix, "room", lambda path: Room(1000, None))
     with pytest.raises(StorageError, match="only 1000 B are free"):
-        check_filesystem(_directory(run_dir), 1)
+        check_store(RunDirectory.at(_directory(run_dir)), 1)

@@ -16,6 +16,7 @@ from distckpt.leases import Lease
 from distckpt.policy import latest
 from distckpt.record import PRUNE
 from distckpt.remarks import Remarks
+from distckpt.run_directory import RunDirectory
 
 
 def run(*arguments):
@@ -52,7 +53,7 @@ def test_with_yes_what_no_rule_keeps_is_gone_when_the_command_ends(five):
     assert result.exit_code == 0
     assert "3 of 5 dropped" in result.stdout
     assert published_numbers(five) == [2, 5]
-    record = state.read_head(five).record
+    record = state.read_head(RunDirectory.at(five)).record
     assert record.action == PRUNE
     assert [entry.attempt.number for entry in record.live] == [2, 5]
 
@@ -73,7 +74,7 @@ def test_json_says_what_is_kept_and_why(five):
     tree = json.loads(run(five, "--keep", "latest(1)", "--json", "--yes").stdout)
     assert tree["done"] and tree["not_deleted_yet"] == 0
     assert published_numbers(five) == [1, 5]
-    assert state.read_head(five).record.live[0].pinned
+    assert state.read_head(RunDirectory.at(five)).record.live[0].pinned
 
 
 def test_the_newest_stays_whatever_the_rules_say(five):
@@ -139,11 +140,11 @@ def test_directory_of_a_live_job_is_refused(five):
     )
     with job:
         assert job.stdout.readline() == "claimed\n"
-        epoch = state.read_head(five).record.epoch
+        epoch = state.read_head(RunDirectory.at(five)).record.epoch
         result = run(five, "--keep", "latest(1)", "--yes")
         assert result.exit_code == 3
         assert "in use by a job; end that job before pruning" in result.stderr
-        assert state.read_head(five).record.epoch == epoch
+        assert state.read_head(RunDirectory.at(five)).record.epoch == epoch
         assert published_numbers(five) == [1, 2, 3, 4, 5]
         job.stdin.close()
 
@@ -155,7 +156,11 @@ def test_the_job_of_this_very_allocation_is_not_taken_for_ones_own(five, monkeyp
 
 
 def test_what_somebody_reads_is_dropped_and_deleted_later(five):
-    lease = Lease(five, state.read_head(five).record.live[0].attempt, 60.0)
+    lease = Lease(
+        RunDirectory.at(five),
+        state.read_head(RunDirectory.at(five)).record.live[0].attempt,
+        60.0,
+    )
     result = run(five, "--keep", "latest(1)", "--yes")
     assert "1 are still read by somebody" in result.stdout
     assert published_numbers(five) == [1, 5]

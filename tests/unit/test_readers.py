@@ -18,11 +18,12 @@ from unit_helpers import (
     make_entry,
     make_record,
     make_saved,
+    record_path,
     save,
     write_attempt,
 )
 
-from distckpt import readers, state, storage
+from distckpt import readers, state
 from distckpt.errors import (
     CheckpointNotFound,
     ChecksumError,
@@ -33,6 +34,8 @@ from distckpt.errors import (
     ShardFileError,
     UnsafeCheckpointError,
 )
+from distckpt.run_directory import AttemptDirectory, RunDirectory
+from distckpt.storage import posix
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_state_has_tensorflows_four_fields(run_dir, clock):
 
 def test_state_of_a_corrupt_chain_is_an_error(saved):
     """TensorFlow takes it for none, and jobs start from scratch."""
-    with open(state.record_path(saved.directory, 2), "w"):
+    with open(record_path(saved.directory, 2), "w"):
         pass
     with pytest.raises(CorruptStateError):
         readers.get_checkpoint_state(saved.directory)
@@ -89,7 +92,9 @@ def test_state_of_a_corrupt_chain_is_an_error(saved):
 def test_state_with_nothing_managed_is_none(run_dir):
     """A record whose checkpoints are all kept or bad is no crash."""
     os.makedirs(os.path.join(run_dir, ".state"))
-    state.append(run_dir, make_record(1, kept=(make_entry(1),), last_preserved=1.0))
+    state.append(
+        RunDirectory.at(run_dir), make_record(1, kept=(make_entry(1),), last_preserved=1.0)
+    )
     assert readers.get_checkpoint_state(run_dir) is None
 
 
@@ -121,7 +126,7 @@ def test_latest_replaced_while_it_is_looked_for_is_the_new_one(run_dir, monkeypa
     """A running job deletes what a reader has just found."""
     chief = make_claimed(run_dir, keep=1)
     save(chief, run_dir, 1)
-    real = storage.exists
+    real = posix.exists
     raced = []
 
     def exists(path):
@@ -130,7 +135,7 @@ def test_latest_replaced_while_it_is_looked_for_is_the_new_one(run_dir, monkeypa
             save(chief, run_dir, 2)
         return real(path)
 
-    monkeypatch.setattr(storage, "exists", exists)
+    monkeypatch.setattr(posix, "exists", exists)
     assert readers.latest_checkpoint(run_dir) == f"{run_dir}/ckpt-2"
 
 
@@ -217,8 +222,8 @@ def test_iterator_waits_for_a_checkpoint_to_come(run_dir, monkeypatch):
 def test_locate_of_a_prefix_is_the_attempt_that_the_record_names(saved, slash):
     """With the digest that the record says."""
     located = readers.locate(saved.prefix + slash)
-    entry = state.read_head(saved.directory).record.live[0]
-    assert located == readers.Located(saved.published, entry.manifest)
+    entry = state.read_head(RunDirectory.at(saved.directory)).record.live[0]
+    assert located == readers.Located(AttemptDirectory.at(saved.published), entry.manifest)
 
 
 def test_locate_of_a_prefix_saved_again_is_the_newer_attempt(run_dir):
@@ -226,7 +231,7 @@ def test_locate_of_a_prefix_saved_again_is_the_newer_attempt(run_dir):
     chief = make_claimed(run_dir)
     save(chief, run_dir, 1)
     newer = save(chief, run_dir, 1)
-    assert readers.locate(f"{run_dir}/ckpt-1").directory.endswith(newer.published)
+    assert str(readers.locate(f"{run_dir}/ckpt-1").directory).endswith(newer.published)
 
 
 def test_locate_of_an_attempts_directory_is_itself_with_the_records_digest(saved):
@@ -242,18 +247,18 @@ def test_locate_of_a_path_like_works(saved):
 def test_locate_of_a_relative_prefix_works(saved, monkeypatch):
     """From within the run directory."""
     monkeypatch.chdir(saved.directory)
-    assert readers.locate("ckpt-1000").directory.endswith(saved.attempt.published)
+    assert str(readers.locate("ckpt-1000").directory).endswith(saved.attempt.published)
 
 
 def test_locate_of_a_copied_attempt_has_no_digest(copied):
     """Without records only the attempt itself can be verified."""
-    assert readers.locate(copied) == readers.Located(copied, None)
+    assert readers.locate(copied) == readers.Located(AttemptDirectory.at(copied), None)
 
 
 def test_locate_of_a_prefix_in_a_copy_without_records_is_the_attempt(copied):
     """Both spellings work in a copy."""
     prefix = copied.partition(".e")[0]
-    assert readers.locate(prefix) == readers.Located(copied, None)
+    assert readers.locate(prefix) == readers.Located(AttemptDirectory.at(copied), None)
 
 
 def test_locate_in_a_copy_with_two_attempts_takes_the_newest_that_is_whole(
@@ -268,9 +273,9 @@ def test_locate_in_a_copy_with_two_attempts_takes_the_newest_that_is_whole(
         shutil.copytree(published, tmp_path / "copy" / attempts[-1].published)
         chief = claim(make_chief(run_dir))
     prefix = str(tmp_path / "copy" / "ckpt-1")
-    newest = readers.locate(prefix).directory
+    newest = str(readers.locate(prefix).directory)
     os.truncate(os.path.join(newest, "rank-00001-of-00002.safetensors"), 5000)
-    older = readers.locate(prefix).directory
+    older = str(readers.locate(prefix).directory)
     found = [os.path.basename(newest), os.path.basename(older)]
     assert found == [attempts[1].published, attempts[0].published]
 
@@ -316,20 +321,20 @@ def test_locate_below_a_file_is_our_error(saved):
 
 
 def manifest_of(saved):
-    return readers.read_manifest(saved.published)
+    return readers.read_manifest(AttemptDirectory.at(saved.published))
 
 
 def test_manifest_with_another_digest_is_refused(saved):
     """It is valid, but not the one that was committed."""
     with pytest.raises(ChecksumError, match="not the manifest that was committed"):
-        readers.read_manifest(saved.published, "0" * 32)
+        readers.read_manifest(AttemptDirectory.at(saved.published), "0" * 32)
 
 
 def test_manifest_that_is_damaged_is_refused_by_path(saved):
     """The message names the file."""
     os.truncate(saved.file("manifest.json"), 100)
     with pytest.raises(ManifestError, match=f"^{saved.published}/manifest.json: "):
-        readers.read_manifest(saved.published)
+        readers.read_manifest(AttemptDirectory.at(saved.published))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00001-of-00002.safetensors"])
@@ -338,12 +343,14 @@ def test_file_that_is_a_link_is_refused(saved, tmp_path, name):
     os.rename(saved.file(name), saved.file(name) + ".moved")
     os.symlink(saved.file(name) + ".moved", saved.file(name))
     with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
-        readers.open_shard(saved.published, manifest_of(saved), 1)
+        readers.open_shard(AttemptDirectory.at(saved.published), manifest_of(saved), 1)
 
 
 def test_open_shard_gives_a_reader_of_that_rank(saved):
     """Held against the manifest, and open."""
-    with readers.open_shard(saved.published, manifest_of(saved), 1) as reader:
+    with readers.open_shard(
+        AttemptDirectory.at(saved.published), manifest_of(saved), 1
+    ) as reader:
         assert reader.header.rank == 1
 
 
@@ -352,21 +359,21 @@ def test_open_shard_that_was_cut_is_refused(saved):
     size = os.path.getsize(saved.shard(0))
     os.truncate(saved.shard(0), size - 1)
     with pytest.raises(ShardFileError, match="rank-00000"):
-        readers.open_shard(saved.published, manifest_of(saved), 0)
+        readers.open_shard(AttemptDirectory.at(saved.published), manifest_of(saved), 0)
 
 
 def test_open_shard_with_a_changed_header_is_refused(saved):
     """The header's digest holds the blocks' checksums."""
     flip_bit(saved.shard(0), 4095, mask=ord(" ") ^ ord("\t"))  # padding: still valid
     with pytest.raises(ChecksumError, match="header digest"):
-        readers.open_shard(saved.published, manifest_of(saved), 0)
+        readers.open_shard(AttemptDirectory.at(saved.published), manifest_of(saved), 0)
 
 
 def test_open_shard_of_another_rank_is_refused(saved):
     """A file under another rank's name is found out."""
     shutil.copy(saved.shard(0), saved.shard(1))
     with pytest.raises((ShardFileError, ChecksumError)):
-        readers.open_shard(saved.published, manifest_of(saved), 1)
+        readers.open_shard(AttemptDirectory.at(saved.published), manifest_of(saved), 1)
 
 
 def test_open_shard_of_another_attempt_is_refused(run_dir):
@@ -377,7 +384,11 @@ def test_open_shard_of_another_attempt_is_refused(run_dir):
     first_path, second_path = (os.path.join(run_dir, a.published) for a in (first, second))
     shutil.copy(os.path.join(first_path, name), os.path.join(second_path, name))
     with pytest.raises((ShardFileError, ChecksumError)):
-        readers.open_shard(second_path, readers.read_manifest(second_path), 0)
+        readers.open_shard(
+            AttemptDirectory.at(second_path),
+            readers.read_manifest(AttemptDirectory.at(second_path)),
+            0,
+        )
 
 
 def test_open_shard_that_holds_other_boxes_than_promised_is_refused(run_dir):
@@ -388,4 +399,8 @@ def test_open_shard_that_holds_other_boxes_than_promised_is_refused(run_dir):
     commit(chief, attempt, shards, table=())
     published = os.path.join(run_dir, attempt.published)
     with pytest.raises(ShardFileError, match="does not hold what the manifest says"):
-        readers.open_shard(published, readers.read_manifest(published), 0)
+        readers.open_shard(
+            AttemptDirectory.at(published),
+            readers.read_manifest(AttemptDirectory.at(published)),
+            0,
+        )

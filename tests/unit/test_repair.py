@@ -12,11 +12,12 @@ from unit_helpers import (
     make_chief,
     make_claimed,
     numbers,
+    record_path,
     save,
     settle,
 )
 
-from distckpt import paths, record, repair, state, storage
+from distckpt import paths, record, repair, state
 from distckpt.errors import (
     CorruptStateError,
     DirectoryInUseError,
@@ -26,6 +27,8 @@ from distckpt.errors import (
 )
 from distckpt.identity import Identity
 from distckpt.readers import latest_checkpoint, read_record
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 
 pytestmark = pytest.mark.alone
 
@@ -43,7 +46,7 @@ def saved(run_dir):
 
 
 def plan_of(directory):
-    return repair.plan_repair(directory, ME)
+    return repair.plan_repair(RunDirectory.at(directory), ME)
 
 
 def becomes(plan):
@@ -55,7 +58,11 @@ def becomes(plan):
 
 
 def newest_record(directory):
-    return state.record_path(directory, max(state.record_numbers(directory)))
+    return str(
+        RunDirectory.at(directory).places.record(
+            max(state.record_numbers(RunDirectory.at(directory)))
+        )
+    )
 
 
 def damage(path):
@@ -64,7 +71,7 @@ def damage(path):
 
 def check_goes_on(directory, expected):
     """Check that a job can go on: the newest is there, and its saves and sweeps work."""
-    head = state.read_head(directory)
+    head = state.read_head(RunDirectory.at(directory))
     assert head.record.action == record.REPAIR
     assert numbers(entry.attempt for entry in head.record.live) == expected
     chief = claim(make_chief(directory, keep=2))
@@ -96,7 +103,7 @@ def test_damaged_newest_record_is_rebuilt_from_the_copy(saved):
     """The state file holds the very lists that were damaged."""
     damage(newest_record(saved))
     with pytest.raises(CorruptStateError, match="distckpt repair"):
-        read_record(saved)
+        read_record(RunDirectory.at(saved))
     plan = plan_of(saved)
     assert "copy" in plan.basis
     assert becomes(plan) == {"ckpt-3": "live", "ckpt-2": "live"}
@@ -120,13 +127,13 @@ def test_lost_records_are_rebuilt(saved, has_copy):
     if not has_copy:
         os.unlink(os.path.join(saved, paths.STATE_FILE))
     with pytest.raises(CorruptStateError, match="distckpt repair"):
-        read_record(saved)
+        read_record(RunDirectory.at(saved))
     repair.repair(plan_of(saved))
     check_goes_on(saved, [2, 3])
 
 
 def test_steps_and_times_come_from_the_manifests(saved):
-    before = {e.attempt: e for e in read_record(saved).live}
+    before = {e.attempt: e for e in read_record(RunDirectory.at(saved)).live}
     shutil.rmtree(os.path.join(saved, paths.RECORDS_DIRECTORY))
     os.unlink(os.path.join(saved, paths.STATE_FILE))
     rebuilt = plan_of(saved).record
@@ -138,7 +145,7 @@ def test_steps_and_times_come_from_the_manifests(saved):
 
 
 def test_damaged_checkpoint_becomes_bad_and_stays(saved):
-    newest = read_record(saved).live[-1].attempt
+    newest = read_record(RunDirectory.at(saved)).live[-1].attempt
     damage(os.path.join(saved, newest.published, paths.shard_file(0, 2)))
     damage(newest_record(saved))
     plan = plan_of(saved)
@@ -150,7 +157,7 @@ def test_damaged_checkpoint_becomes_bad_and_stays(saved):
 
 
 def test_checkpoint_without_a_readable_manifest_is_left_alone(saved):
-    newest = read_record(saved).live[-1].attempt
+    newest = read_record(RunDirectory.at(saved)).live[-1].attempt
     shutil.rmtree(os.path.join(saved, paths.RECORDS_DIRECTORY))
     os.unlink(os.path.join(saved, paths.STATE_FILE))
     damage(os.path.join(saved, newest.published, paths.MANIFEST_FILE))
@@ -208,7 +215,7 @@ def test_kept_and_bad_stay_what_they_are(run_dir, clock):
     clock.now += 3600
     save(chief, run_dir, 4)
     chief.close()
-    before = read_record(run_dir)
+    before = read_record(RunDirectory.at(run_dir))
     assert before.kept and before.bad
     damage(newest_record(run_dir))
     rebuilt = plan_of(run_dir).record
@@ -229,7 +236,7 @@ def test_writer_from_before_the_repair_is_fenced(run_dir, lost):
     repair.repair(plan_of(run_dir))
     with pytest.raises(FencedError):
         chief.begin(2, 1)
-    assert numbers(e.attempt for e in read_record(run_dir).live) == [1]
+    assert numbers(e.attempt for e in read_record(RunDirectory.at(run_dir)).live) == [1]
 
 
 def test_directory_of_a_running_job_is_not_repaired(saved):
@@ -237,11 +244,11 @@ def test_directory_of_a_running_job_is_not_repaired(saved):
 
     damage(newest_record(saved))
     plan = plan_of(saved)
-    before = state.record_numbers(saved)
+    before = state.record_numbers(RunDirectory.at(saved))
     with FileLock(os.path.join(saved, paths.LOCK_FILE)):
         with pytest.raises(DirectoryInUseError, match="end that job"):
             repair.repair(plan)
-    assert state.record_numbers(saved) == before
+    assert state.record_numbers(RunDirectory.at(saved)) == before
 
 
 def test_plan_that_a_job_has_overtaken_changes_nothing(saved):
@@ -255,8 +262,8 @@ def test_plan_that_a_job_has_overtaken_changes_nothing(saved):
 
 
 def test_every_record_damaged_is_as_if_lost(saved):
-    for number in state.record_numbers(saved):
-        damage(state.record_path(saved, number))
+    for number in state.record_numbers(RunDirectory.at(saved)):
+        damage(record_path(saved, number))
     os.unlink(os.path.join(saved, paths.STATE_FILE))
     plan = plan_of(saved)
     assert plan.basis == "no record is left"
@@ -272,7 +279,7 @@ def test_copy_of_another_directorys_records_is_no_basis_for_other_checkpoints(sa
     chief.close()
     shutil.rmtree(os.path.join(saved, paths.RECORDS_DIRECTORY))
     copied = os.path.join(saved, paths.STATE_FILE)
-    storage.remove_file(copied)
+    posix.remove_file(copied)
     shutil.copy(os.path.join(other, paths.STATE_FILE), copied)
     plan = plan_of(saved)
     assert becomes(plan) == {"ckpt-3": "live", "ckpt-2": "live"}
@@ -280,9 +287,9 @@ def test_copy_of_another_directorys_records_is_no_basis_for_other_checkpoints(sa
 
 def test_lost_newest_records_are_rebuilt_from_the_copy(saved):
     """An older record seems to be the newest; a claim would delete what is not in it."""
-    numbers_of = state.record_numbers(saved)
+    numbers_of = state.record_numbers(RunDirectory.at(saved))
     for number in numbers_of[-2:]:
-        os.unlink(state.record_path(saved, number))
+        os.unlink(record_path(saved, number))
     with pytest.raises(CorruptStateError, match=r"records are lost.*distckpt repair"):
         claim(make_chief(saved, keep=2))
     plan = plan_of(saved)
@@ -297,7 +304,7 @@ def test_copy_that_is_not_ahead_stops_nobody(saved, change):
     """It lags where a job died before it wrote it, and decides nothing."""
     path = os.path.join(saved, paths.STATE_FILE)
     if change == "older":
-        shutil.copyfile(state.record_path(saved, 1), path)
+        shutil.copyfile(record_path(saved, 1), path)
     elif change == "foreign":
         other = make_claimed(saved + "-other")
         for number in range(1, 9):
@@ -334,4 +341,4 @@ def test_repair_whose_copy_cannot_be_written_is_done_all_the_same(saved, monkeyp
 
     monkeypatch.setattr(state, "write_copy", fail)
     repair.repair(plan)
-    assert read_record(saved).action == record.REPAIR
+    assert read_record(RunDirectory.at(saved)).action == record.REPAIR

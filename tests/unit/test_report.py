@@ -24,9 +24,10 @@ from distckpt.events import (
     WRITE,
     Event,
 )
+from distckpt.history import History
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
-from distckpt.sinks import History
+from distckpt.run_directory import RunDirectory
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -85,7 +86,7 @@ def lived(run_dir):
         if number == 3:
             pin(os.path.join(run_dir, "ckpt-3"))
     chief.close()
-    sink = History(run_dir)
+    sink = History(RunDirectory.at(run_dir))
     at = 1_764_000_000.0
     for epoch in (1, 2):
         detail = {
@@ -192,11 +193,11 @@ def test_a_page_that_cannot_be_written_leaves_nothing(lived, tmp_path):
 
 def test_history_passes_over_what_is_cut_off_or_no_event(lived, caplog):
     (name,) = [n for n in os.listdir(os.path.join(lived, ".events")) if n.startswith("e2")]
-    before = len(history.read_history(lived))
+    before = len(history.read_history(RunDirectory.at(lived)))
     with open(os.path.join(lived, ".events", name), "ab") as file:
         file.write(b'rubbish\n{"kind": "commit", "ti')
     os.mkfifo(os.path.join(lived, ".events", "e3-00000000-0000.jsonl"))
-    assert len(history.read_history(lived)) == before
+    assert len(history.read_history(RunDirectory.at(lived))) == before
     assert "cannot be read" in caplog.text
 
 
@@ -204,7 +205,7 @@ def test_history_that_is_elsewhere_is_refused(run_dir, tmp_path):
     make_claimed(run_dir).close()
     os.symlink(tmp_path, os.path.join(run_dir, ".events"))
     with pytest.raises(UnsafeCheckpointError):
-        history.read_history(run_dir)
+        history.read_history(RunDirectory.at(run_dir))
     assert run(run_dir, "-o", str(tmp_path / "x.html")).exit_code == 3
 
 

@@ -30,6 +30,7 @@ from distckpt.errors import (
 )
 from distckpt.policy import best, latest
 from distckpt.remarks import Remarks
+from distckpt.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -46,12 +47,12 @@ def path(directory, number):
 
 
 def entries(directory):
-    record = state.read_head(directory).record
+    record = state.read_head(RunDirectory.at(directory)).record
     return {e.attempt.number: e for e in (*record.live, *record.kept)}
 
 
 def waiting(directory):
-    return [request.kind for request in mailbox.collect(directory)[0]]
+    return [request.kind for request in mailbox.collect(RunDirectory.at(directory))[0]]
 
 
 # Pins

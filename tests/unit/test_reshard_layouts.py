@@ -12,12 +12,11 @@ import numpy as np
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit_helpers import bytes_of
+from unit_helpers import FileTarget, bytes_of, open_shard_at
 
 from distckpt import boxes, shard_file, sharding
 from distckpt.layout import SHARDED, SPLIT, Assignment, Row, Table
 from distckpt.read_plan import ReadPlan
-from distckpt.shard_file import ShardReader
 from distckpt.sharding import Sharding, mesh_of
 
 MAX_EXAMPLES = examples(150)
@@ -98,8 +97,8 @@ def test_what_lies_one_way_is_read_to_lie_another_way(change):
                 for piece in assignment.pieces_of_rank(rank)
             ]
             whose = {"attempt": "a", "rank": rank, "world_size": world_size}
-            shard_file.write(path, entries, per_rank_values={}, **whose)
-            readers.append(stack.enter_context(ShardReader(path)))
+            shard_file.write(FileTarget(path), entries, per_rank_values={}, **whose)
+            readers.append(stack.enter_context(open_shard_at(path)))
         for box, expected in held_by_each(array, after):
             assert box.shape == expected.shape
             assert np.array_equal(read(assignment, readers, box), expected), box

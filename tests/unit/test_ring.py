@@ -9,12 +9,11 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shard_file import entry_of, write
-from unit_helpers import flip_bit
+from unit_helpers import flip_bit, open_shard_at
 
 from distckpt import ring as ring_module
 from distckpt.errors import ChecksumError
 from distckpt.ring import Ring
-from distckpt.shard_file import ShardReader
 
 HOST = torch.device("cpu")
 
@@ -37,7 +36,7 @@ def targets_for(arrays):
 
 
 def read_all(path, targets, ring):
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         entries = reader.header.entries.values()
         ring.read(reader, [(stored, targets[stored.name]) for stored in entries])
         ring.wait()

@@ -15,9 +15,9 @@ import safetensors
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit_helpers import ARRAYS, flip_bit
+from unit_helpers import ARRAYS, FileTarget, flip_bit, open_shard_at
 
-from distckpt import dtypes, shard_file, shard_header, storage
+from distckpt import dtypes, shard_file, shard_header
 from distckpt.boxes import Box, whole
 from distckpt.errors import (
     ChecksumError,
@@ -27,7 +27,8 @@ from distckpt.errors import (
     UnsafeCheckpointError,
 )
 from distckpt.layout import SPLIT, WHOLE, Piece, Row
-from distckpt.shard_file import Entry, ShardReader
+from distckpt.shard_file import Entry
+from distckpt.storage import posix
 
 MAX_EXAMPLES = examples(100)
 ATTEMPT = "ckpt-1.e1-0a0b0c0d"
@@ -46,7 +47,7 @@ def entry_of(name, array, *, box=None, shape=None, dtype=None, per_rank=False):
 def write(path, entries, **more):
     """Write a shard file of rank 0 of 2."""
     arguments = {"attempt": ATTEMPT, "rank": 0, "world_size": 2, "per_rank_values": {}}
-    return shard_file.write(str(path), entries, **{**arguments, **more})
+    return shard_file.write(FileTarget(path), entries, **{**arguments, **more})
 
 
 def write_sample(path):
@@ -71,7 +72,7 @@ def test_runs_are_put_where_they_belong_however_long_and_far_apart(data, tmp_pat
         position += length + data.draw(lengths) - 1
         target += length
     buffer = memoryview(bytearray(2 * target))
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         reader.read_runs(reader.header.entries["w"], iter(runs), buffer)
     expected = [array[start : start + length] for start, _, length in runs]
     assert buffer == np.concatenate(expected or [array[:0]]).tobytes()
@@ -84,7 +85,7 @@ def test_column_that_was_cut_otherwise_is_read_once(tmp_path):
     write(path, [entry_of("w", array)])
     runs = [(256 * row + 64, 64 * row, 64) for row in range(2000)]
     buffer = memoryview(bytearray(4 * 64 * 2000))
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         stored = reader.header.entries["w"]
         reader.read_runs(stored, runs, buffer)
         assert buffer == array[:, 64:128].tobytes()
@@ -98,7 +99,7 @@ def test_wrong_byte_among_runs_is_found(tmp_path):
     write(path, [entry_of("w", np.arange(100_000, dtype=np.float32))])
     flip_bit(path, path.stat().st_size - 1)
     buffer = memoryview(bytearray(80))
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         stored = reader.header.entries["w"]
         reader.read_runs(stored, [(0, 0, 10), (20, 10, 10)], buffer)
         with pytest.raises(ChecksumError):
@@ -130,7 +131,7 @@ def ours_opens(path, data):
     """Tell whether we take these bytes for a file; only our own errors may come out."""
     path.write_bytes(data)
     try:
-        with ShardReader(str(path)) as reader:
+        with open_shard_at(path) as reader:
             reader.verify()
     except DistckptError:
         return False
@@ -180,7 +181,7 @@ def test_file_of_any_arrays_is_read_by_us_with_equal_contents(tmp_path, arrays):
     path = tmp_path / "f.safetensors"
     path.unlink(missing_ok=True)
     write(path, [entry_of(name, array) for name, array in arrays.items()])
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         found = {}
         for stored in reader.header.entries.values():
             buffer = bytearray(stored.size_bytes)
@@ -199,7 +200,7 @@ def test_file_of_any_dtype_opens_in_the_official_package(tmp_path, dtype):
     with open(path, "rb") as file:
         ((name, tensor),) = safetensors.deserialize(file.read())
     assert (name, bytes(tensor["data"])) == ("x", data.tobytes())
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         stored = reader.header.entries["x"]
         assert (stored.dtype, stored.global_shape) == (dtype, (2, 3))
 
@@ -218,7 +219,7 @@ def test_every_entry_is_aligned_to_its_element_size(tmp_path, arrays):
     path = tmp_path / "f"
     path.unlink(missing_ok=True)
     write(path, [entry_of(name, array) for name, array in arrays.items()])
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         for stored in reader.header.entries.values():
             assert stored.start % dtypes.item_size_bytes(stored.dtype) == 0
 
@@ -226,7 +227,7 @@ def test_every_entry_is_aligned_to_its_element_size(tmp_path, arrays):
 def test_written_says_the_size_and_digest_that_a_reader_finds(tmp_path):
     """The vote carries what the manifest will hold."""
     written = write_sample(tmp_path / "f")
-    with ShardReader(str(tmp_path / "f")) as reader:
+    with open_shard_at(tmp_path / "f") as reader:
         assert (reader.size_bytes, reader.header_digest) == written
 
 
@@ -234,7 +235,7 @@ def test_file_describes_itself(tmp_path):
     """A file cannot stand in another attempt's or rank's place."""
     path = str(tmp_path / "f")
     write(path, [], rank=1, per_rank_values={"seed": {"$tuple": [1]}})
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         header = reader.header
     found = (header.attempt, header.rank, header.world_size, header.per_rank_values)
     assert found == (ATTEMPT, 1, 2, {"seed": {"$tuple": [1]}})
@@ -246,7 +247,7 @@ def test_part_of_a_tensor_is_stored_with_where_it_belongs(tmp_path):
     box = Box((4, 0), (2, 3))
     part = np.arange(6, dtype=np.int16).reshape(2, 3)
     write(path, [entry_of("w", part, box=box, shape=(10, 3))])
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         (stored,) = reader.header.entries.values()
     assert (stored.key, stored.name, stored.global_shape, stored.box) == (
         "w[4:6,0:3]",
@@ -260,7 +261,7 @@ def test_per_rank_tensor_is_marked(tmp_path):
     """What is this rank's own is told from what is shared."""
     path = str(tmp_path / "f")
     write(path, [entry_of("rng", np.zeros(3, np.uint8), per_rank=True)])
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         assert reader.header.entries["rng"].per_rank
 
 
@@ -290,14 +291,14 @@ def test_content_is_synced_before_the_directory(tmp_path, monkeypatch):
     """After return the file survives a power loss: content first, then its name."""
     log = []
     for name in ("write_at", "finish"):
-        real = getattr(storage.NewFile, name)
+        real = getattr(posix.NewFile, name)
 
         def call(self, *arguments, name=name, real=real):
             log.append(name)
             return real(self, *arguments)
 
-        monkeypatch.setattr(storage.NewFile, name, call)
-    monkeypatch.setattr(storage, "sync_directory", lambda path: log.append(path))
+        monkeypatch.setattr(posix.NewFile, name, call)
+    monkeypatch.setattr(posix, "sync_directory", lambda path: log.append(path))
     write_sample(tmp_path / "f")
     assert log[-2:] == ["finish", str(tmp_path)]
 
@@ -333,7 +334,7 @@ def test_any_range_of_an_entry_reads_as_written(tmp_path, data):
     edges = [0, 1, 131071, 131072, 131073, 262143, 262144, 262145, 319999, 320000]
     point = st.sampled_from(edges) | st.integers(0, 320_000)
     start, stop = sorted((data.draw(point), data.draw(point)))
-    with ShardReader(str(path)) as reader:
+    with open_shard_at(path) as reader:
         buffer = bytearray(stop - start)
         reader.read_into(reader.header.entries["weight"], start, memoryview(buffer))
     assert bytes(buffer) == expected[start:stop]
@@ -346,7 +347,7 @@ def test_any_range_of_an_entry_reads_as_written(tmp_path, data):
 def test_read_of_a_range_reads_only_the_blocks_it_touches(tmp_path, start, stop, blocks):
     """A reader of some rows does not pay for the whole tensor."""
     write_sample(tmp_path / "f")
-    with ShardReader(str(tmp_path / "f")) as reader:
+    with open_shard_at(tmp_path / "f") as reader:
         reader.read_into(
             reader.header.entries["weight"], start, memoryview(bytearray(stop - start))
         )
@@ -361,10 +362,10 @@ def test_flipped_bit_is_found_with_file_tensor_and_block(tmp_path, position, tex
     """The message says where the damage is."""
     path = str(tmp_path / "f")
     write_sample(path)
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         start = reader.size_bytes - 320_000 - 28
     flip_bit(path, start + position)
-    with ShardReader(path) as reader, pytest.raises(ChecksumError, match=text) as caught:
+    with open_shard_at(path) as reader, pytest.raises(ChecksumError, match=text) as caught:
         reader.verify()
     assert str(caught.value).startswith(path)
 
@@ -373,7 +374,7 @@ def test_flipped_bit_in_another_block_does_not_fail_a_partial_read(tmp_path):
     """What is good can still be read."""
     path = str(tmp_path / "f")
     write_sample(path)
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         flip_bit(path, reader.size_bytes - 28 - 1)  # the last byte of weight
         reader.read_into(reader.header.entries["weight"], 0, memoryview(bytearray(100)))
 
@@ -381,7 +382,7 @@ def test_flipped_bit_in_another_block_does_not_fail_a_partial_read(tmp_path):
 def test_verify_returns_the_number_of_bytes(tmp_path):
     """Every byte of data is counted once."""
     write_sample(tmp_path / "f")
-    with ShardReader(str(tmp_path / "f")) as reader:
+    with open_shard_at(tmp_path / "f") as reader:
         assert reader.verify() == 320_000 + 28
 
 
@@ -389,7 +390,7 @@ def test_file_cut_while_it_is_read_says_so(tmp_path):
     """Short data is an error of the file, not of the checksum."""
     path = str(tmp_path / "f")
     write_sample(path)
-    with ShardReader(path) as reader:
+    with open_shard_at(path) as reader:
         os.truncate(path, reader.size_bytes - 10)
         with pytest.raises(ShardFileError, match="ends inside tensor 'bias'"):
             reader.verify()
@@ -400,7 +401,7 @@ def test_link_in_a_shard_files_place_is_unsafe(tmp_path):
     write_sample(tmp_path / "f")
     (tmp_path / "link").symlink_to(tmp_path / "f")
     with pytest.raises(UnsafeCheckpointError):
-        ShardReader(str(tmp_path / "link"))
+        open_shard_at(tmp_path / "link")
 
 
 def test_file_of_another_tool_says_that_it_is_one(tmp_path):
@@ -409,14 +410,14 @@ def test_file_of_another_tool_says_that_it_is_one(tmp_path):
 
     save_file({"x": np.zeros(2)}, tmp_path / "f")
     with pytest.raises(ShardFileError, match="not one that distckpt wrote"):
-        ShardReader(str(tmp_path / "f"))
+        open_shard_at(tmp_path / "f")
 
 
 def test_refusal_names_the_file(tmp_path):
     """Of a thousand files the message names the one."""
     (tmp_path / "f").write_bytes(b"")
     with pytest.raises(ShardFileError, match=f"^{tmp_path}/f: "):
-        ShardReader(str(tmp_path / "f"))
+        open_shard_at(tmp_path / "f")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -425,7 +426,7 @@ def test_refused_file_is_closed(tmp_path):
     (tmp_path / "f").write_bytes(bytes(100))
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ShardFileError):
-        ShardReader(str(tmp_path / "f"))
+        open_shard_at(tmp_path / "f")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -779,5 +780,5 @@ def test_whole_rows_are_read_under_their_own_name(tmp_path):
     """A kind is no part of the file: the layout table says it."""
     row = Row("x", "uint8", (3,), WHOLE)
     write(tmp_path / "f", [Entry(Piece(row, whole((3,)), 0), lambda: memoryview(b"abc"))])
-    with ShardReader(str(tmp_path / "f")) as reader:
+    with open_shard_at(tmp_path / "f") as reader:
         assert reader.header.entries["x"].box == whole((3,))

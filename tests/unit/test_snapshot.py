@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+from unit_helpers import FileTarget, open_shard_at
 
 from distckpt import (
     Checkpoint,
@@ -18,7 +19,6 @@ from distckpt import (
     CheckpointOptions,
     PerRank,
     shard_file,
-    storage,
 )
 from distckpt.arena import Arena
 from distckpt.checkpoint import capture
@@ -27,6 +27,7 @@ from distckpt.layout import Layouts
 from distckpt.own_file import OwnFile
 from distckpt.shard_header import Draft
 from distckpt.snapshot import Snapshot
+from distckpt.storage import posix
 
 _KEY = bytes(16)
 
@@ -58,7 +59,9 @@ class Plan:
 
     def write_directly(self, path):
         load = self.file.loader(self.captured)
-        return shard_file.write_outlined(path, self._draft(), self.file.outline, load)
+        return shard_file.write_outlined(
+            FileTarget(path), self._draft(), self.file.outline, load
+        )
 
 
 def _bytes_of(path):
@@ -89,7 +92,7 @@ def test_image_is_the_file_that_a_direct_save_writes(tmp_path, rank):
     plan = Plan(_everything(), rank, 3)
     snapshot = plan.snapshot()
     direct, copied = str(tmp_path / "direct"), str(tmp_path / "copied")
-    assert snapshot.write(copied) == plan.write_directly(direct)
+    assert snapshot.write(FileTarget(copied)) == plan.write_directly(direct)
     assert _bytes_of(copied) == _bytes_of(direct)
 
 
@@ -125,8 +128,8 @@ def test_file_has_its_exact_size_whatever_direct_writes_need(folder, size):
     """Around each border of pages and of calls; readers of safetensors take it."""
     data = (torch.arange(size) * 37 % 251).to(torch.uint8)
     path = f"{folder}/file"
-    written = Plan(Checkpoint(data=data)).snapshot().write(path)
-    with shard_file.ShardReader(path) as reader:
+    written = Plan(Checkpoint(data=data)).snapshot().write(FileTarget(path))
+    with open_shard_at(path) as reader:
         assert reader.size_bytes == written.size_bytes
         assert reader.header_digest == written.header
         assert reader.verify() == size
@@ -134,15 +137,15 @@ def test_file_has_its_exact_size_whatever_direct_writes_need(folder, size):
         (found,) = load_file(path).values()
         assert torch.equal(found, data)
     with pytest.raises(StorageError, match="exists"):
-        Plan(Checkpoint(data=data)).snapshot().write(path)
+        Plan(Checkpoint(data=data)).snapshot().write(FileTarget(path))
 
 
 def test_direct_writes_are_used_where_they_can_be(tmp_path):
     """On a filesystem that has them; where it has none, all works without."""
-    with storage.NewFile(str(tmp_path / "probe"), direct=True) as file:
+    with posix.NewFile(str(tmp_path / "probe"), direct=True) as file:
         if not file._is_direct:
             pytest.skip("the filesystem of the temporary directory has none")
-    with storage.NewFile(str(tmp_path / "file"), 8192, direct=True) as file:
+    with posix.NewFile(str(tmp_path / "file"), 8192, direct=True) as file:
         aligned = Arena(8192, False).bytes[:8192].fill_(5).numpy().data
         file.write_at(0, [aligned])
         assert file._is_direct  # it took them
@@ -188,7 +191,7 @@ def test_lazy_copy_has_what_was_there_at_the_call(tmp_path):
     trained.step()
     snapshot.let_go()
     snapshot.check_unchanged()
-    assert snapshot.write(lazy) == expected
+    assert snapshot.write(FileTarget(lazy)) == expected
     assert _bytes_of(lazy) == _bytes_of(direct)
 
 
@@ -240,7 +243,7 @@ def test_tensors_can_go_once_they_are_copied(tmp_path, lazily):
     del trained
     gc.collect()
     assert [there() for there in gone] == [None, None]
-    assert snapshot.write(str(tmp_path / "file")).size_bytes > 0
+    assert snapshot.write(FileTarget(tmp_path / "file")).size_bytes > 0
 
 
 def test_lazy_copy_outlives_the_tensors_it_is_of(tmp_path):
@@ -256,7 +259,7 @@ def test_lazy_copy_outlives_the_tensors_it_is_of(tmp_path):
         parameter.data = torch.zeros_like(parameter)
     reused = [torch.full((30, 20), -1.0) for _ in range(50)]
     snapshot.copy_rest()
-    assert snapshot.write(lazy) == expected
+    assert snapshot.write(FileTarget(lazy)) == expected
     assert _bytes_of(lazy) == _bytes_of(direct)
     assert reused
 

@@ -11,8 +11,9 @@ import socket
 
 import pytest
 
-from distckpt import storage
+from distckpt import files
 from distckpt.errors import StorageError, UnsafeCheckpointError
+from distckpt.storage import posix
 
 
 @pytest.fixture
@@ -36,32 +37,32 @@ def calls(monkeypatch):
 
 def test_new_file_is_synced_before_it_is_closed(tmp_path, calls):
     """The content is durable before anything can refer to it."""
-    storage.write_new_file(str(tmp_path / "f"), b"data")
+    posix.write_new_file(str(tmp_path / "f"), b"data")
     assert calls == ["open", "pwritev", "fsync", "close"]
 
 
 def test_sync_directory_opens_syncs_and_closes(tmp_path, calls):
     """Names become durable by syncing their directory."""
-    storage.sync_directory(str(tmp_path))
+    posix.sync_directory(str(tmp_path))
     assert calls == ["open", "fsync", "close"]
 
 
 def test_make_directories_syncs_each_parent(tmp_path, calls):
     """A new directory that vanishes in a power cut takes the checkpoints with it."""
-    storage.make_directories(str(tmp_path / "a" / "b"))
+    posix.make_directories(str(tmp_path / "a" / "b"))
     assert [call for call in calls if call in ("mkdir", "fsync")] == ["mkdir", "fsync"] * 2
 
 
 def test_make_directories_that_exist_does_nothing(tmp_path, calls):
     """Claiming again is no work."""
-    storage.make_directories(str(tmp_path))
+    posix.make_directories(str(tmp_path))
     assert calls == []
 
 
 def test_make_directory_that_exists_is_refused(tmp_path):
     """A pending directory is never shared."""
     with pytest.raises(StorageError) as caught:
-        storage.make_directory(str(tmp_path))
+        posix.make_directory(str(tmp_path))
     assert caught.value.errno == errno.EEXIST
 
 
@@ -70,7 +71,7 @@ def test_new_file_that_exists_is_refused_and_untouched(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"old")
     with pytest.raises(StorageError):
-        storage.write_new_file(str(path), b"new")
+        posix.write_new_file(str(path), b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -78,14 +79,14 @@ def test_new_file_through_a_dangling_link_is_refused(tmp_path):
     """A link cannot lead the writer elsewhere."""
     (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError):
-        storage.write_new_file(str(tmp_path / "f"), b"new")
+        posix.write_new_file(str(tmp_path / "f"), b"new")
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_new_file_in_a_missing_directory_never_makes_it(tmp_path):
     """Where the directory is gone, another manager took over."""
     with pytest.raises(StorageError):
-        storage.write_new_file(str(tmp_path / "gone" / "f"), b"x")
+        posix.write_new_file(str(tmp_path / "gone" / "f"), b"x")
     assert os.listdir(tmp_path) == []
 
 
@@ -104,7 +105,7 @@ def test_short_writes_are_completed(tmp_path, monkeypatch, step):
     monkeypatch.setattr(os, "pwrite", short_pwrite)
     buffers = [bytes([i]) * size for i, size in enumerate((5, 1, 700, 0, 33))]
     path = tmp_path / "f"
-    with storage.NewFile(str(path)) as file:
+    with posix.NewFile(str(path)) as file:
         file.write_at(10, buffers)
         file.write_at(0, [b"0123456789"])
         file.finish(749)
@@ -116,7 +117,7 @@ def test_write_that_writes_nothing_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwritev", lambda *_: 0)
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(StorageError, match="wrote nothing"):
-        storage.write_new_file(str(tmp_path / "f"), b"data")
+        posix.write_new_file(str(tmp_path / "f"), b"data")
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 3000])
@@ -124,7 +125,7 @@ def test_many_buffers_are_written_in_order(tmp_path, count):
     """More buffers than one system call takes."""
     buffers = [i.to_bytes(2, "little") for i in range(count)]
     path = tmp_path / "f"
-    with storage.NewFile(str(path)) as file:
+    with posix.NewFile(str(path)) as file:
         file.write_at(0, buffers)
         file.finish(2 * count)
     assert path.read_bytes() == b"".join(buffers)
@@ -134,16 +135,16 @@ def test_large_buffer_is_written_and_read_whole(tmp_path):
     """More bytes than one system call takes."""
     data = os.urandom(2**20) * 33
     path = str(tmp_path / "f")
-    with storage.NewFile(path) as file:
+    with posix.NewFile(path) as file:
         file.write_at(0, [b"x", memoryview(data)])
         file.finish(len(data) + 1)
-    with storage.OpenFile(path) as file:
+    with posix.OpenFile(path) as file:
         assert file.read(1, len(data)) == data
 
 
 def test_finish_with_another_size_than_written_is_an_error(tmp_path):
     """A hole or a lost tail is found before the file counts."""
-    with storage.NewFile(str(tmp_path / "f")) as file:
+    with posix.NewFile(str(tmp_path / "f")) as file:
         file.write_at(0, [b"data"])
         with pytest.raises(StorageError, match="wrote 5 bytes, the file has 4"):
             file.finish(5)
@@ -161,9 +162,9 @@ def test_failed_fsync_is_never_tried_again(tmp_path, monkeypatch, what):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(StorageError):
         if what == "file":
-            storage.write_new_file(str(tmp_path / "f"), b"data")
+            posix.write_new_file(str(tmp_path / "f"), b"data")
         else:
-            storage.sync_directory(str(tmp_path))
+            posix.sync_directory(str(tmp_path))
     assert len(tries) == 1
 
 
@@ -182,7 +183,7 @@ def test_failed_write_leaves_no_descriptor_open(tmp_path, monkeypatch, name):
     before = _open_descriptors()
     monkeypatch.setattr(os, name, fail)
     with pytest.raises(StorageError):
-        storage.write_new_file(str(tmp_path / "f"), b"data")
+        posix.write_new_file(str(tmp_path / "f"), b"data")
     monkeypatch.undo()
     assert _open_descriptors() == before
 
@@ -203,14 +204,14 @@ def odd(tmp_path):
 def test_reading_what_is_no_regular_file_is_unsafe(odd, name):
     """Refused at once: nothing is followed, nothing blocks."""
     with pytest.raises(UnsafeCheckpointError, match=name):
-        storage.read_file(str(odd / name), 100)
+        posix.read_file(str(odd / name), 100)
 
 
 @pytest.mark.timeout(1200)
 def test_reading_a_device_is_unsafe():
     """An endless device is not read."""
     with pytest.raises(UnsafeCheckpointError):
-        storage.read_file("/dev/zero", 100)
+        posix.read_file("/dev/zero", 100)
 
 
 def test_reading_a_socket_is_refused(tmp_path, monkeypatch):
@@ -219,20 +220,20 @@ def test_reading_a_socket_is_refused(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         with pytest.raises(StorageError, match="open socket"):
-            storage.read_file("socket", 100)
+            posix.read_file("socket", 100)
 
 
 def test_reading_a_file_larger_than_allowed_is_refused(tmp_path):
     """A huge file in a small file's place does not fill the memory."""
     (tmp_path / "f").write_bytes(b"x" * 101)
     with pytest.raises(StorageError, match="101 bytes, more than 100"):
-        storage.read_file(str(tmp_path / "f"), 100)
+        posix.read_file(str(tmp_path / "f"), 100)
 
 
 def test_reading_past_the_end_gives_what_there_is(tmp_path):
     """The caller sees that the file is too short."""
     (tmp_path / "f").write_bytes(b"0123456789")
-    with storage.OpenFile(str(tmp_path / "f")) as file:
+    with posix.OpenFile(str(tmp_path / "f")) as file:
         assert file.read(7, 10) == b"789"
 
 
@@ -243,14 +244,14 @@ def test_short_reads_are_completed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset)
     )
-    with storage.OpenFile(str(tmp_path / "f")) as file:
+    with posix.OpenFile(str(tmp_path / "f")) as file:
         assert file.read(0, 100) == bytes(range(100))
 
 
 def test_file_closed_twice_closes_no_other_descriptor(tmp_path, calls):
     """The number may belong to another file by then."""
     (tmp_path / "f").write_bytes(b"")
-    file = storage.OpenFile(str(tmp_path / "f"))
+    file = posix.OpenFile(str(tmp_path / "f"))
     file.close()
     file.close()
     assert calls.count("close") == 1
@@ -261,7 +262,7 @@ def test_link_to_a_taken_name_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     with pytest.raises(StorageError) as caught:
-        storage.link(str(tmp_path / "a"), str(tmp_path / "b"))
+        posix.link(str(tmp_path / "a"), str(tmp_path / "b"))
     assert caught.value.errno == errno.EEXIST
 
 
@@ -270,7 +271,7 @@ def test_link_to_a_taken_dangling_link_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").symlink_to(tmp_path / "nothing")
     with pytest.raises(StorageError):
-        storage.link(str(tmp_path / "a"), str(tmp_path / "b"))
+        posix.link(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_remove_tree_never_follows_a_link_inside(tmp_path):
@@ -282,7 +283,7 @@ def test_remove_tree_never_follows_a_link_inside(tmp_path):
     (tree / "deep").mkdir(parents=True)
     (tree / "deep" / "link").symlink_to(outside)
     (tree / "file-link").symlink_to(outside / "precious")
-    storage.remove_tree(str(tree))
+    posix.remove_tree(str(tree))
     assert (tree.exists(), (outside / "precious").exists()) == (False, True)
 
 
@@ -292,11 +293,11 @@ def test_remove_tree_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "outside" / "precious").write_bytes(b"x")
     (tmp_path / "tree").symlink_to(tmp_path / "outside")
     with pytest.raises(StorageError):
-        storage.remove_tree(str(tmp_path / "tree"))
+        posix.remove_tree(str(tmp_path / "tree"))
     assert (tmp_path / "outside" / "precious").exists()
 
 
-@pytest.mark.parametrize("remove", [storage.remove_tree, storage.remove_file])
+@pytest.mark.parametrize("remove", [posix.remove_tree, posix.remove_file])
 def test_removing_what_is_gone_already_is_no_error(tmp_path, remove):
     """Deletions are repeated after a crash."""
     remove(str(tmp_path / "gone"))
@@ -314,44 +315,44 @@ def test_removing_what_is_gone_already_is_no_error(tmp_path, remove):
 )
 def test_exists_asks_for_the_name_itself(odd, name, there):
     """A dangling link is a taken name; a name below a file is none."""
-    assert storage.exists(str(odd / name)) is there
+    assert posix.exists(str(odd / name)) is there
 
 
 def test_list_directory_is_sorted(tmp_path):
     """The same on every filesystem."""
     for name in "cab":
         (tmp_path / name).touch()
-    assert storage.list_directory(str(tmp_path)) == ["a", "b", "c"]
+    assert posix.list_directory(str(tmp_path)) == ["a", "b", "c"]
 
 
 def test_list_directory_that_is_missing_is_empty(tmp_path):
     """A run directory need not exist yet."""
-    assert storage.list_directory(str(tmp_path / "no")) == []
+    assert posix.list_directory(str(tmp_path / "no")) == []
 
 
 def test_list_directory_that_is_a_file_is_an_error(odd):
     """A file in the run directory's place is not "no checkpoint"."""
     with pytest.raises(StorageError):
-        storage.list_directory(str(odd / "target"))
+        posix.list_directory(str(odd / "target"))
 
 
 def test_free_bytes_counts_what_this_user_may_write(tmp_path):
     """The number comes from the filesystem."""
-    assert storage.free_bytes(str(tmp_path)) >= 0
+    assert files.free_bytes(str(tmp_path)) >= 0
 
 
 def _operations(path):
     other = path + ".other"
     return {
-        "mkdir": lambda: storage.make_directory(os.path.join(path, "a", "b")),
-        "fsync": lambda: storage.sync_directory(path),
-        "open": lambda: storage.read_file(path, 1),
-        "list": lambda: storage.list_directory(__file__),
-        "link": lambda: storage.link(path, other),
-        "rename": lambda: storage.rename(path, other),
-        "unlink": lambda: storage.remove_file(os.path.dirname(path)),
-        "statvfs": lambda: storage.free_bytes(path),
-        "lstat": lambda: storage.exists("x" * 5000),
+        "mkdir": lambda: posix.make_directory(os.path.join(path, "a", "b")),
+        "fsync": lambda: posix.sync_directory(path),
+        "open": lambda: posix.read_file(path, 1),
+        "list": lambda: posix.list_directory(__file__),
+        "link": lambda: posix.link(path, other),
+        "rename": lambda: posix.rename(path, other),
+        "unlink": lambda: posix.remove_file(os.path.dirname(path)),
+        "statvfs": lambda: files.free_bytes(path),
+        "lstat": lambda: posix.exists("x" * 5000),
     }
 
 
@@ -383,7 +384,7 @@ def test_full_disk_is_reported_with_the_space_that_is_left(small_disk):
     """ENOSPC says what, where and how much is free."""
     path = os.path.join(small_disk("size=64k"), "f")
     with pytest.raises(StorageError, match=r"write .*/f: .*\(0 B and \d+ inodes") as e:
-        storage.write_new_file(path, bytes(10**6))
+        posix.write_new_file(path, bytes(10**6))
     assert e.value.errno == errno.ENOSPC
 
 
@@ -391,9 +392,9 @@ def test_full_disk_that_is_cleared_is_written_again(small_disk):
     """A failed write leaves nothing behind that cannot be removed."""
     path = os.path.join(small_disk("size=64k"), "f")
     with pytest.raises(StorageError):
-        storage.write_new_file(path, bytes(10**6))
-    storage.remove_file(path)
-    storage.write_new_file(path, bytes(10**4))
+        posix.write_new_file(path, bytes(10**6))
+    posix.remove_file(path)
+    posix.write_new_file(path, bytes(10**4))
     assert os.path.getsize(path) == 10**4
 
 
@@ -402,14 +403,14 @@ def test_full_disk_that_is_cleared_is_written_again(small_disk):
 
 def _aligned(content):
     """Put bytes where a direct write can begin, padded; returns a view of them."""
-    size = -(-len(content) // storage.DIRECT_BYTES) * storage.DIRECT_BYTES
+    size = -(-len(content) // posix.DIRECT_BYTES) * posix.DIRECT_BYTES
     memory = mmap.mmap(-1, size)
     memory[: len(content)] = content
     return memoryview(memory)
 
 
 def _write_direct(path, content):
-    with storage.NewFile(str(path), len(content), direct=True) as file:
+    with posix.NewFile(str(path), len(content), direct=True) as file:
         file.write_at(0, [_aligned(content)])
         file.finish(len(content))
 
@@ -472,9 +473,9 @@ def test_filesystem_without_these_calls_is_written_all_the_same(
     tmp_path, monkeypatch, number
 ):
     """They make things faster or errors earlier, nothing else."""
-    monkeypatch.setattr(storage, "_LIBC", libc := _Libc(number))
+    monkeypatch.setattr(posix, "_LIBC", libc := _Libc(number))
     content = bytes(40 * 2**20)
-    with storage.NewFile(str(tmp_path / "f"), len(content)) as file:
+    with posix.NewFile(str(tmp_path / "f"), len(content)) as file:
         file.write_at(0, [content])
         file.finish(len(content))
     assert os.path.getsize(tmp_path / "f") == len(content)
@@ -483,8 +484,8 @@ def test_filesystem_without_these_calls_is_written_all_the_same(
 
 def test_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
     """The disk has said that it has lost bytes; a later fsync might not say so again."""
-    monkeypatch.setattr(storage, "_LIBC", _Libc(errno.EIO))
-    with storage.NewFile(str(tmp_path / "f")) as file:
+    monkeypatch.setattr(posix, "_LIBC", _Libc(errno.EIO))
+    with posix.NewFile(str(tmp_path / "f")) as file:
         with pytest.raises(StorageError, match=r"sync_file_range .*/f"):
             file.write_at(0, [bytes(40 * 2**20)])
 
@@ -493,7 +494,7 @@ def test_full_disk_is_found_before_anything_is_written(small_disk):
     """Where the filesystem can set space aside."""
     path = os.path.join(small_disk("size=1m"), "f")
     with pytest.raises(StorageError, match=r"fallocate .*/f: .*2.0 MiB needed") as caught:
-        storage.NewFile(path, 2 * 2**20)
+        posix.NewFile(path, 2 * 2**20)
     assert caught.value.errno == errno.ENOSPC
     assert os.path.getsize(path) == 0
 
@@ -501,7 +502,7 @@ def test_full_disk_is_found_before_anything_is_written(small_disk):
 @pytest.mark.parametrize("fails", [False, True])
 def test_large_file_is_synced_now_and_then(tmp_path, monkeypatch, fails):
     """So that no single fsync takes so long that it seems to hang; each is checked."""
-    monkeypatch.setattr(storage, "_SYNC_BYTES", 2**20)
+    monkeypatch.setattr(posix, "_SYNC_BYTES", 2**20)
     synced = []
 
     def fdatasync(descriptor):
@@ -510,7 +511,7 @@ def test_large_file_is_synced_now_and_then(tmp_path, monkeypatch, fails):
             raise OSError(errno.EIO, "lost")
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    with storage.NewFile(str(tmp_path / "f")) as file:
+    with posix.NewFile(str(tmp_path / "f")) as file:
         for index in range(7):
             data = [bytes(2**19)]
             if fails and index == 1:
@@ -541,7 +542,7 @@ def test_many_buffers_are_filled_in_order(tmp_path, monkeypatch, step):
     monkeypatch.setattr(os, "preadv", short)
     sizes = [1, 99, 0, 300, 200, 100]
     buffers = [(ctypes.c_char * size)() for size in sizes]
-    with storage.OpenFile(str(tmp_path / "f")) as file:
+    with posix.OpenFile(str(tmp_path / "f")) as file:
         assert file.read_vector(0, buffers) == 700
         assert b"".join(map(bytes, buffers)) == content
         assert file.read_vector(650, buffers[:4]) == 50

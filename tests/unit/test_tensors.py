@@ -507,6 +507,6 @@ def test_large_tensor_of_many_blocks_comes_back(run_dir):
     path = save(run_dir, x=saved, y=saved.clone())
     restore(run_dir, x=live, y=strided)
     assert torch.equal(live, saved) and torch.equal(strided, saved)
-    directory = readers.locate(path).directory
+    directory = str(readers.locate(path).directory)
     size = os.path.getsize(os.path.join(directory, paths.shard_file(0, 1)))
     assert size % 4096 == 2 * saved.nbytes % 4096

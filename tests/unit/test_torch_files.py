@@ -15,7 +15,7 @@ import torch
 from torch_helpers import assert_same, raw
 from unit_helpers import flip_bit
 
-from distckpt import dtypes, storage
+from distckpt import dtypes
 from distckpt.errors import (
     ChecksumError,
     FormatError,
@@ -23,6 +23,7 @@ from distckpt.errors import (
     UnsupportedError,
 )
 from distckpt.formats import torch_load, torch_save, zip_file
+from distckpt.storage import posix
 
 
 class Memory:
@@ -54,14 +55,14 @@ class Zeros:
 
 
 def read(path, start=0, size_bytes=None):
-    with storage.OpenFile(str(path)) as file:
+    with posix.OpenFile(str(path)) as file:
         size = file.size_bytes - start if size_bytes is None else size_bytes
         return torch_load.read(file, start, size)
 
 
 def content(tensor, path, piece_bytes=7):
     """Read a tensor of an archive; its file was closed."""
-    with storage.OpenFile(str(path)) as file:
+    with posix.OpenFile(str(path)) as file:
         record = tensor.record._replace(file=file)
         again = torch_load.ArchivedTensor(
             tensor.dtype, tensor.shape, record, tensor.offset_bytes, tensor.strides
@@ -106,7 +107,7 @@ def test_torch_loads_every_dtype_and_shape(tmp_path, mmap):
         for i, (name, one) in enumerate(tensors.items())
     }
     path = str(tmp_path / "t.pt")
-    with storage.NewFile(path) as file:
+    with posix.NewFile(path) as file:
         stored = {str(i): one for i, one in enumerate(tensors.values())}
         file.finish(torch_save.write(file, 0, tree, stored))
     found = torch.load(path, weights_only=True, mmap=mmap)
@@ -122,7 +123,7 @@ def test_torch_loads_every_dtype_and_shape(tmp_path, mmap):
 def test_records_begin_where_they_can_be_mapped(tmp_path):
     """At multiples of 64 bytes, as torch's own."""
     path = str(tmp_path / "t.pt")
-    with storage.NewFile(path) as file:
+    with posix.NewFile(path) as file:
         tree = [torch_save.stored_tensor("uint8", (3,), str(i)) for i in range(9)]
         stored = {str(i): Memory("uint8", (3,), b"abc") for i in range(9)}
         file.finish(torch_save.write(file, 0, tree, stored))
@@ -139,7 +140,7 @@ def test_plain_values_are_loaded_by_torch_with_their_types(tmp_path):
         7: -(2**70),
     }
     path = str(tmp_path / "t.pt")
-    with storage.NewFile(path) as file:
+    with posix.NewFile(path) as file:
         file.finish(torch_save.write(file, 0, torch_save.to_tree(value), {}))
     assert_same(torch.load(path, weights_only=True), value)
     assert_same(read(path), value)
@@ -162,7 +163,7 @@ def test_archives_past_4_gib_are_read_by_torch_and_by_zip_tools(tmp_path, monkey
     monkeypatch.setattr(zip_file, "_LIMIT_32", 1000)
     path = str(tmp_path / "t.pt")
     zeros = Zeros(2000)
-    with storage.NewFile(path) as file:
+    with posix.NewFile(path) as file:
         tree = [torch_save.stored_tensor("uint8", (2000,), str(i)) for i in range(3)]
         writer_end = torch_save.write(file, 0, tree, {str(i): zeros for i in range(3)})
         file.finish(writer_end)

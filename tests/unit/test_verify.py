@@ -10,6 +10,7 @@ from unit_helpers import ARRAYS, flip_bit, make_saved
 from distckpt import state
 from distckpt.errors import UnsafeCheckpointError
 from distckpt.readers import locate, read_manifest
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 
@@ -19,12 +20,12 @@ def saved(run_dir):
 
 
 def verify(saved, digest=None):
-    return verify_attempt(saved.published, digest)
+    return verify_attempt(AttemptDirectory.at(saved.published), digest)
 
 
 def test_verify_of_a_whole_checkpoint_finds_nothing(saved):
     """All bytes are read and right."""
-    entry = state.read_head(saved.directory).record.live[0]
+    entry = state.read_head(RunDirectory.at(saved.directory)).record.live[0]
     report = verify(saved, entry.manifest)
     assert (report.ok, report.problems, report.foreign) == (True, [], [])
 
@@ -92,13 +93,13 @@ def test_verify_reports_files_that_do_not_belong(saved):
 
 def test_verify_of_a_missing_directory_is_a_problem(tmp_path):
     """Faults never raise."""
-    assert not verify_attempt(str(tmp_path / "no"), None).ok
+    assert not verify_attempt(AttemptDirectory.at(str(tmp_path / "no")), None).ok
 
 
 @pytest.mark.parametrize("position", range(0, 1100, 13))
 def test_verify_finds_a_flipped_bit_anywhere_in_the_manifest(saved, position):
     """With the record's digest no bit of it goes unnoticed."""
-    entry = state.read_head(saved.directory).record.live[0]
+    entry = state.read_head(RunDirectory.at(saved.directory)).record.live[0]
     path = saved.file("manifest.json")
     flip_bit(path, position % os.path.getsize(path))
     assert not verify(saved, entry.manifest).ok
@@ -109,8 +110,11 @@ def test_checkpoint_that_is_a_link_is_refused_but_for_who_names_it_himself(saved
     elsewhere = os.path.join(os.path.dirname(saved.directory), "elsewhere")
     os.rename(saved.published, elsewhere)
     os.symlink(elsewhere, saved.published)
-    assert "symbolic link" in verify_attempt(saved.published, None).problems[0]
+    assert (
+        "symbolic link"
+        in verify_attempt(AttemptDirectory.at(saved.published), None).problems[0]
+    )
     with pytest.raises(UnsafeCheckpointError):
         read_manifest(locate(saved.prefix).directory)
-    assert locate(saved.published).directory == elsewhere
+    assert str(locate(saved.published).directory) == elsewhere
     assert verify_attempt(locate(saved.published).directory, None).ok

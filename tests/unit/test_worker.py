@@ -10,8 +10,9 @@ import weakref
 
 import pytest
 
-from distckpt import calls, storage
+from distckpt import calls
 from distckpt.errors import StorageError, StorageTimeout
+from distckpt.storage import posix
 from distckpt.worker import Worker
 
 pytestmark = pytest.mark.alone
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.alone
 
 def _hang(release):
     """Hang in a call that storage knows of, until released."""
-    with storage._reported("fsync", "/some/file"):
+    with posix._reported("fsync", "/some/file"):
         release.wait(10)
     return "late"
 
@@ -55,7 +56,7 @@ def test_call_that_hangs_is_left_and_named():
 def test_long_work_of_short_calls_is_no_hang(tmp_path):
     def body():
         for _ in range(8):
-            storage.exists(str(tmp_path))
+            posix.exists(str(tmp_path))
             time.sleep(0.05)
         return "done"
 
@@ -67,7 +68,7 @@ def test_progress_is_told_while_waiting(tmp_path):
 
     def body():
         for _ in range(10):
-            storage.exists(str(tmp_path))
+            posix.exists(str(tmp_path))
             time.sleep(0.05)
         time.sleep(0.3)
 
@@ -81,7 +82,7 @@ def test_what_nobody_waits_for_ends_with_its_next_call(tmp_path):
     def body():
         try:
             while True:
-                storage.exists(str(tmp_path))
+                posix.exists(str(tmp_path))
                 time.sleep(0.01)
         except StorageError as error:
             assert "nobody waits" in str(error)
@@ -177,7 +178,7 @@ def test_work_on_the_callers_own_thread_leaves_no_mark_on_it(monkeypatch, tmp_pa
 
     Worker(1.0).run(body, lambda _: None)
     tasks[0].stopped = True
-    assert storage.exists(str(tmp_path))
+    assert posix.exists(str(tmp_path))
 
 
 def test_filling_tensors_waits_for_what_another_manager_has_left_behind():
@@ -200,7 +201,7 @@ def test_interrupt_ends_what_may_be_given_up(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         try:
             while True:
-                storage.exists(str(tmp_path))
+                posix.exists(str(tmp_path))
                 time.sleep(0.01)
         finally:
             ended.set()

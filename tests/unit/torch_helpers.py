@@ -72,7 +72,7 @@ def rows_of(path):
 
 def stored(path, rank=0, world_size=1):
     """Return what the official safetensors package finds in a rank's shard file."""
-    directory = readers.locate(path).directory
+    directory = str(readers.locate(path).directory)
     return load_file(os.path.join(directory, paths.shard_file(rank, world_size)))
 
 

@@ -17,6 +17,9 @@ from distckpt.paths import Attempt
 from distckpt.record import Entry, Record
 from distckpt.remarks import NOTHING
 from distckpt.retention import Retention
+from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
+from distckpt.storage.posix_store import NewShardFile
 
 DIGEST = "0123456789abcdef0123456789abcdef"
 CHAIN = "c0ffee00c0ffee00"
@@ -91,7 +94,7 @@ def write_shards(
     shards = []
     for rank in range(world_size):
         written = shard_file.write(
-            os.path.join(directory, paths.shard_file(rank, world_size)),
+            FileTarget(os.path.join(directory, paths.shard_file(rank, world_size))),
             [
                 shard_file.Entry(piece, lambda piece=piece: bytes_of(piece, arrays))
                 for piece in assignment.pieces_of_rank(rank)
@@ -120,7 +123,7 @@ def make_chief(
 ):
     """Make a chief; it has claimed nothing yet."""
     return Chief(
-        directory,
+        RunDirectory.at(directory),
         checkpoint_name=name,
         retention=Retention(keep, hours),
         identity=Identity(run, restart),
@@ -235,3 +238,27 @@ def flip_bit(path, offset, mask=1):
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes([byte[0] ^ mask]))
+
+
+class FileTarget:
+    """A file anywhere, to be written like that of a rank."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __str__(self):
+        return self._path
+
+    def create(self, size_bytes=0, *, is_image=False):
+        """See ``NewShard.create``."""
+        return NewShardFile(self._path, size_bytes, direct=is_image)
+
+
+def open_shard_at(path, expected_digest=None):
+    """Open a shard file anywhere."""
+    return shard_file.ShardReader(posix.OpenFile(str(path)), expected_digest)
+
+
+def record_path(directory, number):
+    """Return the path of a record's file."""
+    return str(RunDirectory.at(directory).places.record(number))

@@ -24,6 +24,7 @@ from typing import Any
 from power import LOG_FLUSHED, Disk
 
 from distckpt import paths, readers
+from distckpt.run_directory import RunDirectory
 
 _NEW_NAMESPACE = 0x00020000  # CLONE_NEWNS, linux/sched.h
 _RECURSIVE_PRIVATE = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE, linux/mount.h
@@ -56,7 +57,7 @@ class Fault:
 
 def names_in(directory: str, rank: int) -> dict[str, str]:
     """Say how the paths are called, in a save at its capture, that a fault may be about."""
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     number = 0 if record is None else record.number
     live = [] if record is None else [entry.attempt for entry in record.live]
     pending = [paths.parse_pending(name) for name in os.listdir(directory)]
@@ -588,5 +589,5 @@ def unlisted(directory: str) -> list[str]:
     """Name all that is in a run directory and belongs to nothing."""
     import scenario
 
-    record: Any = readers.read_record(directory)
+    record: Any = readers.read_record(RunDirectory.at(directory))
     return scenario.unlisted(directory, record)

@@ -40,6 +40,7 @@ from distckpt import (
     readers,
 )
 from distckpt.comm import GroupChannel
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 _TIMEOUT_SECONDS = 60.0
@@ -298,7 +299,7 @@ def make_template(rank: int, directory: str, numbers: Sequence[int]) -> None:
 
 def _litter(directory: str) -> None:
     """Leave behind what dead writers leave: one of each kind."""
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     assert record is not None
     listed = record.live[0].attempt
     torn = paths.Attempt("ckpt", 7, record.epoch, paths.random_hex(4))
@@ -451,7 +452,7 @@ def come_back(rank: int, directory: str, max_to_keep: int | None) -> Back:
         train_one_step(checkpoint)
         saved = manager.save()
         manager.sync()
-        record = readers.read_record(directory)
+        record = readers.read_record(RunDirectory.at(directory))
         assert record is not None
         # A claim that died has left its own files under the epoch that is now ours.
         names = unlisted(directory, record)
@@ -466,7 +467,7 @@ def come_back(rank: int, directory: str, max_to_keep: int | None) -> Back:
 
 def listed_in(directory: str) -> list[paths.Attempt]:
     """List the managed checkpoints, oldest first."""
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     return [] if record is None else [entry.attempt for entry in record.live]
 
 
@@ -506,10 +507,10 @@ def check_whole(directory: str) -> None:
     Raises:
         Torn: One is not whole.
     """
-    record = readers.read_record(directory)
+    record = readers.read_record(RunDirectory.at(directory))
     for entry in () if record is None else record.committed:
         path = os.path.join(directory, entry.attempt.published)
-        report = verify_attempt(path, entry.manifest)
+        report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
         if not report.ok or report.foreign:
             raise Torn(str(report))
 

@@ -30,6 +30,7 @@ from outcome_helpers import Outcome, make_checkpoint, outcome, state_of, train
 from storage_calls import REFUSED, SHORT, Faults, failing, ways
 
 from distckpt import CheckpointManager, CheckpointOptions, PerRank, readers
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 # Hundreds of jobs; a busy machine may take its time.
@@ -128,13 +129,13 @@ class ErrorsOnRanks(Campaign[Fault]):
         for seen in lives:
             demand(Wrong, not seen.wrong, seen.wrong)
         possible = _check_told(lives, point)
-        record = readers.read_record(directory)
+        record = readers.read_record(RunDirectory.at(directory))
         assert record is not None
         listed = tuple(entry.step for entry in record.live)
         demand(Lost, listed in possible, f"listed {listed}, possible {possible}")
         for entry in record.live:
             path = os.path.join(directory, entry.attempt.published)
-            report = verify_attempt(path, entry.manifest)
+            report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
             demand(Torn, report.ok and not report.foreign, report)
         figures.count("of the chief", int(point.rank == 0))
         errors = [told.kind for _, _, told in lives[0].told if told.kind != "ok"]

@@ -42,6 +42,7 @@ from distckpt import (
     save,
     storage,
 )
+from distckpt.run_directory import RunDirectory
 
 _SMALL_BYTES, _BIG_BYTES = 2**15, 2**22
 _SHORT_SECONDS = 1.5
@@ -240,7 +241,7 @@ class Rank:
 
     def trees(self) -> dict[str, Any]:
         """Read every committed checkpoint."""
-        record = readers.read_record(self.directory)
+        record = readers.read_record(RunDirectory.at(self.directory))
         names = [entry.attempt.published for entry in record.committed]
         return {name: tree_of(os.path.join(self.directory, name)) for name in names}
 

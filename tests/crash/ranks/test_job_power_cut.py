@@ -36,7 +36,7 @@ from job_scenario import (
 )
 from power import LOG_FLUSHED, LOG_LOST, Disk, mounted_disk
 
-from distckpt import storage
+from distckpt.storage import posix
 
 # Many jobs; a busy machine may take its time.
 pytestmark = [pytest.mark.timeout(2700), pytest.mark.usefixtures("power_switch")]
@@ -162,7 +162,7 @@ def test_power_cut_in_a_job_loses_nothing_that_was_acknowledged(
 
 def do_not_sync_files() -> None:
     """Leave the content of files to the kernel."""
-    storage.os.fsync = lambda descriptor: None
+    posix.os.fsync = lambda descriptor: None
 
 
 @pytest.mark.full

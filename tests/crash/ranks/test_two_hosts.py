@@ -24,6 +24,7 @@ from lost_peer_helpers import Network, NoNetwork, network_of
 from notes import Notes
 
 from distckpt.readers import read_record
+from distckpt.run_directory import AttemptDirectory, RunDirectory
 from distckpt.verify import verify_attempt
 
 HERE = Path(__file__).parent
@@ -177,12 +178,12 @@ def test_job_shrinks_fences_its_zombie_and_grows_again(
         hosts.launch_again(int(zombie))
         hosts.wait_for(lambda: len(saved(2, woken_at)) >= 4, "saves of two again")
         grown = [t for t in hosts.told("restored") if t[1] > woken_at and t[4] == 2]
-        record = read_record(hosts.directory)
+        record = read_record(RunDirectory.at(hosts.directory))
         assert record is not None
         for entry in record.committed:
             path = os.path.join(hosts.directory, entry.attempt.published)
-            report = verify_attempt(path, entry.manifest)
-            newer = read_record(hosts.directory)
+            report = verify_attempt(AttemptDirectory.at(path), entry.manifest)
+            newer = read_record(RunDirectory.at(hosts.directory))
             assert report.ok or (newer is not None and entry not in newer.committed), report
         report_figures(
             f"{shrunk:.1f} s from the loss to one host's restore, "

@@ -23,13 +23,12 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from distckpt import words
 from distckpt.calls import watched
 from distckpt.errors import StorageError, UnsafeCheckpointError
-
-Buffer: TypeAlias = Any  # memory that can be asked for its length: memoryview, ctypes array
+from distckpt.storage.store import Buffer, Room
 
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -403,18 +402,6 @@ def exists(path: str) -> bool:
     return False
 
 
-def refuse_link(path: str) -> None:
-    """Refuse a name that is a link, so that what is below it may be anywhere.
-
-    Raises:
-        UnsafeCheckpointError: It is one.
-    """
-    with _reported("lstat", path), suppress(FileNotFoundError, NotADirectoryError):
-        if stat.S_ISLNK(os.lstat(path).st_mode):
-            msg = f"{path} is a symbolic link; nothing below it is read or written."
-            raise UnsafeCheckpointError(msg)
-
-
 def link_target(path: str) -> str | None:
     """Return the absolute path that a link leads to; None for what is no link."""
     with _reported("lstat", path), suppress(FileNotFoundError, NotADirectoryError):
@@ -524,18 +511,12 @@ def _remove_files(directory: str) -> None:
         os.close(descriptor)
 
 
-def free_bytes(path: str) -> int:
-    """Return the bytes that this user may still write to the filesystem."""
+def room(path: str) -> Room:
+    """Return what this user may still write to a filesystem."""
     with _reported("statvfs", path):
         status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
-def free_inodes(path: str) -> int | None:
-    """Return how many files this user may still make; None where there is no limit."""
-    with _reported("statvfs", path):
-        status = os.statvfs(path)
-    return status.f_favail if status.f_files else None
+    num_files = status.f_favail if status.f_files else None
+    return Room(status.f_bavail * status.f_frsize, num_files)
 
 
 def modified(path: str) -> float:
