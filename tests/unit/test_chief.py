@@ -433,7 +433,7 @@ def test_abandon_that_fails_is_a_warning(run_dir, monkeypatch, caplog):
     """The error of the save is the one to see; the next claim sweeps."""
     chief = make_claimed(run_dir)
     attempt = chief.begin(1, 0)
-    fail_once(monkeypatch, "remove_tree", attempt.pending)
+    fail_once(monkeypatch, "remove_tree", attempt.trash)
     with caplog.at_level(logging.WARNING):
         chief.abandon(attempt)
     assert "left for later" in caplog.text
@@ -842,7 +842,7 @@ def test_claim_and_saves_leave_other_peoples_files_alone(run_dir, name):
     os.makedirs(os.path.join(run_dir, name + ".d"))
     with open(os.path.join(run_dir, name), "w") as file:
         file.write("precious")
-    chief = make_claimed(make_claimed(run_dir)._directory, keep=1)
+    chief = make_claimed(str(make_claimed(run_dir)._directory), keep=1)
     save(chief, run_dir, 1)
     save(chief, run_dir, 2)
     assert {name, name + ".d"} <= set(os.listdir(run_dir))
@@ -971,7 +971,7 @@ def test_claim_that_others_overtake_reads_again(run_dir, monkeypatch, times):
 
     def overtaken(directory, epoch):
         if len(others) < times:
-            others.append(make_chief(directory, takeover=True))
+            others.append(make_chief(str(directory), takeover=True))
             with monkeypatch.context() as honest:
                 honest.setattr(chief_module, "check_store", lambda *_: None)
                 claim(others[-1])

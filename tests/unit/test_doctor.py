@@ -14,7 +14,7 @@ from distckpt import doctor, paths, pin, request_save, state
 from distckpt.errors import StorageError
 from distckpt.leases import Lease
 from distckpt.run_directory import RunDirectory
-from distckpt.storage import lock, posix
+from distckpt.storage import lock, posix, posix_findings
 
 pytestmark = pytest.mark.alone
 
@@ -79,7 +79,7 @@ def test_mount_is_the_innermost_and_newest(path, expected):
 4 1 8:3 / /hidden rw - ext4 /dev/sdc rw
 5 1 0:6 / /hidden rw - tmpfs none rw
 """
-    assert doctor._mount_of(path, mounts) == expected
+    assert posix_findings._mount_of(path, mounts) == expected
 
 
 def test_read_only_writes_nothing(saved, monkeypatch):
