@@ -175,7 +175,9 @@ def in_two_parts(size: int, sample: Collection[int]) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of all that a test could strike: every so many of them, or all the others.
+    """A part of all that a test could strike: a sample, or all the others.
+
+    The sample is every so many of them, and the first of each kind.
 
     Attributes:
         each: How many there are for each one of the sample.
@@ -190,10 +192,22 @@ class Part:
         """Which part of all points it is, about."""
         return 1 / self.each if self.is_sample else 1 - 1 / self.each
 
-    def of(self, points: Sequence[Point]) -> list[Point]:
-        """Return what belongs to this part."""
-        is_sample = self.is_sample
-        return [p for i, p in enumerate(points) if (i % self.each == 0) == is_sample]
+    def of(
+        self, points: Sequence[Point], kind: Callable[[Point], Any] | None = None
+    ) -> list[Point]:
+        """Return what belongs to this part.
+
+        Args:
+            points: All of them.
+            kind: Returns the kind of one; None if they are of no kinds.
+        """
+        sample = {*range(0, len(points), self.each)}
+        if kind is not None:
+            first: dict[Any, int] = {}
+            for index, point in enumerate(points):
+                first.setdefault(kind(point), index)
+            sample |= {*first.values()}
+        return [p for i, p in enumerate(points) if (i in sample) == self.is_sample]
 
 
 def part_of_every(each: int) -> pytest.MarkDecorator:

@@ -238,7 +238,7 @@ class Contest:
                 written_in is not None and written_in < epoch
             )
         if not allowed:
-            actor.wrong.append(f"{call.name} {name} in epoch {epoch}")
+            actor.wrong.append(f"{call.label} {name} in epoch {epoch}")
 
     # Afterwards
 

@@ -1,9 +1,9 @@
 """Stand between the library and its store, and beneath it: count, stop, kill, fail.
 
-The library has no hook for tests. The verbs of its store that consist of several calls are
-patched from outside, and so is the one module that touches files: every public function
-and method, so that a new one is covered by itself, or (for errors) the ``os`` and
-``shutil`` that the module sees.
+The library has no hook for tests. Its one module that touches files is patched from
+outside: every public function and method, so that a new one is covered by itself, or
+(for errors) the ``os`` and ``shutil`` that the module sees. The verbs of its store are
+patched, too, so that each call tells which one makes it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import shutil
 import signal
 import threading
@@ -26,8 +27,9 @@ from distckpt.storage.posix_store import PosixStore
 # They consist of calls that are intercepted themselves.
 _COMPOSED = {"write_new_file", "read_file", "OpenFile.read"}
 
-# Verbs that consist of several calls: between two of them nothing happens.
-VERBS = ("clear", "create", "discard", "publish", "remove", "replace")
+# Verbs of the store that consist of several calls.
+_VERBS = ("clear", "create", "discard", "publish", "remove", "replace")
+_in_verb = threading.local()
 
 # Calls that only look: nothing on disk differs before and after them.
 LOOKING = {
@@ -53,11 +55,21 @@ class Call:
         name: Function, or class and method.
         arguments: Positional arguments, a method's object first.
         run: Does what was called; returns what it returns.
+        verb: The verb of the store that makes it, if that consists of several calls.
     """
 
     name: str
     arguments: tuple[Any, ...]
     run: Callable[[], Any]
+    verb: str = ""
+
+    @property
+    def label(self) -> str:
+        """The call, of what kind of file, and the verb that makes it."""
+        first = self.arguments[0] if self.arguments else ""
+        name = os.path.basename(str(getattr(first, "path", first)))
+        file = re.sub(r"[0-9a-f]{8,}|[0-9]+", "#", name)
+        return f"{self.name} of {file}" + f" in {self.verb}" * bool(self.verb)
 
     @property
     def has_middle(self) -> bool:
@@ -87,10 +99,14 @@ Hook = Callable[[Call], Any]
 @contextmanager
 def intercepted(hook: Hook) -> Iterator[None]:
     """Hand every call to a hook, which runs it or does not."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _seams()]
+    verbs = [(PosixStore, verb) for verb in _VERBS]
+    originals = [(o, name, getattr(o, name)) for o, name in (*_seams(), *verbs)]
     try:
         for owner, name, original in originals:
-            setattr(owner, name, _wrapped(owner, name, original, hook))
+            if owner is PosixStore:
+                setattr(owner, name, _noting(name, original))
+            else:
+                setattr(owner, name, _wrapped(owner, name, original, hook))
         yield
     finally:
         for owner, name, original in originals:
@@ -107,8 +123,22 @@ def _seams() -> list[tuple[Any, str]]:
         elif inspect.isclass(item):
             methods = [n for n in vars(item) if n == "__init__" or not n.startswith("_")]
             seams += [(item, n) for n in methods if inspect.isfunction(vars(item)[n])]
-    beneath = [(o, n) for o, n in seams if _label(o, n) not in _COMPOSED]
-    return [*((PosixStore, verb) for verb in VERBS), *beneath]
+    return [(o, n) for o, n in seams if _label(o, n) not in _COMPOSED]
+
+
+def _noting(verb: str, original: Any) -> Any:
+    """Note which verb a thread is in: nothing happens between it and what is beneath."""
+
+    @functools.wraps(original)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        before = getattr(_in_verb, "name", "")
+        _in_verb.name = verb
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            _in_verb.name = before
+
+    return wrapper
 
 
 def _label(owner: Any, name: str) -> str:
@@ -124,7 +154,8 @@ def _wrapped(owner: Any, name: str, original: Any, hook: Hook) -> Any:
         # The history is no part of the protocol, and is written whenever there is time.
         if threading.current_thread().name == "distckpt-events":
             return run()
-        return hook(Call(_label(owner, name), arguments, run))
+        verb = getattr(_in_verb, "name", "")
+        return hook(Call(_label(owner, name), arguments, run, verb))
 
     return wrapper
 

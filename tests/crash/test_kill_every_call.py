@@ -147,7 +147,7 @@ def _points(calls: list[Call], *, all_places: bool) -> list[Point]:
             # After a call that only looks is before the next one.
             *[AFTER] * (changes and all_places),
         ]
-        points += [(index, place, call.name) for place in places]
+        points += [(index, place, call.label) for place in places]
     return points
 
 
@@ -172,7 +172,7 @@ def test_kill_at_every_call_loses_nothing(
     """A kill before, in or after any storage call leaves all that was acknowledged."""
     calls = _calls(Stage(scratch).live)
     all_points = _points(calls, all_places=EVERYTHING)
-    points = part.of(all_points)
+    points = part.of(all_points, kind=lambda point: point[1:])
     figures = _share_out(scratch, points, _kill_and_recover)
     report_figures(f"{len(calls)} calls, {figures}")
     figures.demand_zeros()

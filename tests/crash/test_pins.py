@@ -154,7 +154,7 @@ def test_kill_at_every_call_loses_nothing_that_is_kept(
 
         status = in_child(die, os.path.join(scratch, "errors"))
         figures.tried += 1
-        where = f"before call {index}, {counter.calls[index].name}"
+        where = f"before call {index}, {counter.calls[index].label}"
         if status != KILLED:
             figures.wrong.append(f"{where}: {status} {read_text(scratch, 'errors')}")
             continue
