@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from functools import partial
 
 from distckpt import shard_file
-from distckpt.arena import Arena
-from distckpt.checkpoint import Captured
+from distckpt.agree import Ran, agree
+from distckpt.cadence import Cadence
+from distckpt.capture import Captured
 from distckpt.comm import Answer, How
-from distckpt.commit import updated_lists, write_and_commit
+from distckpt.commit import write_and_commit
 from distckpt.errors import ManagerBroken, OutcomeUnknown, SaveFailed
 from distckpt.events import STAGE
 from distckpt.flight import Flight
-from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.save_plan import SavePlan
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 from distckpt.snapshot import Snapshot
 from distckpt.worker import yield_to_others
 
@@ -37,19 +39,26 @@ _SETTLE_SECONDS = 1.0
 
 
 def take_off(
-    job: Job, flight: Flight, captured: Captured, plan: SavePlan, *, lazily: bool
+    session: Session,
+    save_state: SaveState,
+    flight: Flight,
+    captured: Captured,
+    plan: SavePlan,
+    *,
+    lazily: bool,
 ) -> None:
     """S4: copy what is saved; all the rest goes on behind the caller.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
         flight: The save; the job's from now on.
         captured: What this rank has to save.
         plan: What all ranks agreed to write.
         lazily: Leave what only the steps of optimizers change to be copied later.
     """
     # Not raised here: the other ranks must hear of it, so it will be this one's vote.
-    staged = Ran(lambda: _stage(job, flight, captured, plan, lazily))
+    staged = Ran(lambda: _stage(session, save_state, flight, captured, plan, lazily))
     # Where no optimizer is tracked, all is copied by now. To hold the steps all the same
     # would import torch's compiler: a second or more, where nobody has made an optimizer.
     lazily = lazily and staged.error is None and staged.result.is_waiting
@@ -57,9 +66,9 @@ def take_off(
         flight.hold_streams = staged.result.hold_stream
         flight.let_go = staged.result.let_go
         flight.hold_optimizers()
-    job.flight = flight
+    save_state.flight = flight
     atexit.register(flight.wait_done, EXIT_SECONDS)
-    fly = partial(_fly, job, flight, plan, staged, lazily)
+    fly = partial(_fly, session, flight, plan, staged, lazily)
     flight.thread = threading.Thread(target=fly, name="distckpt-save", daemon=True)
     try:
         flight.thread.start()
@@ -72,29 +81,32 @@ def take_off(
 
 
 def _stage(
-    job: Job, flight: Flight, captured: Captured, plan: SavePlan, lazily: bool
+    session: Session,
+    save_state: SaveState,
+    flight: Flight,
+    captured: Captured,
+    plan: SavePlan,
+    lazily: bool,
 ) -> Snapshot:
     # Ctrl-C while the save was begun: nothing is copied yet, so it can end here.
-    job.decisions.lane.worker.raise_interrupt()
-    file = own_file_of(job, captured, plan.layouts)
-    draft = draft_of(job, flight.attempt, captured, file)
+    session.decisions.lane.worker.raise_interrupt()
+    file = save_state.file_of(captured, plan.layouts)
+    draft = save_state.draft(flight.attempt, captured, file)
     size = shard_file.image_bytes(draft, file.outline)
     leaves = (captured.shared, captured.per_rank)
     pinned = any(leaf.known.device == "cuda" for p in leaves for leaf in p.tensors.values())
-    if job.arena is None or not job.arena.suits(size, pinned):
-        job.arena = None  # never two of them
-        job.arena = Arena(size, pinned)
     later = captured.shared.optimized | captured.per_rank.optimized if lazily else ()
-    return Snapshot(job.arena, file.moves(captured, later), draft, file.outline)
+    arena = save_state.arena_for(size, pinned)
+    return Snapshot(arena, file.moves(captured, later), draft, file.outline)
 
 
 def _fly(
-    job: Job, flight: Flight, plan: SavePlan, staged: Ran[Snapshot], lazily: bool
+    session: Session, flight: Flight, plan: SavePlan, staged: Ran[Snapshot], lazily: bool
 ) -> None:
     """Bring a save to its end; on a thread of its own."""
     yield_to_others()
     attempt = flight.attempt
-    target = job.directory.new_shard(attempt, job.rank, job.world_size)
+    target = session.directory.new_shard(attempt, session.rank, session.world_size)
     copied = Ran(lambda: staged.value().copy_rest())
     flight.staged.set()
 
@@ -108,7 +120,7 @@ def _fly(
         return written
 
     if copied.error is None:
-        job.events.tell(
+        session.events.tell(
             STAGE,
             seconds=staged.seconds + copied.seconds,
             checkpoint=attempt.prefix,
@@ -116,20 +128,29 @@ def _fly(
             size_bytes=staged.result.size_bytes,
         )
     try:
-        flight.answer = write_and_commit(job, flight.saving, plan, write, yields=True)
+        flight.answer = write_and_commit(session, flight.saving, plan, write, yields=True)
     except BaseException as error:
         # Ctrl-C was raised where it came; later this rank says what all others say.
         flight.error = error if isinstance(error, Exception) else error.__cause__ or error
     finally:
-        job.commits.lane.be_idle()
+        session.commits.lane.be_idle()
         flight.finish()
 
 
-def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> bool:
+def bring_in(
+    session: Session,
+    save_state: SaveState,
+    cadence: Cadence,
+    call: Ran[Vote] | None = None,
+    *,
+    wait: bool = True,
+) -> bool:
     """Learn together what came of the asynchronous save under way: collective.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
+        cadence: What decides when to save.
         call: What this rank's call of ``save()`` says of itself, to be compared.
         wait: Wait until the outcome is there.
 
@@ -139,7 +160,7 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
     Raises:
         DistckptError: It was not committed. All is as if it had never begun.
     """
-    flight = job.flight
+    flight = save_state.flight
     assert flight is not None
     call = call or Ran(lambda: Vote(Phase.LAND))
     flight.release()
@@ -148,10 +169,10 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         flight.done.wait()
     try:
         answer = agree(
-            job.decisions,
+            session.decisions,
             Phase.LAND,
             call,
-            lambda votes: _judge(job, votes),
+            lambda votes: _judge(save_state, cadence, votes),
             says=lambda vote: vote,
             how=How(at_once=True),
         )
@@ -160,7 +181,7 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         flight.done.wait(_LAST_SECONDS)
         if isinstance(flight.error, ManagerBroken):
             raise flight.error from error
-        told = _with_outcome(job, flight, error)
+        told = _with_outcome(session, flight, error)
         if told is None:
             raise
         raise told from error
@@ -169,21 +190,23 @@ def bring_in(job: Job, call: Ran[Vote] | None = None, *, wait: bool = True) -> b
         return False
     flight.done.wait()
     flight.wait_for_thread()
-    job.flight = None
+    save_state.flight = None
     atexit.unregister(flight.wait_done)
     flight.release_optimizers()
     if flight.error is not None:
-        _undo(job, flight)
+        _undo(save_state, cadence, flight)
         raise flight.error
     assert flight.answer is not None
-    job.save_seconds.append(flight.seconds)
-    job.take_lists(updated_lists(job, flight.answer))
+    cadence.save_seconds.append(flight.seconds)
+    session.take_changes(flight.answer)
     return True
 
 
-def _with_outcome(job: Job, flight: Flight, error: ManagerBroken) -> ManagerBroken | None:
+def _with_outcome(
+    session: Session, flight: Flight, error: ManagerBroken
+) -> ManagerBroken | None:
     """Say what this rank knows of a save that cannot be agreed on any more, if it does."""
-    path = job.path(flight.attempt.prefix)
+    path = session.path(flight.attempt.prefix)
     if flight.answer is not None:
         committed, text = True, f"{path} was committed before."
     elif flight.error is not None and not isinstance(flight.error, OutcomeUnknown):
@@ -195,23 +218,23 @@ def _with_outcome(job: Job, flight: Flight, error: ManagerBroken) -> ManagerBrok
     return told
 
 
-def _judge(job: Job, votes: Sequence[Vote]) -> Answer:
+def _judge(save_state: SaveState, cadence: Cadence, votes: Sequence[Vote]) -> Answer:
     raise_failures(votes, "save() was refused", SaveFailed)
     check_called_alike(votes)
-    assert job.flight is not None
+    assert save_state.flight is not None
     return {
-        "landed": job.flight.done.is_set(),
-        "calls": job.pace.calls_in(_ASK_SECONDS),
+        "landed": save_state.flight.done.is_set(),
+        "calls": cadence.pace.calls_in(_ASK_SECONDS),
     }
 
 
-def _undo(job: Job, flight: Flight) -> None:
+def _undo(save_state: SaveState, cadence: Cadence, flight: Flight) -> None:
     """Set numbering and interval back to where they were before the save."""
-    if job.gate.last_step == flight.saving.step:
-        job.gate.last_step = flight.last_step
-    if job.clock is not None:
-        job.clock.undo()
+    if cadence.gate.last_step == flight.saving.step:
+        cadence.gate.last_step = flight.last_step
+    if cadence.clock is not None:
+        cadence.clock.undo()
     # After an unknown outcome the number may be in use.
     is_free = not isinstance(flight.error, OutcomeUnknown)
-    if is_free and job.checkpoint.save_counter == flight.counter + 1:
-        job.checkpoint.save_counter = flight.counter
+    if is_free and save_state.tracked.save_counter == flight.counter + 1:
+        save_state.tracked.save_counter = flight.counter

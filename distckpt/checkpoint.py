@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from distckpt import object_types, readers, tracked
-from distckpt.errors import ConfigError
+from distckpt import object_types, readers
+from distckpt.capture import Tracked, capture, nodes_of, objects_of, remembered_of
 from distckpt.generators import generators_kept
-from distckpt.leaves import Leaves
-from distckpt.loading import Loading, Remembered, name_of
+from distckpt.loading import Loading, name_of
 from distckpt.mismatch import mismatch
-from distckpt.near import did_you_mean
-from distckpt.per_rank import kinds_of
 from distckpt.restore_names import Names, RestoreOptions
 
 _logger = logging.getLogger(__name__)
 
-COUNTER = "save_counter"
 
-
-class Captured(NamedTuple):
-    """What one rank has to save."""
-
-    shared: Leaves
-    per_rank: Leaves
-
-
-class Checkpoint:
+class Checkpoint(Tracked):
     """Track objects whose state is saved and restored together.
 
     Tracked are modules, optimizers, anything with ``state_dict`` and
@@ -49,62 +35,6 @@ class Checkpoint:
         ConfigError: A name is taken by a method.
     """
 
-    def __init__(self, *unnamed: Any, **objects: Any) -> None:
-        if unnamed:
-            given = ", ".join(type(value).__name__ for value in unnamed)
-            msg = (
-                f"Checkpoint got {given} without a name. Name what is tracked: "
-                "Checkpoint(model=model, optimizer=optimizer); of a dict, Checkpoint(**it)."
-            )
-            raise ConfigError(msg)
-        object.__setattr__(self, "_objects", {})
-        object.__setattr__(self, "_remembered", Remembered())
-        object.__setattr__(self, COUNTER, 0)
-        for name, value in objects.items():
-            setattr(self, name, value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == COUNTER:
-            if type(value) is not int:
-                msg = f"save_counter must be an int, got {value!r:.100}."
-                raise ConfigError(msg)
-            object.__setattr__(self, name, value)
-        elif name.startswith("_") or hasattr(type(self), name):
-            msg = f"{name!r} cannot be tracked under this name; choose another one."
-            raise ConfigError(msg)
-        else:
-            self._objects[name] = value
-
-    def __getattr__(self, name: str) -> Any:
-        # Reached only for what is not an attribute already. Copying and pickling ask
-        # before __init__ has run.
-        objects = object.__getattribute__(self, "__dict__").get("_objects", {})
-        if name in objects:
-            return objects[name]
-        here = ", ".join(map(repr, sorted(objects))) or "nothing"
-        # Names that begin so are not tracked; notebooks and copies ask for many of them.
-        hint = "." if name.startswith("_") else did_you_mean(name, objects)
-        msg = f"this Checkpoint tracks no {name!r}{hint}"
-        msg = f"{msg} It tracks {here}."
-        raise AttributeError(msg)
-
-    def __dir__(self) -> list[str]:
-        # For completion in notebooks.
-        return [*super().__dir__(), *self.__dict__.get("_objects", {})]
-
-    def __repr__(self) -> str:
-        # By types: no state dict is taken, and no tensor is read, which may be on a device.
-        objects = self.__dict__.get("_objects", {})
-        parts = [f"{name}={kinds_of(value)}" for name, value in objects.items()]
-        parts.append(f"{COUNTER}={self.__dict__.get(COUNTER, 0)}")
-        return f"Checkpoint({', '.join(parts)})"
-
-    def __delattr__(self, name: str) -> None:
-        if name not in self._objects:
-            msg = f"this Checkpoint tracks no {name!r}{did_you_mean(name, self._objects)}"
-            raise AttributeError(msg)
-        del self._objects[name]
-
     def check(self) -> None:
         """Find out whether all that is tracked can be stored: local, no collectives.
 
@@ -115,7 +45,7 @@ class Checkpoint:
         Raises:
             UnsupportedError, ConfigError: Names the path of what cannot be stored.
         """
-        for warning in object_types.look_at(self._objects):
+        for warning in object_types.look_at(objects_of(self)):
             _logger.warning("%s", warning)
         with generators_kept():
             capture(self)
@@ -148,7 +78,7 @@ class Checkpoint:
         restore(self, readers.locate_newest(path), Names(options))
 
 
-def restore(checkpoint: Checkpoint, located: readers.Located, names: Names) -> None:
+def restore(checkpoint: Tracked, located: readers.Located, names: Names) -> None:
     """Restore objects of this process; see ``Checkpoint.restore``."""
     manifest = readers.read_manifest(located.directory, located.manifest_digest)
     rank, world_size = _rank_and_world_size()
@@ -164,71 +94,6 @@ def restore(checkpoint: Checkpoint, located: readers.Located, names: Names) -> N
             raise mismatch(what, loading.unclaimed)
         loading.read()
         loading.finish()
-
-
-def objects_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the tracked objects by name."""
-    return {**checkpoint.__dict__["_objects"]}
-
-
-def remembered_of(checkpoint: Checkpoint) -> Remembered:
-    """Return what a checkpoint remembers of the tensors that it tracks."""
-    remembered: Remembered = checkpoint.__dict__["_remembered"]
-    return remembered
-
-
-def nodes_of(checkpoint: Checkpoint, saves: bool = False) -> tracked.Nodes:
-    """List what a checkpoint tracks, the save counter included.
-
-    Args:
-        checkpoint: The tracked objects.
-        saves: Whether they are captured next.
-    """
-    objects = checkpoint.__dict__["_objects"]
-    nodes = tracked.walk(
-        objects, lambda name, value: setattr(checkpoint, name, value), saves
-    )
-    counter = tracked.ValueNode(
-        COUNTER,
-        checkpoint.save_counter,
-        lambda value: setattr(checkpoint, COUNTER, value),
-    )
-    nodes.shared.insert(0, counter)
-    return nodes
-
-
-def capture(
-    checkpoint: Checkpoint,
-    members: Sequence[int] | None = None,
-    *,
-    loaders: bool = True,
-) -> Captured:
-    """Collect what this rank has to save; makes no copies and no collectives.
-
-    Args:
-        checkpoint: The tracked objects.
-        members: torch's global rank of each of the manager's ranks; None where the
-            manager's ranks are those of the default group.
-        loaders: Whether to take the states of data loaders, which make their iterators for
-            that, and begin to fetch.
-
-    Raises:
-        UnsupportedError, ConfigError: Names the path of what cannot be saved.
-    """
-    nodes = nodes_of(checkpoint, saves=True)
-    known = remembered_of(checkpoint).known
-    numbering = known.numbering(None if members is None else tuple(members))
-    captured = Captured(
-        Leaves(numbering=numbering, known=known), Leaves(per_rank=True, known=known)
-    )
-    for node in nodes.shared:
-        if loaders or not tracked.is_loader(node):
-            node.capture(captured.shared)
-    for node in nodes.per_rank:
-        if loaders or not tracked.is_loader(node):
-            node.capture(captured.per_rank)
-    known.forget_all_but({**captured.shared.tensors, **captured.per_rank.tensors})
-    return captured
 
 
 def _rank_and_world_size() -> tuple[int, int]:

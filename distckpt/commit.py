@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from distckpt import readers, shard_file
+from distckpt.agree import Ran, agree
 from distckpt.chief import Chief
 from distckpt.comm import Answer, How
 from distckpt.errors import (
@@ -19,19 +20,19 @@ from distckpt.errors import (
 )
 from distckpt.events import COMMIT, VOTE, WRITE
 from distckpt.flight import Saving
-from distckpt.job import Job, Ran, agree
 from distckpt.manifest import Shard
 from distckpt.messages import Phase, Vote, raise_failures, slowest
 from distckpt.paths import Attempt
 from distckpt.record import Record
 from distckpt.save_plan import SavePlan, or_abandon
+from distckpt.session import Session
 from distckpt.worker import Worker
 
 _LAST_LOOK_SECONDS = 0.2
 
 
 def write_and_commit(
-    job: Job,
+    session: Session,
     saving: Saving,
     plan: SavePlan,
     write: Callable[[], shard_file.Written],
@@ -43,14 +44,14 @@ def write_and_commit(
     Called by: every rank. Collectives: one round.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
         saving: What it is about.
         plan: What all ranks agreed to write.
         write: Writes this rank's file; may run on another thread.
         yields: Whether whoever else wants the processor goes first.
 
     Returns:
-        How the lists of checkpoints change, for ``updated_lists``.
+        How the lists of checkpoints change, for ``Session.take_changes``.
 
     Raises:
         SaveFailed: Some ranks failed; no checkpoint was made.
@@ -62,30 +63,30 @@ def write_and_commit(
     attempt = saving.attempt
     about = {"checkpoint": attempt.prefix, "step": saving.step}
     what = f"writing {attempt.prefix}"
-    written = Ran(lambda: job.on_disk(job.commits, what, write, yields=yields))
+    written = Ran(lambda: session.on_disk(session.commits, what, write, yields=yields))
     if written.error is None:
         size_bytes = written.result.size_bytes
-        job.events.tell(WRITE, seconds=written.seconds, size_bytes=size_bytes, **about)
-    chief = _ChiefsPart(job, saving, plan)
+        session.events.tell(WRITE, seconds=written.seconds, size_bytes=size_bytes, **about)
+    chief = _ChiefsPart(session, saving, plan)
     try:
         # S6 (every rank): vote; S7 (chief): commit; S8 (every rank): receive the outcome.
-        with job.events.timed(VOTE, **about):
+        with session.events.timed(VOTE, **about):
             return agree(
-                job.commits,
+                session.commits,
                 Phase.WRITE,
                 written,
-                or_abandon(job, attempt, chief.decide),
+                or_abandon(session, attempt, chief.decide),
                 says=_vote_on_file,
                 how=How(patient=True, hung=chief.judge_undone),
             )
     except ManagerBroken as error:
-        newest = _newest_record(job)
+        newest = _newest_record(session)
         if newest is not None and newest.epoch > attempt.epoch:
-            raise _fenced(job, attempt, newest, error) from error
+            raise _fenced(session, attempt, newest, error) from error
         no_vote = written.error is not None
-        never_began = job.chief is not None and not chief.began
+        never_began = session.chief is not None and not chief.began
         committed = False if no_vote or never_began else _is_listed(attempt, newest)
-        raise _with_outcome(error, job.path(attempt.prefix), committed) from error
+        raise _with_outcome(error, session.path(attempt.prefix), committed) from error
 
 
 def _vote_on_file(file: shard_file.Written) -> Vote:
@@ -108,24 +109,24 @@ class _ChiefsPart:
 
     def __init__(
         self,
-        job: Job,
+        session: Session,
         saving: Saving,
         plan: SavePlan,
     ) -> None:
-        self._job = job
+        self._session = session
         self._saving = saving
         self._plan = plan
         self.began = False
 
     def decide(self, votes: Sequence[Vote]) -> Answer:
         """Commit, or raise what all ranks raise."""
-        assert self._job.chief is not None
+        assert self._session.chief is not None
         if not all(vote.ok for vote in votes):
             # A pending directory that vanished under a rank is another chief's sweep. A
             # disk that cannot say so has its table of failures, as without the question.
             with suppress(StorageError):
-                self._job.chief.check_not_fenced(by_name=False)
-        path = self._job.path(self._saving.attempt.prefix)
+                self._session.chief.check_not_fenced(by_name=False)
+        path = self._session.path(self._saving.attempt.prefix)
         what = f"saving {path} failed; no checkpoint was made, older ones are safe"
         try:
             raise_failures(votes, what, SaveFailed, keep_kind=False)
@@ -137,12 +138,12 @@ class _ChiefsPart:
             raise
         self.began = True
         try:
-            self._commit(self._job.chief, votes)
+            self._commit(self._session.chief, votes)
         except StorageError as error:
             text = f"the commit failed on the chief: {error}"
             msg = f"saving {path} failed: {text}; no checkpoint was made."
             raise SaveFailed(msg, {0: text}) from error
-        return _changes(self._job, self._job.chief, self._saving.attempt.prefix)
+        return self._session.changes(self._saving.attempt.prefix)
 
     def _commit(self, chief: Chief, votes: Sequence[Vote]) -> None:
         layouts, values = self._plan
@@ -161,7 +162,7 @@ class _ChiefsPart:
             remarks=saving.remarks,
         )
         now = time.monotonic()
-        self._job.events.tell(
+        self._session.events.tell(
             COMMIT,
             seconds=now - began,
             checkpoint=saving.attempt.prefix,
@@ -179,17 +180,17 @@ class _ChiefsPart:
         """Say what it means that the chief has left off: a commit may go through later."""
         if not self.began:
             return error
-        path = self._job.path(self._saving.attempt.prefix)
+        path = self._session.path(self._saving.attempt.prefix)
         what = f"Whether {path} was committed is unknown"
         return OutcomeUnknown(f"{error} {what}; the next save or restore will tell.")
 
 
-def _newest_record(job: Job) -> Record | None:
+def _newest_record(session: Session) -> Record | None:
     """Read the newest record; None if there is none, or it cannot be read just now."""
     # Not waited for long: the call has had its time already.
     worker = Worker(_LAST_LOOK_SECONDS)
     try:
-        return worker.finish(lambda: readers.read_record(job.directory))
+        return worker.finish(lambda: readers.read_record(session.directory))
     except DistckptError:
         return None
 
@@ -201,12 +202,13 @@ def _is_listed(attempt: Attempt, newest: Record | None) -> bool | None:
 
 
 def _fenced(
-    job: Job, attempt: Attempt, newest: Record, error: ManagerBroken
+    session: Session, attempt: Attempt, newest: Record, error: ManagerBroken
 ) -> FencedError:
     """Say that this rank was away for so long that another job has the directory."""
     what = "was committed before" if _is_listed(attempt, newest) else "was not committed"
     return FencedError(
-        f"{job.directory} has been claimed by job {newest.run!r} (epoch {newest.epoch}, "
+        f"{session.directory} has been claimed by job {newest.run!r} (epoch "
+        f"{newest.epoch}, "
         f"this one is {attempt.epoch}) while this rank was away; {attempt.prefix} {what}, "
         f"or was released since. What came of the other ranks: {error}"
     )
@@ -221,23 +223,3 @@ def _with_outcome(error: ManagerBroken, path: str, committed: bool | None) -> Ma
     told = type(error)(f"{error} {outcome}", error.ranks)
     told.committed = committed
     return told
-
-
-def _changes(job: Job, chief: Chief, saved: str) -> Answer:
-    """Say how the lists that all ranks hold have changed: the whole would grow for ever."""
-    held, now = job.checkpoints, [a.prefix for a in chief.checkpoints]
-    # What is saved again moves to the end.
-    before, after = {*held} - {saved}, {*now} - {saved}
-    return {
-        "latest": saved,
-        "removed": [prefix for prefix in held if prefix not in after],
-        # Not only the one just saved: a commit of unknown outcome may have turned up.
-        "added": [prefix for prefix in now if prefix not in before],
-    }
-
-
-def updated_lists(job: Job, changes: Answer) -> Answer:
-    """Return the lists of checkpoints as they are after a commit."""
-    removed = {*changes["removed"]}
-    kept = [prefix for prefix in job.checkpoints if prefix not in removed]
-    return {"latest": changes["latest"], "checkpoints": [*kept, *changes["added"]]}

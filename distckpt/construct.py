@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ from distckpt import (
     values,
     words,
 )
-from distckpt.checkpoint import Checkpoint, objects_of
+from distckpt.agree import Ran, agree
+from distckpt.cadence import Cadence, Stop
+from distckpt.capture import objects_of
+from distckpt.checkpoint import Checkpoint
 from distckpt.chief import Chief
 from distckpt.clock import Clock
 from distckpt.comm import Answer, Channel
@@ -47,7 +50,6 @@ from distckpt.gate import IntervalGate
 from distckpt.groups import invite, open_channels
 from distckpt.history import History
 from distckpt.janitor import Janitor
-from distckpt.job import Job, Ran, Stop, agree
 from distckpt.liveness import Liveness
 from distckpt.locations import checked_path
 from distckpt.lookout import Lookout
@@ -59,6 +61,8 @@ from distckpt.pretrained import Pretrained
 from distckpt.replica_digests import ALWAYS, SAMPLED, UNCHECKED, Replicas
 from distckpt.retention import Retention
 from distckpt.run_directory import RunDirectory
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 from distckpt.sinks import say_line
 from distckpt.step_watch import StepWatch
 from distckpt.waiting import Whereabouts
@@ -137,7 +141,15 @@ class Arguments:
         return strict_json.dumps(values.encode(fields)).encode()
 
 
-def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> Job:
+class Made(NamedTuple):
+    """A manager on one rank: what it is, what its saves leave, and what decides when."""
+
+    session: Session
+    save_state: SaveState
+    cadence: Cadence
+
+
+def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> Made:
     """Connect the ranks, check the arguments and read what is committed: collective.
 
     Writes nothing: the directory is claimed by the first save or restore.
@@ -158,13 +170,13 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
     decisions, commits = open_channels(process_group, arguments.wait, lanes)
     try:
         connect = invite([decisions, commits], whereabouts)
-        made = Ran(lambda: _make_job(arguments, decisions, commits, connect()))
-        job = _agree_on_job(arguments, made, decisions)
+        ran = Ran(lambda: _make(arguments, decisions, commits, connect()))
+        made = _agree(arguments, ran, decisions)
         worker.raise_interrupt()
-        if job.stop is not None:
-            job.stop.notice.begin()
+        if made.cadence.stop is not None:
+            made.cadence.stop.notice.begin()
         decisions.lane.be_idle()
-        return job
+        return made
     except BaseException as error:
         # An answer of the chief ends it on every rank; else somebody may be waiting.
         is_answer = isinstance(error, DistckptError) and not isinstance(
@@ -175,62 +187,62 @@ def construct(arguments: Arguments, process_group: dist.ProcessGroup | None) -> 
         raise
 
 
-def _agree_on_job(arguments: Arguments, made: Ran[Job], decisions: Channel) -> Job:
+def _agree(arguments: Arguments, ran: Ran[Made], decisions: Channel) -> Made:
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "making a CheckpointManager failed", RestoreFailed)
         _check_equal(votes)
-        job = made.result
-        run_checks.check_usable(job.directory)
+        session, _, cadence = ran.result
+        run_checks.check_usable(session.directory)
         # Not the job: a deletion under way would keep the lock of one that is let go.
-        events = job.events
-        events.add(History(job.directory))
+        events = session.events
+        events.add(History(session.directory))
         events.add(say_line)
 
         def tell_of_deletion(attempt: Attempt, seconds: float) -> None:
             events.tell(DELETE, seconds=seconds, checkpoint=attempt.prefix)
 
-        job.chief = Chief(
-            job.directory,
+        session.chief = Chief(
+            session.directory,
             checkpoint_name=arguments.checkpoint_name,
             retention=arguments.retention(),
             identity=identity.current(),
             takeover=bool(arguments.takeover),
             # The other ranks wait for the chief while it waits for the lock.
-            max_lock_wait_seconds=job.timeout_seconds / 2,
-            janitor=Janitor(job.directory, tell_of_deletion),
+            max_lock_wait_seconds=session.timeout_seconds / 2,
+            janitor=Janitor(session.directory, tell_of_deletion),
         )
-        job.chief.warn_of_little_room()
-        _warn_of_arguments(job, arguments)
+        session.chief.warn_of_little_room()
+        _warn_of_arguments(arguments)
         if arguments.step_counter is not None:
-            when = job.gate.when
-            job.steps = StepWatch(when.interval, when.saves_always)
-        if job.gate.when.clocked:
-            job.clock = Clock(job.gate.when.clocked)
-        if job.gate.when.asked:
-            what, look = "requests of other processes", job.chief.save_requests
-            job.requests = Lookout(what, look, _look_worker(job.timeout_seconds))
+            when = cadence.gate.when
+            cadence.steps = StepWatch(when.interval, when.saves_always)
+        if cadence.gate.when.clocked:
+            cadence.clock = Clock(cadence.gate.when.clocked)
+        if cadence.gate.when.asked:
+            what, look = "requests of other processes", session.chief.save_requests
+            cadence.requests = Lookout(what, look, _look_worker(session.timeout_seconds))
         num_hosts = len({vote.digest_b for vote in votes})
-        return {**job.lists(), "hosts": num_hosts}
+        return {**session.lists(), "hosts": num_hosts}
 
     answer = agree(
         decisions,
         Phase.CONSTRUCT,
-        made,
+        ran,
         decide,
         says=lambda _: Vote(
             Phase.CONSTRUCT, digest_b=_host(arguments), detail=arguments.compared()
         ),
     )
-    job = made.result
-    job.take_lists(answer)
-    job.reads_once = job.world_size > 1 and (
+    session = ran.result.session
+    session.take_lists(answer)
+    session.reads_once = session.world_size > 1 and (
         arguments.read_replicated == ONCE
         or (
             arguments.read_replicated == AUTO
-            and is_faster_once(job.world_size, answer["hosts"])
+            and is_faster_once(session.world_size, answer["hosts"])
         )
     )
-    return job
+    return ran.result
 
 
 def _check_equal(votes: Sequence[Vote]) -> None:
@@ -261,14 +273,14 @@ def _shown(value: Any) -> str:
     return f"{value!r:.200}"
 
 
-def _warn_of_arguments(job: Job, arguments: Arguments) -> None:
+def _warn_of_arguments(arguments: Arguments) -> None:
     """Say on the chief what is allowed, and probably a mistake."""
     interval = arguments.checkpoint_interval
     if type(interval) is int and interval < 1:
         _logger.warning(
             "checkpoint_interval=%s: each call of save() at a new step saves.", interval
         )
-    for text in object_types.look_at(objects_of(job.checkpoint)):
+    for text in object_types.look_at(objects_of(arguments.checkpoint)):
         _logger.warning("%s", text)
 
 
@@ -281,12 +293,12 @@ def _host(arguments: Arguments) -> bytes:
     return identity.host(boot_id)
 
 
-def _make_job(
+def _make(
     arguments: Arguments,
     decisions: Channel,
     commits: Channel,
     liveness: Liveness | None,
-) -> Job:
+) -> Made:
     seconds_of("timeout", arguments.timeout)
     if not isinstance(arguments.checkpoint, Checkpoint):
         msg = (
@@ -327,20 +339,24 @@ def _make_job(
         )
         raise ConfigError(msg)
     given = checked_path(arguments.directory, "directory")
-    return Job(
-        replicas=Replicas(arguments.replicas),
-        checkpoint=arguments.checkpoint,
+    wait_seconds = arguments.wait.total_seconds()
+    session = Session(
         directory=RunDirectory.at(given),
         decisions=decisions,
         commits=commits,
         liveness=liveness,
-        gate=gate,
-        read_step=_step_reader(arguments.step_counter),
-        init_fn=arguments.init_fn,
-        timeout_seconds=arguments.wait.total_seconds(),
-        stop=_stop(gate.when.told, arguments.wait.total_seconds()),
+        timeout_seconds=wait_seconds,
         events=Events(arguments.sinks(), decisions.rank),
     )
+    save_state = SaveState(
+        arguments.checkpoint,
+        decisions.rank,
+        decisions.world_size,
+        Replicas(arguments.replicas),
+    )
+    step_reader = _step_reader(arguments.step_counter)
+    cadence = Cadence(gate, step_reader, _stop(gate.when.told, wait_seconds))
+    return Made(session, save_state, cadence)
 
 
 def _stop(told: OnSignal | None, timeout_seconds: float) -> Stop | None:

@@ -27,10 +27,10 @@ from distckpt.comm import SHIPMENTS_UNDER_WAY, Shipment
 from distckpt.dtypes import item_size_bytes
 from distckpt.errors import ManagerBroken, StorageError
 from distckpt.exchange_plan import ExchangePlan, Parcel, Unit
-from distckpt.job import Job, on_the_same_device
 from distckpt.known import KnownTensor
 from distckpt.loading import Loading
 from distckpt.messages import Phase
+from distckpt.session import Session, on_the_same_device
 
 _POLL_SECONDS = 0.02
 # Parcels that lie ready while others are under way.
@@ -46,7 +46,7 @@ class Exchange:
     that it fails before others wait for it.
 
     Args:
-        job: The manager on this rank.
+        session: The manager's, on this rank.
         loading: What is read; planned, and with its files open.
         plan: Who reads what of it.
 
@@ -55,14 +55,14 @@ class Exchange:
             got what was sent.
     """
 
-    def __init__(self, job: Job, loading: Loading, plan: ExchangePlan) -> None:
-        self._job = job
+    def __init__(self, session: Session, loading: Loading, plan: ExchangePlan) -> None:
+        self._session = session
         self._loading = loading
         self._plan = plan
         self._parcels = plan.parcels
         self._places: dict[str, _Place] = {}
         self._making_places = threading.Lock()
-        num_own = sum(parcel.reader == job.rank for parcel in plan.parcels)
+        num_own = sum(parcel.reader == session.rank for parcel in plan.parcels)
         own = min(num_own, SHIPMENTS_UNDER_WAY + _READ_AHEAD)
         others = min(len(plan.parcels) - num_own, SHIPMENTS_UNDER_WAY)
         self._own_buffers = _Buffers(own, plan.parcel_bytes)
@@ -93,7 +93,7 @@ class Exchange:
                 thread.start()
             except RuntimeError as error:  # no thread to be had
                 self._fail(error)
-            self._job.decisions.exchange(Phase.READ, self._shipments())
+            self._session.decisions.exchange(Phase.READ, self._shipments())
             while thread.is_alive():
                 thread.join(_POLL_SECONDS)
         except BaseException:
@@ -108,13 +108,15 @@ class Exchange:
     def _read_ahead(self, what: str) -> None:
         """Read on a thread, watched by this one, which the caller's has no time for."""
         try:
-            self._job.on_disk(self._job.decisions, what, self._read, fills_tensors=True)
+            self._session.on_disk(
+                self._session.decisions, what, self._read, fills_tensors=True
+            )
         except BaseException as error:
             self._fail(error)
 
     def _read(self) -> None:
         for parcel in self._parcels:
-            if parcel.reader == self._job.rank:
+            if parcel.reader == self._session.rank:
                 memory = self._in_place(parcel)
                 if memory is None:
                     memory = self._own_buffers.take(parcel.size_bytes, self._check_wanted)
@@ -138,7 +140,7 @@ class Exchange:
     def _shipments(self) -> Iterator[Shipment]:
         for parcel in self._parcels:
             memory = None
-            if parcel.reader == self._job.rank:
+            if parcel.reader == self._session.rank:
                 memory = self._next_ready()
                 if memory is None:
                     nothing = self._nothing[: parcel.size_bytes]
@@ -149,7 +151,7 @@ class Exchange:
                 memory = self._try(partial(self._in_place, parcel))
                 buffers = self._buffers
                 if memory is None:
-                    memory = buffers.take(parcel.size_bytes, self._job.check_alive)
+                    memory = buffers.take(parcel.size_bytes, self._session.check_alive)
             arrived = partial(self._arrived, parcel, memory, buffers)
             yield Shipment(parcel.reader, memory, arrived)
 
@@ -158,7 +160,7 @@ class Exchange:
             try:
                 memory = self._ready.get(timeout=_POLL_SECONDS)
             except Empty:
-                self._job.check_alive()
+                self._session.check_alive()
                 continue
             if memory is None:
                 self._ready.put(None)  # and so for the next one

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from distckpt.background import EXIT_SECONDS, bring_in
+from distckpt.cadence import Cadence
 from distckpt.checkpoint import Checkpoint
 from distckpt.comm import Answer
 from distckpt.construct import DEFAULT_TIMEOUT, Arguments, construct
@@ -25,13 +26,14 @@ from distckpt.errors import (
 )
 from distckpt.events import ERROR, FENCE, Sink
 from distckpt.gate import Decision
-from distckpt.job import Job
 from distckpt.messages import Phase, Vote, describe
 from distckpt.policy import Best, KeepFunction, Rule
 from distckpt.pretrained import Pretrained
 from distckpt.restore import restore, restore_or_initialize
 from distckpt.restore_names import RestoreOptions
 from distckpt.save import Call, CheckpointOptions, save
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 from distckpt.worker import Worker
 
 _logger = logging.getLogger(__name__)
@@ -142,37 +144,40 @@ class CheckpointManager:
             replicas=replicas,
             on_event=on_event,
         )
-        self._job = construct(arguments, process_group)
+        made = construct(arguments, process_group)
+        self._session, self._save_state, self._cadence = made
+        self._checkpoint = checkpoint
+        self._init_fn = init_fn
 
     def __repr__(self) -> str:
-        job: Job | None = self.__dict__.get("_job")
-        if job is None:
+        session: Session | None = self.__dict__.get("_session")
+        if session is None:
             return "<CheckpointManager that could not be made>"
         facts = [
-            f"rank {job.rank} of {job.world_size}",
-            f"newest {job.latest}" if job.latest else "no checkpoint",
-            f"{len(job.checkpoints)} managed",
+            f"rank {session.rank} of {session.world_size}",
+            f"newest {session.latest}" if session.latest else "no checkpoint",
+            f"{len(session.checkpoints)} managed",
         ]
         why = str(self._unusable or "").partition("\n")[0].rstrip(".")
         # Without what to do, which the error says.
         why = _CLOSED.partition(":")[0] if why and why in _CLOSED else why
         end = f"; {why:.200}" if why else ""
-        return f"<CheckpointManager of {job.directory}: {', '.join(facts)}{end}>"
+        return f"<CheckpointManager of {session.directory}: {', '.join(facts)}{end}>"
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The objects that are saved."""
-        return self._job.checkpoint
+        return self._checkpoint
 
     @property
     def directory(self) -> str:
         """The run directory, as it was given."""
-        return self._job.directory.spelling
+        return self._session.directory.spelling
 
     @property
     def checkpoint_interval(self) -> int | None:
         """Least number of steps between two saves; None if no rule has any."""
-        return self._job.gate.when.interval
+        return self._cadence.gate.when.interval
 
     @property
     def last_decision(self) -> Decision:
@@ -180,7 +185,7 @@ class CheckpointManager:
 
         The last that returned: what raised an error has said so.
         """
-        return self._job.decision or self._job.gate.refusal()
+        return self._cadence.decision or self._cadence.gate.refusal()
 
     @property
     def should_stop(self) -> bool:
@@ -189,18 +194,18 @@ class CheckpointManager:
         Only with ``on_signal``. The ranks agree in ``save()``, which has then saved, unless
         there was no time left for it: leave the loop, and close the manager.
         """
-        return self._job.stop is not None and self._job.stop.agreed
+        return self._cadence.stop is not None and self._cadence.stop.agreed
 
     @property
     def latest_checkpoint(self) -> str | None:
         """Path of the newest checkpoint, the same on every rank; None if there is none."""
-        latest = self._job.latest
-        return None if latest is None else self._job.shown(latest)
+        latest = self._session.latest
+        return None if latest is None else self._session.shown(latest)
 
     @property
     def checkpoints(self) -> list[str]:
         """Paths of the managed checkpoints, oldest first, the same on every rank."""
-        return [self._job.shown(prefix) for prefix in self._job.checkpoints]
+        return [self._session.shown(prefix) for prefix in self._session.checkpoints]
 
     def save(
         self,
@@ -258,7 +263,7 @@ class CheckpointManager:
                 ``committed`` what became of a save under way. Restart the job.
         """
         call = Call(checkpoint_number, check_interval, options, metrics, metadata)
-        return self._run(lambda: save(self._job, call))
+        return self._run(lambda: save(self._session, self._save_state, self._cadence, call))
 
     def restore_or_initialize(self, options: RestoreOptions | None = None) -> str | None:
         """Restore the newest checkpoint that verifies; without any, call ``init_fn``.
@@ -289,7 +294,9 @@ class CheckpointManager:
             FencedError, DirectoryInUseError: It belongs to another manager.
             ManagerBroken: Another rank is gone; restart the job.
         """
-        return self._run(lambda: restore_or_initialize(self._landed(), options))
+        return self._run(
+            lambda: restore_or_initialize(*self._landed(), self._init_fn, options)
+        )
 
     def restore(
         self,
@@ -319,13 +326,13 @@ class CheckpointManager:
             ConfigError: Ranks asked for different ones, or for something unknown.
             RestoreFailed, MismatchError: As ``restore_or_initialize``.
         """
-        return self._run(lambda: restore(self._landed(), which, options))
+        return self._run(lambda: restore(*self._landed(), which, options))
 
-    def _landed(self) -> Job:
-        """Bring in what is under way."""
-        if self._job.flight is not None:
-            bring_in(self._job)
-        return self._job
+    def _landed(self) -> tuple[Session, SaveState, Cadence]:
+        """Bring in the save in progress, if there is one; returns what a call needs."""
+        if self._save_state.flight is not None:
+            bring_in(self._session, self._save_state, self._cadence)
+        return self._session, self._save_state, self._cadence
 
     def wait_staged(self) -> None:
         """Wait until the state of the last asynchronous save is copied.
@@ -335,8 +342,8 @@ class CheckpointManager:
 
         Called by: any rank. Collectives: none.
         """
-        if self._job.flight is not None:
-            self._job.flight.wait_staged()
+        if self._save_state.flight is not None:
+            self._save_state.flight.wait_staged()
 
     def sync(self) -> None:
         """Wait for what is outstanding, on all ranks.
@@ -354,18 +361,16 @@ class CheckpointManager:
         self._run(self._sync)
 
     def _sync(self) -> None:
-        job = self._job
-        if job.flight is not None:
-            bring_in(job)
+        session, _, _ = self._landed()
 
         def decide(votes: Sequence[Vote]) -> Answer:
-            assert job.chief is not None
-            if not job.wait_for_deletions():
-                msg = f"{job.directory}: deletions are still running at the deadline."
-                raise StorageError(msg, operation="delete", path=str(job.directory))
-            return job.lists()
+            assert session.chief is not None
+            if not session.wait_for_deletions():
+                msg = f"{session.directory}: deletions are still running at the deadline."
+                raise StorageError(msg, operation="delete", path=str(session.directory))
+            return session.lists()
 
-        job.take_lists(job.decisions.consult(Vote(Phase.SYNC), decide))
+        session.take_lists(session.decisions.consult(Vote(Phase.SYNC), decide))
 
     def close(self) -> None:
         """Wait for what is outstanding on all ranks, then let go of the directory.
@@ -385,15 +390,15 @@ class CheckpointManager:
                 self._run(self._sync)
             finally:
                 self._let_go(ManagerBroken(_CLOSED))
-                self._job.close_channels()
+                self._session.close_channels()
         elif isinstance(self._unusable, FencedError):
             # All ranks were told in the same round, so nobody is left waiting.
             self._let_go(ManagerBroken(_CLOSED))
-            self._job.close_channels()
+            self._session.close_channels()
 
     def _warn_of_few_saves(self) -> None:
-        steps = self._job.steps
-        text = None if steps is None else steps.at_close(self._job.latest)
+        steps = self._cadence.steps
+        text = None if steps is None else steps.at_close(self._session.latest)
         if text is not None:
             _logger.warning("%s", text)
 
@@ -409,9 +414,9 @@ class CheckpointManager:
         if error is None:
             self.close()
         else:
-            if self._job.flight is not None:
+            if self._save_state.flight is not None:
                 # It can come to its end without this thread; a second Ctrl-C leaves it.
-                self._job.flight.wait_done(EXIT_SECONDS)
+                self._save_state.flight.wait_done(EXIT_SECONDS)
             # The other ranks may be anywhere: no collective, or the error that matters
             # would show only at the deadline. Those that wait for this one are told.
             reason = f"its program raised {describe(error)}"
@@ -420,24 +425,24 @@ class CheckpointManager:
     def _let_go(self, unusable: DistckptError, reason: str = "") -> None:
         """Be of no more use; with a reason if others may be waiting for this rank."""
         self._unusable = unusable
-        if self._job.flight is not None:
-            self._job.flight.release_optimizers()
-        self._job.arena = None
-        if self._job.stop is not None:
-            self._job.stop.notice.end()
-        if self._job.liveness is not None:
-            self._job.liveness.leave(reason[:500])
-        if self._job.chief is not None:
+        if self._save_state.flight is not None:
+            self._save_state.flight.release_optimizers()
+        self._save_state.arena = None
+        if self._cadence.stop is not None:
+            self._cadence.stop.notice.end()
+        if self._session.liveness is not None:
+            self._session.liveness.leave(reason[:500])
+        if self._session.chief is not None:
             # The lock's file may be on a filesystem that hangs.
             with suppress(StorageTimeout):
-                Worker(_UNLOCK_SECONDS).finish(self._job.chief.close)
+                Worker(_UNLOCK_SECONDS).finish(self._session.chief.close)
         # Last: whoever waits for this rank must not wait for those who are told.
-        self._job.events.wait(_TELL_SECONDS)
+        self._session.events.wait(_TELL_SECONDS)
 
     def _run(self, call: Callable[[], _Result]) -> _Result:
         if self._unusable is not None:
             raise _again(self._unusable) from self._unusable
-        notice = None if self._job.stop is None else self._job.stop.notice
+        notice = None if self._cadence.stop is None else self._cadence.stop.notice
         if notice is not None:
             notice.enter()
         try:
@@ -445,23 +450,23 @@ class CheckpointManager:
         except DistckptError as error:
             kind = FENCE if isinstance(error, FencedError) else ERROR
             what = {"error": type(error).__name__, "text": str(error)[:500]}
-            self._job.events.tell(kind, detail=what)
+            self._session.events.tell(kind, detail=what)
             if isinstance(error, FencedError):
                 self._let_go(error)
             elif isinstance(error, ManagerBroken):
                 self._let_go(error, describe(error))
             raise
         except (KeyboardInterrupt, SystemExit) as error:
-            if self._job.world_size > 1:
+            if self._session.world_size > 1:
                 unusable = ManagerBroken(f"interrupted in a call: {error!r}")
                 self._let_go(unusable, f"{error!r} in a call of the manager")
             raise
         finally:
             if notice is not None:
                 notice.leave()
-            self._job.decisions.lane.be_idle()
+            self._session.decisions.lane.be_idle()
             # Ctrl-C in the midst of a commit waits until all ranks know its outcome.
-            self._job.decisions.lane.worker.raise_interrupt()
+            self._session.decisions.lane.worker.raise_interrupt()
         return result
 
 

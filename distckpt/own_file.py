@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from distckpt import boxes, dtypes, layout, shard_file, tensors
 from distckpt.boxes import Box
-from distckpt.checkpoint import Captured
+from distckpt.capture import Captured
 from distckpt.known import window_of
 from distckpt.layout import Layouts, Piece, Row
 from distckpt.leaves import Leaf

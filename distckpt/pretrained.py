@@ -11,7 +11,8 @@ from torch import nn
 
 from distckpt import files, readers, tensors
 from distckpt.boxes import contiguous_runs, whole
-from distckpt.checkpoint import Checkpoint, objects_of, remembered_of, restore
+from distckpt.capture import Tracked, objects_of, remembered_of
+from distckpt.checkpoint import Checkpoint, restore
 from distckpt.dtypes import item_size_bytes
 from distckpt.errors import CheckpointNotFound, ConfigError, ShardFileError
 from distckpt.formats.foreign import SAFETENSORS
@@ -64,7 +65,7 @@ class Pretrained:
         self._options = options
         self._tracked_as = tracked_as
 
-    def load_into(self, checkpoint: Checkpoint) -> None:
+    def load_into(self, checkpoint: Tracked) -> None:
         """Fill the modules that are tracked: local, no collectives.
 
         Raises:
@@ -94,7 +95,7 @@ class Pretrained:
         restore(Checkpoint(**modules), located, Names(self._options, within=within))
 
     def _load_safetensors(
-        self, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]
+        self, checkpoint: Tracked, modules: Mapping[str, nn.Module]
     ) -> None:
         name = self._tracked_as
         if name is None and len(modules) == 1:

@@ -25,7 +25,7 @@ import torch
 import xxhash
 
 from distckpt import layout, tensors
-from distckpt.checkpoint import Captured
+from distckpt.capture import Captured
 from distckpt.known import window
 from distckpt.layout import Layouts, Row, Table
 from distckpt.leaves import Leaf

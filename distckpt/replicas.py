@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import torch
 
 from distckpt import strict_json
-from distckpt.checkpoint import Captured
+from distckpt.agree import Ran, agree
+from distckpt.capture import Captured
 from distckpt.comm import Answer, Decide, Shipment
 from distckpt.errors import SaveFailed
-from distckpt.job import Job, Ran, agree
 from distckpt.layout import Table
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.replica_digests import (
@@ -33,6 +33,8 @@ from distckpt.replica_digests import (
     report_sampled,
     unpacked,
 )
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 
 _logger = logging.getLogger(__name__)
 
@@ -40,22 +42,29 @@ _logger = logging.getLogger(__name__)
 _MAX_NAMED = 8
 
 
-def report_of(job: Job, captured: Captured, table: Table, validates: bool) -> Report | None:
+def report_of(
+    session: Session,
+    save_state: SaveState,
+    captured: Captured,
+    table: Table,
+    validates: bool,
+) -> Report | None:
     """Digest what this rank believes others to hold, too; None if nothing is compared.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
         captured: What this rank has to save.
         table: Its table.
         validates: Whether this save compares everything.
     """
-    replicas = job.replicas
-    if job.world_size == 1 or (replicas.mode == UNCHECKED and not validates):
+    replicas = save_state.replicas
+    if session.world_size == 1 or (replicas.mode == UNCHECKED and not validates):
         return None
-    classes = replicas.classes(captured, table, job.rank)
+    classes = replicas.classes(captured, table, session.rank)
     if validates or replicas.mode == ALWAYS:
         return report_all(captured, classes)
-    turn = job.checkpoint.save_counter
+    turn = save_state.tracked.save_counter
     return report_sampled(captured, classes, turn, replicas.is_new)
 
 
@@ -83,7 +92,8 @@ def differing(votes: Sequence[Vote]) -> Asked:
 
 
 def name_differing(
-    job: Job,
+    session: Session,
+    save_state: SaveState,
     path: str,
     captured: Captured,
     classes: Sequence[ReplicaClass],
@@ -98,7 +108,8 @@ def name_differing(
     Called by: every rank. Collectives: two rounds, and a broadcast for each class.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
         path: What is saved.
         captured: What this rank has to save.
         classes: Of this rank.
@@ -117,30 +128,30 @@ def name_differing(
         raise_failures(votes, "replicas could not be compared", SaveFailed)
         return {}
 
-    agree(job.decisions, Phase.REPLICAS, digested, guarded(can_go_on))
+    agree(session.decisions, Phase.REPLICAS, digested, guarded(can_go_on))
     received: dict[str, torch.Tensor] = {}
 
     def shipments() -> Iterator[Shipment]:
         for key, (root, num_tensors) in asked.items():
             memory = torch.empty(LEAF_DIGEST_BYTES * num_tensors, dtype=torch.uint8)
-            if root == job.rank:
+            if root == session.rank:
                 memory = torch.frombuffer(
                     bytearray(digested.result[key]), dtype=torch.uint8
                 )
             received[key] = memory
             yield Shipment(root, memory, lambda: None)
 
-    job.decisions.exchange(Phase.REPLICAS, shipments())
+    session.decisions.exchange(Phase.REPLICAS, shipments())
     told = {
         key: _told_of(one, digested.result[key], received[key].numpy().tobytes())
         for key, one in of_key.items()
     }
     told = {key: fields for key, fields in told.items() if fields["count"]}
     detail = strict_json.dumps(told).encode() if told else b""
-    answer = job.decisions.consult(
+    answer = session.decisions.consult(
         Vote(Phase.REPLICAS, detail=detail), guarded(lambda votes: _judge(path, votes))
     )
-    note_drifting(job, answer)
+    note_drifting(session, save_state, answer)
 
 
 def _told_of(one: ReplicaClass, own: bytes, right: bytes) -> dict[str, Any]:
@@ -175,13 +186,13 @@ def _judge(path: str, votes: Sequence[Vote]) -> Answer:
     return {"drifting": [*drifting]}
 
 
-def note_drifting(job: Job, answer: Answer) -> None:
+def note_drifting(session: Session, save_state: SaveState, answer: Answer) -> None:
     """Remember the buffers that differ; the chief says so once."""
     names = [name.partition("[")[0] for name in answer.get("drifting", ())]
     if not names:
         return
-    job.replicas.drifting = job.replicas.drifting.union(names)
-    if job.chief is not None:
+    save_state.replicas.drifting = save_state.replicas.drifting.union(names)
+    if session.chief is not None:
         _logger.warning(
             "buffers differ between ranks, and those of rank %d are stored: %s. They are "
             "not compared any more. If they should be equal, synchronize them (for batch "

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from distckpt import paths, run_checks, savable, strict_json, words
-from distckpt.checkpoint import COUNTER, nodes_of, objects_of, remembered_of
+from distckpt.agree import Ran, agree
+from distckpt.cadence import Cadence
+from distckpt.capture import COUNTER, Tracked, nodes_of, objects_of, remembered_of
 from distckpt.chief import Chief
 from distckpt.choice import LATEST, spelled
 from distckpt.claim import ensure_claimed
@@ -25,7 +27,6 @@ from distckpt.errors import (
 )
 from distckpt.events import FALLBACK, RESTORE
 from distckpt.exchange import Exchange
-from distckpt.job import Job, Ran, agree
 from distckpt.loading import Loading
 from distckpt.messages import Phase, Status, Vote, failure_of, raise_failures
 from distckpt.mismatch import mismatch
@@ -35,8 +36,12 @@ from distckpt.readers import open_shard, read_manifest
 from distckpt.record import Entry, digest
 from distckpt.restore_names import Names, RestoreOptions
 from distckpt.run_directory import RunDirectory
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 
 _logger = logging.getLogger(__name__)
+
+InitFn: TypeAlias = "Callable[[], Any] | Pretrained | None"
 _Result = TypeVar("_Result")
 
 _GO, _RETRY, _NEXT = "go", "retry", "next"
@@ -46,13 +51,13 @@ class Candidates:
     """The chief's way through what could be restored.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
         chief: Knows what is committed.
         entries: What to try, in this order.
     """
 
-    def __init__(self, job: Job, chief: Chief, entries: Sequence[Entry]) -> None:
-        self._job = job
+    def __init__(self, session: Session, chief: Chief, entries: Sequence[Entry]) -> None:
+        self._session = session
         self._chief = chief
         self._left = list(entries)
         self._retried = False
@@ -80,11 +85,11 @@ class Candidates:
             }
         if self._chief.has_committed:
             msg = (
-                f"no checkpoint in {self._job.directory} could be restored. "
-                f"{' '.join(self._skipped)} {self._job.undefined}"
+                f"no checkpoint in {self._session.directory} could be restored. "
+                f"{' '.join(self._skipped)} {self._session.undefined}"
             )
             raise RestoreFailed(msg.strip())
-        _tell_of_fresh_start(self._job.directory)
+        _tell_of_fresh_start(self._session.directory)
         return {"attempt": None}
 
     def _is_linked(self, entry: Entry) -> bool:
@@ -93,7 +98,7 @@ class Candidates:
         Raises:
             RestoreFailed: It is not: going back to an older one is for the user to decide.
         """
-        path = self._job.directory.attempt(entry.attempt)
+        path = self._session.directory.attempt(entry.attempt)
         target = path.link_target()
         if target is None:
             return False
@@ -129,7 +134,7 @@ class Candidates:
         except MismatchError as error:
             # Perhaps it was only tried because a newer one is bad, or after that one's
             # tensors had been read in part.
-            notes = [str(error), *self._skipped, self._job.undefined]
+            notes = [str(error), *self._skipped, self._session.undefined]
             raise MismatchError("\n".join(filter(None, notes))) from error
         reasons = {vote.rank: failure_of(vote) for vote in votes if not vote.ok}
         text = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in reasons.items())
@@ -155,14 +160,14 @@ class Candidates:
         names = [strict_json.loads(vote.detail) if vote.detail else [] for vote in votes]
         wanted_by_none = set(names[0]).intersection(*names[1:])
         if wanted_by_none:
-            what = f"checkpoint {self._job.path(entry.attempt.published)}"
+            what = f"checkpoint {self._session.path(entry.attempt.published)}"
             in_order = [name for name in names[0] if name in wanted_by_none]
             raise mismatch(what, in_order)
 
     def _fall_back(self, why: str) -> Answer:
         _logger.warning("falling back to an older checkpoint: %s", why)
         prefix = self._left[0].attempt.prefix
-        self._job.events.tell(FALLBACK, checkpoint=prefix, detail={"reason": why[:500]})
+        self._session.events.tell(FALLBACK, checkpoint=prefix, detail={"reason": why[:500]})
         self._skipped.append(why)
         self._left = self._left[1:]
         self._retried = False
@@ -170,7 +175,7 @@ class Candidates:
 
     def _confirm(self, entry: Entry, shard_rank: int | None) -> bool:
         """Read what a rank found corrupt once more, on the chief."""
-        directory = self._job.directory.attempt(entry.attempt)
+        directory = self._session.directory.attempt(entry.attempt)
         try:
             manifest = read_manifest(directory, entry.manifest)
             if shard_rank is not None:
@@ -211,21 +216,33 @@ def _numbers_of_newer(every: Sequence[Entry], chosen: Sequence[Entry]) -> list[i
     return [entry.attempt.number for entry in every if chosen and entry.record > first]
 
 
-def restore_or_initialize(job: Job, options: RestoreOptions | None) -> str | None:
+def restore_or_initialize(
+    session: Session,
+    save_state: SaveState,
+    cadence: Cadence,
+    init_fn: InitFn,
+    options: RestoreOptions | None,
+) -> str | None:
     """Restore the newest checkpoint that verifies, or initialize."""
-    ensure_claimed(job)
-    chief = job.chief
-    candidates = None if chief is None else Candidates(job, chief, chief.candidates)
-    path = _restore_first(job, candidates, options)
+    ensure_claimed(session)
+    chief = session.chief
+    candidates = None if chief is None else Candidates(session, chief, chief.candidates)
+    path = _restore_first(session, save_state, cadence, candidates, options)
     if path is None:
-        _initialize(job)
+        _initialize(session, save_state, init_fn)
     return path
 
 
-def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
+def restore(
+    session: Session,
+    save_state: SaveState,
+    cadence: Cadence,
+    which: Any,
+    options: RestoreOptions | None,
+) -> str:
     """Restore what was asked for; see ``CheckpointManager.restore``."""
-    ensure_claimed(job)
-    meant = _in_this_directory(job, which)
+    ensure_claimed(session)
+    meant = _in_this_directory(session, which)
     candidates: list[Candidates] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
@@ -234,18 +251,22 @@ def restore(job: Job, which: Any, options: RestoreOptions | None) -> str:
         if ranks:
             msg = f"restore() was asked for another checkpoint on {words.ranks(ranks)}."
             raise ConfigError(msg)
-        assert job.chief is not None
-        entries = job.chief.choose(meant)
-        candidates.append(Candidates(job, job.chief, entries))
+        assert session.chief is not None
+        entries = session.chief.choose(meant)
+        candidates.append(Candidates(session, session.chief, entries))
         return {}
 
-    agree(job.decisions, Phase.CANDIDATE, Ran(lambda: spelled(which)), decide, says=_asks)
-    path = _restore_first(job, candidates[0] if candidates else None, options)
+    agree(
+        session.decisions, Phase.CANDIDATE, Ran(lambda: spelled(which)), decide, says=_asks
+    )
+    path = _restore_first(
+        session, save_state, cadence, candidates[0] if candidates else None, options
+    )
     assert path is not None, "the chief has chosen one"
     return path
 
 
-def _in_this_directory(job: Job, which: Any) -> Any:
+def _in_this_directory(session: Session, which: Any) -> Any:
     """Return what a path means that begins with the run directory as it was given.
 
     A relative one would lead elsewhere after a chdir.
@@ -255,8 +276,8 @@ def _in_this_directory(job: Job, which: Any) -> Any:
     text = os.fspath(which)
     if not isinstance(text, str):
         return which
-    given = os.path.normpath(job.directory.spelling)
-    if os.path.normpath(text) in (given, str(job.directory)):
+    given = os.path.normpath(session.directory.spelling)
+    if os.path.normpath(text) in (given, str(session.directory)):
         return LATEST
     root, name = os.path.split(text.rstrip(os.sep))
     if root and os.path.normpath(root) == given:
@@ -269,7 +290,11 @@ def _asks(which: str) -> Vote:
 
 
 def _restore_first(
-    job: Job, candidates: Candidates | None, options: RestoreOptions | None
+    session: Session,
+    save_state: SaveState,
+    cadence: Cadence,
+    candidates: Candidates | None,
+    options: RestoreOptions | None,
 ) -> str | None:
     """Restore the first that verifies; None if there is nothing to be tried."""
     # In any case the counter: numbering goes on behind what is there.
@@ -278,14 +303,16 @@ def _restore_first(
         # R1 (chief)
         if candidates is not None and names.error is None and names.result.skips_links:
             candidates.skip_links()
-        answer = job.decisions.consult(Vote(Phase.CANDIDATE), lambda _: _offer(candidates))
+        answer = session.decisions.consult(
+            Vote(Phase.CANDIDATE), lambda _: _offer(candidates)
+        )
         if answer["attempt"] is None:
             return None
         attempt = paths.parse_published(answer["attempt"])
         assert attempt is not None
         trial = _Try(attempt, answer["manifest"], answer["min_counter"], names)
-        if _restore(job, candidates, trial):
-            return job.shown(attempt.prefix)
+        if _restore(session, save_state, cadence, candidates, trial):
+            return session.shown(attempt.prefix)
 
 
 def _offer(candidates: Candidates | None) -> Answer:
@@ -293,7 +320,13 @@ def _offer(candidates: Candidates | None) -> Answer:
     return candidates.offer()
 
 
-def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
+def _restore(
+    session: Session,
+    save_state: SaveState,
+    cadence: Cadence,
+    candidates: Candidates | None,
+    trial: _Try,
+) -> bool:
     """Try one candidate; False to go on with what the chief offers next."""
 
     def judge(votes: Sequence[Vote]) -> Answer:
@@ -304,7 +337,7 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
         phase: Phase, ran: Ran[_Result], says: Callable[[_Result], Vote] | None = None
     ) -> Answer:
         return agree(
-            job.decisions,
+            session.decisions,
             phase,
             ran,
             judge,
@@ -314,25 +347,27 @@ def _restore(job: Job, candidates: Candidates | None, trial: _Try) -> bool:
         )
 
     began = time.monotonic()
-    planned = Ran(lambda: _plan(job, trial))
+    planned = Ran(lambda: _plan(session, save_state.tracked, trial))
     try:
         answer = agreed(Phase.PLAN, planned, _vote_on_plan)  # R3
         if answer["do"] != _GO:
             return False
         plan = planned.result
-        if job.reads_once and not answer["alike"]:
+        if session.reads_once and not answer["alike"]:
             # Every rank for itself, then; which takes more files.
-            answer = agreed(Phase.PLAN, Ran(lambda: _give_up_exchange(job, trial, plan)))
+            answer = agreed(
+                Phase.PLAN, Ran(lambda: _give_up_exchange(session, trial, plan))
+            )
             if answer["do"] != _GO:
                 return False
-        read = Ran(lambda: _read(job, trial, plan))
+        read = Ran(lambda: _read(session, trial, plan))
         if agreed(Phase.READ, read, _vote_on_read)["do"] != _GO:  # R4
             return False
-        _apply(job, trial, plan.loading)  # R5
+        _apply(session, save_state, cadence, trial, plan.loading)  # R5
     finally:
         if planned.error is None:
             planned.result.loading.close()
-    job.events.tell(
+    session.events.tell(
         RESTORE,
         seconds=time.monotonic() - began,
         checkpoint=trial.attempt.prefix,
@@ -365,27 +400,29 @@ class _Planned:
     exchange: Exchange | None = None
 
 
-def _plan(job: Job, trial: _Try) -> _Planned:
+def _plan(session: Session, tracked: Tracked, trial: _Try) -> _Planned:
     """R2, R3: read the manifest, open every file, list all that does not fit."""
     names = trial.names.value()
-    directory = job.directory.attempt(trial.attempt)
+    directory = session.directory.attempt(trial.attempt)
     what = f"opening {trial.attempt.prefix}"
-    nodes = nodes_of(job.checkpoint)  # runs user code, so on this thread
+    nodes = nodes_of(tracked)  # runs user code, so on this thread
 
     def begin() -> Loading:
         manifest = read_manifest(directory, trial.manifest_digest)
-        remembered = remembered_of(job.checkpoint)
-        loading = Loading(directory, manifest, job.rank, job.world_size, remembered, names)
+        remembered = remembered_of(tracked)
+        loading = Loading(
+            directory, manifest, session.rank, session.world_size, remembered, names
+        )
         loading.open_own(nodes)
         return loading
 
-    loading = job.on_disk(job.decisions, what, begin)
+    loading = session.on_disk(session.decisions, what, begin)
     loading.plan(nodes)  # runs user code, too
-    job.on_disk(job.decisions, what, lambda: loading.open_files(job.reads_once))
+    session.on_disk(session.decisions, what, lambda: loading.open_files(session.reads_once))
     planned = _Planned(loading)
     if loading.common is not None and loading.common.parcels:
         try:
-            planned.exchange = Exchange(job, loading, loading.common)
+            planned.exchange = Exchange(session, loading, loading.common)
         except BaseException:
             loading.close()
             raise
@@ -399,24 +436,24 @@ def _vote_on_plan(plan: _Planned) -> Vote:
     return Vote(Phase.PLAN, digest_a=plan.loading.wants, detail=detail)
 
 
-def _give_up_exchange(job: Job, trial: _Try, plan: _Planned) -> None:
+def _give_up_exchange(session: Session, trial: _Try, plan: _Planned) -> None:
     """R3 once more: ranks want different things; open all that this one needs."""
     plan.exchange = None
     what = f"opening {trial.attempt.prefix}"
-    job.on_disk(job.decisions, what, plan.loading.open_files)
+    session.on_disk(session.decisions, what, plan.loading.open_files)
 
 
-def _read(job: Job, trial: _Try, plan: _Planned) -> bytes:
+def _read(session: Session, trial: _Try, plan: _Planned) -> bytes:
     """R4: fill the tensors, verifying each block; returns a digest of what was sent."""
-    job.undefined = (
-        f"{job.directory}: a restore failed after it had begun to overwrite tensors, "
+    session.undefined = (
+        f"{session.directory}: a restore failed after it had begun to overwrite tensors, "
         "which hold a mixture now. Restore successfully before saving."
     )
     what = f"reading {trial.attempt.prefix}"
     if plan.exchange is not None:
         plan.exchange.run(what)
         return plan.exchange.digest
-    job.on_disk(job.decisions, what, plan.loading.read, fills_tensors=True)
+    session.on_disk(session.decisions, what, plan.loading.read, fills_tensors=True)
     return bytes(16)
 
 
@@ -424,63 +461,75 @@ def _vote_on_read(digest: bytes) -> Vote:
     return Vote(Phase.READ, digest_a=digest)
 
 
-def _apply(job: Job, trial: _Try, loading: Loading) -> None:
+def _apply(
+    session: Session, save_state: SaveState, cadence: Cadence, trial: _Try, loading: Loading
+) -> None:
     """R5: all ranks have read everything; now values, states and user code."""
 
     def decide(votes: Sequence[Vote]) -> Answer:
         what = f"loading the state of {trial.attempt.prefix} failed; tensors are undefined"
         raise_failures(votes, what, RestoreFailed, keep_kind=False)
         return {
-            **job.lists(),
+            **session.lists(),
             **savable.answer_to(votes),
-            "loaders": has_data_loader(objects_of(job.checkpoint)),
+            "loaders": has_data_loader(objects_of(save_state.tracked)),
         }
 
     def says(_: object) -> Vote:
-        return Vote(Phase.APPLY, detail=savable.problem_of(job, loaders=False))
+        return Vote(
+            Phase.APPLY, detail=savable.problem_of(session, save_state, loaders=False)
+        )
 
     def finish() -> int | None:
         loading.finish()
         # Read before the vote: a step counter that raises must fail the restore on all.
-        return None if job.gate.when.saves_always else job.step()
+        return None if cadence.gate.when.saves_always else cadence.step()
 
     finished = Ran(finish)
-    answer = agree(job.decisions, Phase.APPLY, finished, decide, says=says)
-    job.take_lists(answer)
-    job.undefined = ""
-    if job.steps is not None:
-        job.steps.forget()
-    job.replicas.is_first = True  # what was read may be other bytes on some rank
+    answer = agree(session.decisions, Phase.APPLY, finished, decide, says=says)
+    session.take_lists(answer)
+    session.undefined = ""
+    if cadence.steps is not None:
+        cadence.steps.forget()
+    save_state.replicas.is_first = True  # what was read may be other bytes on some rank
     if trial.min_counter is not None:
         # A newer checkpoint could not be read just now; its number stays its own.
-        job.checkpoint.save_counter = max(job.checkpoint.save_counter, trial.min_counter)
-    if not job.gate.when.saves_always:
-        job.gate.last_step = finished.result
-    if job.clock is not None:
-        job.clock.reset()
-    savable.take(job, answer, is_complete=job.is_checked or not answer["loaders"])
+        save_state.tracked.save_counter = max(
+            save_state.tracked.save_counter, trial.min_counter
+        )
+    if not cadence.gate.when.saves_always:
+        cadence.gate.last_step = finished.result
+    if cadence.clock is not None:
+        cadence.clock.reset()
+    savable.take(
+        save_state, answer, is_complete=save_state.is_checked or not answer["loaders"]
+    )
 
 
-def _initialize(job: Job) -> None:
+def _initialize(session: Session, save_state: SaveState, init_fn: InitFn) -> None:
     """Call ``init_fn`` on every rank; like TensorFlow, again until something is saved."""
 
     def decide(votes: Sequence[Vote]) -> Answer:
         raise_failures(votes, "init_fn failed", RestoreFailed)
         return {
             **savable.answer_to(votes),
-            "loaders": has_data_loader(objects_of(job.checkpoint)),
+            "loaders": has_data_loader(objects_of(save_state.tracked)),
         }
 
     def says(_: object) -> Vote:
-        return Vote(Phase.INITIALIZE, detail=savable.problem_of(job, loaders=False))
+        return Vote(
+            Phase.INITIALIZE, detail=savable.problem_of(session, save_state, loaders=False)
+        )
 
-    initialized = Ran(lambda: _call_init_fn(job))
-    answer = agree(job.decisions, Phase.INITIALIZE, initialized, decide, says=says)
-    savable.take(job, answer, is_complete=job.is_checked or not answer["loaders"])
+    initialized = Ran(lambda: _call_init_fn(save_state.tracked, init_fn))
+    answer = agree(session.decisions, Phase.INITIALIZE, initialized, decide, says=says)
+    savable.take(
+        save_state, answer, is_complete=save_state.is_checked or not answer["loaders"]
+    )
 
 
-def _call_init_fn(job: Job) -> None:
-    if isinstance(job.init_fn, Pretrained):
-        job.init_fn.load_into(job.checkpoint)
-    elif job.init_fn is not None:
-        job.init_fn()
+def _call_init_fn(tracked: Tracked, init_fn: InitFn) -> None:
+    if isinstance(init_fn, Pretrained):
+        init_fn.load_into(tracked)
+    elif init_fn is not None:
+        init_fn()

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from distckpt import errors
-from distckpt.checkpoint import capture
+from distckpt.agree import Ran, agree
+from distckpt.capture import capture
 from distckpt.comm import Answer
 from distckpt.errors import DistckptError, RanksFailed, UnsupportedError
 from distckpt.generators import generators_kept
-from distckpt.job import Job, Ran, agree
 from distckpt.messages import (
     Phase,
     Status,
@@ -19,17 +19,20 @@ from distckpt.messages import (
     failure,
     raise_failures,
 )
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 
 _logger = logging.getLogger(__name__)
 
 _UNSAVABLE = "unsavable"
 
 
-def problem_of(job: Job, *, loaders: bool = True) -> bytes:
+def problem_of(session: Session, save_state: SaveState, *, loaders: bool = True) -> bytes:
     """Return what of this rank's objects cannot be stored, to go with a vote.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
         loaders: Whether to ask data loaders, too. Before the loop has begun they would
             make iterators for that: with an epoch that is not set yet.
 
@@ -39,11 +42,11 @@ def problem_of(job: Job, *, loaders: bool = True) -> bytes:
     Returns:
         Nothing if all can be stored, or if this was found out before.
     """
-    if job.is_checked:
+    if save_state.is_checked:
         return b""
     try:
         with generators_kept():
-            capture(job.checkpoint, job.decisions.members, loaders=loaders)
+            capture(save_state.tracked, session.decisions.members, loaders=loaders)
     except UnsupportedError as error:
         if error.may_pass:
             _logger.info("cannot be stored yet: %s", error)
@@ -72,21 +75,21 @@ def answer_to(votes: Sequence[Vote]) -> Answer:
     return {}
 
 
-def take(job: Job, answer: Answer, *, is_complete: bool = True) -> None:
+def take(save_state: SaveState, answer: Answer, *, is_complete: bool = True) -> None:
     """Raise what the ranks have found, if they have found anything: on all of them.
 
     Args:
-        job: The manager's.
+        save_state: What the saves before it have left.
         answer: The chief's.
         is_complete: Whether all objects were looked at; else the first save looks again.
     """
     if _UNSAVABLE in answer:
         kind, text = answer[_UNSAVABLE]
         raise getattr(errors, kind)(text)
-    job.is_checked = is_complete
+    save_state.is_checked = is_complete
 
 
-def agree_once(job: Job) -> None:
+def agree_once(session: Session, save_state: SaveState) -> None:
     """Find out whether what is tracked can be stored, if nobody has yet.
 
     Called by: every rank. Collectives: one round, the first time.
@@ -94,11 +97,11 @@ def agree_once(job: Job) -> None:
     Raises:
         UnsupportedError, ConfigError: On every rank; names what cannot.
     """
-    if job.is_checked:
+    if save_state.is_checked:
         return
 
     def says(detail: bytes) -> Vote:
         return Vote(Phase.CHECK, detail=detail)
 
-    looked = Ran(lambda: problem_of(job))
-    take(job, agree(job.decisions, Phase.CHECK, looked, answer_to, says=says))
+    looked = Ran(lambda: problem_of(session, save_state))
+    take(save_state, agree(session.decisions, Phase.CHECK, looked, answer_to, says=says))

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from distckpt import savable, shard_file, strict_json
+from distckpt.agree import Ran, agree
 from distckpt.asking import answer_requests, ask, has_time_to_save, note_saved
 from distckpt.background import bring_in, take_off
-from distckpt.checkpoint import Captured, objects_of
+from distckpt.cadence import Cadence
+from distckpt.capture import Captured, objects_of
 from distckpt.claim import ensure_claimed
 from distckpt.comm import Answer
-from distckpt.commit import updated_lists, write_and_commit
+from distckpt.commit import write_and_commit
 from distckpt.errors import (
     ConfigError,
     OutcomeUnknown,
@@ -27,12 +29,13 @@ from distckpt.errors import (
 from distckpt.events import SAVE
 from distckpt.flight import Flight, Saving
 from distckpt.gate import Decision
-from distckpt.job import Job, Ran, agree, draft_of, own_file_of
 from distckpt.messages import Phase, Vote, check_called_alike, raise_failures
 from distckpt.paths import Attempt
 from distckpt.record import digest
 from distckpt.remarks import Remarks
 from distckpt.save_plan import SavePlan, decide_and_plan
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 
 _logger = logging.getLogger(__name__)
 
@@ -103,109 +106,126 @@ class Call(NamedTuple):
         return _request(step, self.number, self.check_interval, self.options, remarks)
 
 
-def save(job: Job, call: Call) -> str | None:
+def save(
+    session: Session, save_state: SaveState, cadence: Cadence, call: Call
+) -> str | None:
     """Save a checkpoint if the interval allows; see ``CheckpointManager.save``."""
-    if job.clock is None:
-        return _save(job, call)
-    costs, path = job.clock.costs, None
+    if cadence.clock is None:
+        return _save(session, save_state, cadence, call)
+    costs, path = cadence.clock.costs, None
     costs.enter()
     try:
-        path = _save(job, call)
+        path = _save(session, save_state, cadence, call)
     finally:
-        costs.leave(has_saved=path is not None, under_way=job.flight is not None)
+        costs.leave(has_saved=path is not None, under_way=save_state.flight is not None)
     return path
 
 
-def _save(job: Job, given: Call) -> str | None:
-    job.pace.num_calls += 1
+def _save(
+    session: Session, save_state: SaveState, cadence: Cadence, given: Call
+) -> str | None:
+    cadence.pace.num_calls += 1
     check_interval = given.check_interval
-    step_read = Ran(job.step)
-    if job.steps is not None and step_read.error is None:
-        _warn(job.steps.see(step_read.result, job.latest))
+    step_read = Ran(cadence.step)
+    if cadence.steps is not None and step_read.error is None:
+        _warn(cadence.steps.see(step_read.result, session.latest))
     # First of all, so that all ranks count the same calls until they ask again.
-    told_to_stop, due = ask(job)
+    told_to_stop, due = ask(session, cadence)
     # Where all ranks ask at any step, a step counter that raises is a vote like any error.
     # Elsewhere they may not ask now; this rank's error is its own.
-    if step_read.error is not None and not (job.gate.is_open or told_to_stop or due):
+    if step_read.error is not None and not (cadence.gate.is_open or told_to_stop or due):
         raise step_read.error
     reasons = [*due]
     if step_read.error is None:
         step = step_read.result
-        if told_to_stop and not job.gate.has_news(step):
-            _end_with_the_last(job)
+        if told_to_stop and not cadence.gate.has_news(step):
+            _end_with_the_last(session, save_state, cadence)
             return None
-        is_wanted = told_to_stop or (bool(due) and job.gate.has_news(step))
-        if not is_wanted and not job.gate.allows(step, check_interval):
-            job.decision, job.gate.refused_step = None, step
-            if job.steps is not None:
-                _warn(job.steps.note_refused(not check_interval, job.latest))
-            savable.agree_once(job)
-            if due:
-                answer_requests(job)
-            _look_after_flight(job)
+        is_wanted = told_to_stop or (bool(due) and cadence.gate.has_news(step))
+        if not is_wanted and not cadence.gate.allows(step, check_interval):
+            cadence.decision, cadence.gate.refused_step = None, step
+            if cadence.steps is not None:
+                _warn(cadence.steps.note_refused(not check_interval, session.latest))
+            savable.agree_once(session, save_state)
+            if due and save_state.flight is None:
+                answer_requests(session, cadence)
+            _look_after_flight(session, save_state, cadence)
             return None
-        reasons += job.gate.reasons(step, bool(check_interval))
+        reasons += cadence.gate.reasons(step, bool(check_interval))
     reasons += ["told to stop"] if told_to_stop else []
-    if job.undefined:
-        raise RestoreFailed(job.undefined)
+    if session.undefined:
+        raise RestoreFailed(session.undefined)
     request = Ran(lambda: given.request(step_read.value()))
     if told_to_stop:
         request = _committed_on_return(request)
-    if job.flight is not None and not _clear_the_way(job, request):
+    if save_state.flight is not None and not _clear_the_way(
+        session, save_state, cadence, request
+    ):
         return None
-    if told_to_stop and not has_time_to_save(job):
-        job.decision = Decision(False, ("there is no time for it before the end",))
+    if told_to_stop and not has_time_to_save(session, cadence):
+        cadence.decision = Decision(False, ("there is no time for it before the end",))
         return None
     call = Ran(lambda: request.value().vote(Phase.DECIDE))
-    if not job.claimed:
+    if not session.claimed:
         # The first call of this manager: if all ranks make it alike, claim.
-        _compare_calls(job, call)
-        ensure_claimed(job)
-    counter, last_step = job.checkpoint.save_counter, job.gate.last_step
+        _compare_calls(session, call)
+        ensure_claimed(session)
+    counter, last_step = save_state.tracked.save_counter, cadence.gate.last_step
     began = time.monotonic()
     try:
         # The saved state holds the counter of the save itself, as in TensorFlow.
-        job.checkpoint.save_counter = counter + 1
-        begin = partial(_begin, job, request, counter)
+        save_state.tracked.save_counter = counter + 1
+        begin = partial(_begin, session, request, counter)
         attempt, captured, plan = decide_and_plan(  # S1 to S3
-            job, call, begin, lambda: request.result.options.validate_replicas
+            session,
+            save_state,
+            call,
+            begin,
+            lambda: request.result.options.validate_replicas,
         )
         step, options = request.result.step, request.result.options
         saving = Saving(attempt, step, request.result.remarks, tuple(reasons), began)
         if options.enable_async:
             flight = Flight(saving, counter, last_step)
-            take_off(job, flight, captured, plan, lazily=options.staging == "lazy")  # S4
+            take_off(
+                session,
+                save_state,
+                flight,
+                captured,
+                plan,
+                lazily=options.staging == "lazy",
+            )  # S4
         else:
-            write = partial(_write, job, attempt, captured, plan)
-            changes = write_and_commit(job, saving, plan, write)  # S5 to S8
-            job.take_lists(updated_lists(job, changes))
-            job.save_seconds.append(time.monotonic() - began)
+            write = partial(_write, session, save_state, attempt, captured, plan)
+            changes = write_and_commit(session, saving, plan, write)  # S5 to S8
+            session.take_changes(changes)
+            cadence.save_seconds.append(time.monotonic() - began)
     except OutcomeUnknown:
         raise  # the number may be in use
     except Exception:
         # Not after Ctrl-C, for the same reason.
-        job.checkpoint.save_counter = counter
+        save_state.tracked.save_counter = counter
         raise
     # S8 (every rank): only now does anything remember this save.
-    job.gate.last_step = step
-    job.is_checked = True
-    if job.steps is not None:
-        job.steps.note_saved()
+    cadence.gate.last_step = step
+    save_state.is_checked = True
+    if cadence.steps is not None:
+        cadence.steps.note_saved()
         assert step is not None, "there is a step counter"
-        _warn(job.numbers.see(objects_of(job.checkpoint), step))
-    if job.clock is not None:
-        job.clock.reset(began)
-    job.decision = Decision(True, saving.reasons)
+        _warn(cadence.numbers.see(objects_of(save_state.tracked), step))
+    if cadence.clock is not None:
+        cadence.clock.reset(began)
+    cadence.decision = Decision(True, saving.reasons)
     if told_to_stop:
-        note_saved(job)
-    job.events.tell(
+        note_saved(cadence)
+    session.events.tell(
         SAVE,
         seconds=time.monotonic() - began,
         checkpoint=attempt.prefix,
         step=step,
         detail={"asynchronous": options.enable_async},
     )
-    return job.shown(attempt.prefix)
+    return session.shown(attempt.prefix)
 
 
 def _warn(text: str | None) -> None:
@@ -214,13 +234,17 @@ def _warn(text: str | None) -> None:
 
 
 def _write(
-    job: Job, attempt: Attempt, captured: Captured, plan: SavePlan
+    session: Session,
+    save_state: SaveState,
+    attempt: Attempt,
+    captured: Captured,
+    plan: SavePlan,
 ) -> shard_file.Written:
     # Ctrl-C while the save was begun: nothing is written yet, so it can end here.
-    job.decisions.lane.worker.raise_interrupt()
-    file = own_file_of(job, captured, plan.layouts)
-    draft = draft_of(job, attempt, captured, file)
-    target = job.directory.new_shard(attempt, job.rank, job.world_size)
+    session.decisions.lane.worker.raise_interrupt()
+    file = save_state.file_of(captured, plan.layouts)
+    draft = save_state.draft(attempt, captured, file)
+    target = session.directory.new_shard(attempt, session.rank, session.world_size)
     return shard_file.write_outlined(target, draft, file.outline, file.loader(captured))
 
 
@@ -238,37 +262,39 @@ def _committed_on_return(request: Ran[Request]) -> Ran[Request]:
     return Ran(changed)
 
 
-def _end_with_the_last(job: Job) -> None:
+def _end_with_the_last(session: Session, save_state: SaveState, cadence: Cadence) -> None:
     """See to it that the save at this very step is committed."""
-    if job.flight is not None:
-        bring_in(job)
-    job.decision = Decision(False, ("told to stop, and this step is saved",))
-    note_saved(job)
+    if save_state.flight is not None:
+        bring_in(session, save_state, cadence)
+    cadence.decision = Decision(False, ("told to stop, and this step is saved",))
+    note_saved(cadence)
 
 
 # An asynchronous save under way
 
 
-def _look_after_flight(job: Job) -> None:
+def _look_after_flight(session: Session, save_state: SaveState, cadence: Cadence) -> None:
     """Ask now and then what has become of it; all ranks at the same call."""
-    if job.flight is not None:
-        job.flight.calls_left -= 1
-        if job.flight.calls_left <= 0:
-            bring_in(job, wait=False)
+    if save_state.flight is not None:
+        save_state.flight.calls_left -= 1
+        if save_state.flight.calls_left <= 0:
+            bring_in(session, save_state, cadence, wait=False)
 
 
-def _clear_the_way(job: Job, request: Ran[Request]) -> bool:
+def _clear_the_way(
+    session: Session, save_state: SaveState, cadence: Cadence, request: Ran[Request]
+) -> bool:
     """Bring in the one under way before another save; False to skip that one."""
     waits = request.error is None and request.result.options.when_busy == "wait"
     call = Ran(lambda: request.value().vote(Phase.LAND))
-    flight = job.flight
-    if bring_in(job, call, wait=waits):
+    flight = save_state.flight
+    if bring_in(session, save_state, cadence, call, wait=waits):
         return True
-    if job.chief is not None and flight is not None:
+    if session.chief is not None and flight is not None:
         step, under_way = request.result.step, flight.attempt.prefix
         _logger.warning("no save at step %s: %s is still under way", step, under_way)
     busy = "the save before" if flight is None else flight.attempt.prefix
-    job.decision = Decision(False, (f"{busy} is still under way",))
+    cadence.decision = Decision(False, (f"{busy} is still under way",))
     return False
 
 
@@ -307,7 +333,7 @@ def _request(
     return Request(step, number, bool(check_interval), options, remarks)
 
 
-def _compare_calls(job: Job, call: Ran[Vote]) -> None:
+def _compare_calls(session: Session, call: Ran[Vote]) -> None:
     # Bad arguments of one rank must reach all of them, so they are a vote too.
 
     def decide(votes: Sequence[Vote]) -> Answer:
@@ -315,15 +341,15 @@ def _compare_calls(job: Job, call: Ran[Vote]) -> None:
         check_called_alike(votes)
         return {}
 
-    agree(job.decisions, Phase.DECIDE, call, decide, says=lambda vote: vote)
+    agree(session.decisions, Phase.DECIDE, call, decide, says=lambda vote: vote)
 
 
-def _begin(job: Job, request: Ran[Request], counter: int) -> Attempt:
+def _begin(session: Session, request: Ran[Request], counter: int) -> Attempt:
     """S2 (chief): make the pending directory of a new attempt."""
-    assert job.chief is not None
+    assert session.chief is not None
     try:
-        return job.chief.begin(request.result.number, counter)
+        return session.chief.begin(request.result.number, counter)
     except StorageError as error:
         text = f"the save could not be begun on the chief: {error}"
-        msg = f"saving into {job.directory}: {text}; no checkpoint was made."
+        msg = f"saving into {session.directory}: {text}; no checkpoint was made."
         raise SaveFailed(msg, {0: text}) from error

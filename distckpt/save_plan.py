@@ -10,7 +10,8 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from distckpt import paths, strict_json, words
-from distckpt.checkpoint import COUNTER, Captured, capture
+from distckpt.agree import Ran, agree
+from distckpt.capture import COUNTER, Captured, capture
 from distckpt.collector import collector_paused
 from distckpt.comm import Answer
 from distckpt.errors import (
@@ -22,7 +23,6 @@ from distckpt.errors import (
     SaveFailed,
 )
 from distckpt.events import CAPTURE, DECIDE
-from distckpt.job import Job, Ran, agree
 from distckpt.layout import Layouts, Table
 from distckpt.messages import (
     Phase,
@@ -35,6 +35,8 @@ from distckpt.record import digest
 from distckpt.replica_digests import Report, report_all
 from distckpt.replicas import Asked, differing, name_differing, report_of
 from distckpt.restore_names import parameter_of
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 from distckpt.sharding import Sharding
 from distckpt.values import Encoded, class_of_state, is_of_one_rank
 
@@ -88,7 +90,8 @@ class _State(NamedTuple):
 
 
 def decide_and_plan(
-    job: Job,
+    session: Session,
+    save_state: SaveState,
     call: Ran[Vote],
     begin: Callable[[], Attempt],
     validates: Callable[[], bool],
@@ -102,7 +105,8 @@ def decide_and_plan(
     and one more where replicas differ or tables are new.
 
     Args:
-        job: The manager's.
+        session: The manager's, on this rank.
+        save_state: What the saves before this one have left.
         call: What this rank's call of ``save()`` says of itself, to be compared.
         begin: Makes a new attempt's pending directory; called on the chief.
         validates: Tells whether this save compares all that is replicated.
@@ -117,62 +121,66 @@ def decide_and_plan(
     def body() -> _State:
         asked = call.value()
         with collector_paused():
-            captured = capture(job.checkpoint, job.decisions.members)
+            captured = capture(save_state.tracked, session.decisions.members)
             table = captured.shared.table()
-            report = report_of(job, captured, table, validates())
+            report = report_of(session, save_state, captured, table, validates())
             return _State(captured, table, asked, report)
 
     digests: list[Vote] = []  # the chief's
 
     def decide(votes: Sequence[Vote]) -> Answer:
         digests.extend(votes)
-        return {**_decide(job, votes, begin), "asked": differing(votes)}
+        return {**_decide(save_state, votes, begin), "asked": differing(votes)}
 
     ran = Ran(body)
     began = time.monotonic()
-    answer = agree(job.decisions, Phase.DECIDE, ran, decide, says=_State.vote)
+    answer = agree(session.decisions, Phase.DECIDE, ran, decide, says=_State.vote)
     attempt = paths.parse_published(answer["attempt"])
     assert attempt is not None
     about = {"checkpoint": attempt.prefix, "step": ran.result.call.step}
-    job.events.tell(CAPTURE, seconds=ran.seconds, **about)
-    job.events.tell(DECIDE, seconds=time.monotonic() - began, **about)
+    session.events.tell(CAPTURE, seconds=ran.seconds, **about)
+    session.events.tell(DECIDE, seconds=time.monotonic() - began, **about)
     state = ran.result
-    _warn_of_stateless(job, state)
+    _warn_of_stateless(save_state, state)
     key = bytes.fromhex(answer["key"])
     values = state.values
     if answer["asked"]:
-        _name_differing(job, attempt, state, answer["asked"])
+        _name_differing(session, save_state, attempt, state, answer["asked"])
     if answer["table_senders"] or answer["value_senders"]:
-        values = _exchange(job, attempt, state, answer, digests)
-    elif job.layouts is None or job.layouts.key != key:
-        job.layouts = Layouts(key, [state.table], [0] * job.world_size)
-    assert job.layouts is not None and job.layouts.key == key
+        values = _exchange(session, save_state, attempt, state, answer, digests)
+    elif save_state.layouts is None or save_state.layouts.key != key:
+        save_state.layouts = Layouts(key, [state.table], [0] * session.world_size)
+    assert save_state.layouts is not None and save_state.layouts.key == key
     if state.report is not None:
-        if answer["table_senders"] and len(job.layouts.tables) > 1:
-            _compare_across_tables(job, attempt, state)
-        job.replicas.note_compared(state.report.classes)
-    return Planned(attempt, state.captured, SavePlan(job.layouts, values))
+        if answer["table_senders"] and len(save_state.layouts.tables) > 1:
+            _compare_across_tables(session, save_state, attempt, state)
+        save_state.replicas.note_compared(state.report.classes)
+    return Planned(attempt, state.captured, SavePlan(save_state.layouts, values))
 
 
-def _name_differing(job: Job, attempt: Attempt, state: _State, asked: Asked) -> None:
+def _name_differing(
+    session: Session, save_state: SaveState, attempt: Attempt, state: _State, asked: Asked
+) -> None:
     """Refuse the save for what differs between replicas, or note the buffers."""
     assert state.report is not None
-    classes, path = state.report.classes, job.path(attempt.prefix)
-    guarded = partial(or_abandon, job, attempt)
-    name_differing(job, path, state.captured, classes, asked, guarded)
+    classes, path = state.report.classes, session.path(attempt.prefix)
+    guarded = partial(or_abandon, session, attempt)
+    name_differing(session, save_state, path, state.captured, classes, asked, guarded)
 
 
-def _compare_across_tables(job: Job, attempt: Attempt, state: _State) -> None:
+def _compare_across_tables(
+    session: Session, save_state: SaveState, attempt: Attempt, state: _State
+) -> None:
     """Compare what ranks with different tables have under one name: a round.
 
     Which names those are is known only now.
     """
-    layouts = job.layouts
+    layouts = save_state.layouts
     assert layouts is not None
 
     def report() -> Report:
-        classes = job.replicas.classes_across(
-            state.captured, state.table, layouts, job.rank
+        classes = save_state.replicas.classes_across(
+            state.captured, state.table, layouts, session.rank
         )
         return report_all(state.captured, classes)
 
@@ -182,24 +190,26 @@ def _compare_across_tables(job: Job, attempt: Attempt, state: _State) -> None:
 
     ran = Ran(report)
     answer = agree(
-        job.decisions,
+        session.decisions,
         Phase.REPLICAS,
         ran,
-        or_abandon(job, attempt, decide),
+        or_abandon(session, attempt, decide),
         says=lambda report: Vote(Phase.REPLICAS, detail=report.packed),
     )
     if answer["asked"]:
-        _name_differing(job, attempt, state._replace(report=ran.result), answer["asked"])
+        _name_differing(
+            session, save_state, attempt, state._replace(report=ran.result), answer["asked"]
+        )
 
 
-def _warn_of_stateless(job: Job, state: _State) -> None:
+def _warn_of_stateless(save_state: SaveState, state: _State) -> None:
     """Say once that an optimizer has no state: after a step that is hardly meant so."""
     if not state.call.step:
         return
     for leaves in state.captured:
         for path in leaves.stateless:
-            if path not in job.warned_of_stateless:
-                job.warned_of_stateless.add(path)
+            if path not in save_state.warned_of_stateless:
+                save_state.warned_of_stateless.add(path)
                 _logger.warning(
                     "%s has no state at step %s. If it has made steps, its state is kept "
                     "where its state_dict() does not look; track the optimizer that has "
@@ -209,20 +219,22 @@ def _warn_of_stateless(job: Job, state: _State) -> None:
                 )
 
 
-def _decide(job: Job, votes: Sequence[Vote], begin: Callable[[], Attempt]) -> Answer:
+def _decide(
+    save_state: SaveState, votes: Sequence[Vote], begin: Callable[[], Attempt]
+) -> Answer:
     """S2 (chief): refuse the save, or begin it."""
     raise_failures(votes, "the save was not begun", SaveFailed)
     check_called_alike(votes)
-    return {"attempt": begin().published, **_judge_tables(job, votes)}
+    return {"attempt": begin().published, **_judge_tables(save_state, votes)}
 
 
-def _judge_tables(job: Job, votes: Sequence[Vote]) -> Answer:
+def _judge_tables(save_state: SaveState, votes: Sequence[Vote]) -> Answer:
     tables = _lowest_of_each(vote.digest_a for vote in votes)
     values = _lowest_of_each(vote.digest_b for vote in votes)
     key = votes[0].digest_a
     if len(tables) > 1:
         key = bytes.fromhex(digest(b"".join(vote.digest_a for vote in votes)))
-    is_known = job.layouts is not None and job.layouts.key == key
+    is_known = save_state.layouts is not None and save_state.layouts.key == key
     return {
         "key": key.hex(),
         # Tables that are all equal need no exchange, unless the values do.
@@ -240,7 +252,12 @@ def _lowest_of_each(digests: Iterable[bytes]) -> list[int]:
 
 
 def _exchange(
-    job: Job, attempt: Attempt, state: _State, asked: Answer, digests: Sequence[Vote]
+    session: Session,
+    save_state: SaveState,
+    attempt: Attempt,
+    state: _State,
+    asked: Answer,
+    digests: Sequence[Vote],
 ) -> dict[str, Encoded]:
     """Let the chief see what differs, and all ranks the tables: one more round.
 
@@ -249,10 +266,10 @@ def _exchange(
     """
     key = bytes.fromhex(asked["key"])
     detail: dict[str, Any] = {}
-    if job.rank in asked["table_senders"]:
+    if session.rank in asked["table_senders"]:
         detail["table"] = state.table.text
         detail["copies"] = sorted(state.captured.shared.copies)
-    if job.rank in asked["value_senders"]:
+    if session.rank in asked["value_senders"]:
         detail["values"] = {name: value.text for name, value in state.values.items()}
     vote = Vote(Phase.TABLES, detail=strict_json.dumps(detail).encode() if detail else b"")
     united: list[tuple[Layouts | None, dict[str, Encoded]]] = []  # the chief's
@@ -271,15 +288,15 @@ def _exchange(
             "table_of_rank": list(layouts.table_of_rank),
         }
 
-    answer = job.decisions.consult(vote, or_abandon(job, attempt, decide))
+    answer = session.decisions.consult(vote, or_abandon(session, attempt, decide))
     layouts, values = united[0] if united else (None, state.values)
     if layouts is not None:
-        job.layouts = layouts
+        save_state.layouts = layouts
     elif "tables" in answer:
         tables = list(map(Table.from_text, answer["tables"]))
-        job.layouts = Layouts(key, tables, answer["table_of_rank"])
-    elif job.layouts is None or job.layouts.key != key:
-        job.layouts = Layouts(key, [state.table], [0] * job.world_size)
+        save_state.layouts = Layouts(key, tables, answer["table_of_rank"])
+    elif save_state.layouts is None or save_state.layouts.key != key:
+        save_state.layouts = Layouts(key, [state.table], [0] * session.world_size)
     return values
 
 
@@ -370,7 +387,7 @@ def _spell_difference(name: str, value: Encoded, texts: Mapping[str, Sequence[in
 
 
 def or_abandon(
-    job: Job, attempt: Attempt, decide: Callable[[Sequence[Vote]], Answer]
+    session: Session, attempt: Attempt, decide: Callable[[Sequence[Vote]], Answer]
 ) -> Callable[[Sequence[Vote]], Answer]:
     """Remove the pending directory at once if all ranks voted and the save failed."""
 
@@ -381,8 +398,8 @@ def or_abandon(
             raise  # nothing is ours to delete now
         except DistckptError:
             # Not after Ctrl-C: the commit may have gone through.
-            assert job.chief is not None
-            job.chief.abandon(attempt)
+            assert session.chief is not None
+            session.chief.abandon(attempt)
             raise
 
     return decide_or_abandon

@@ -62,7 +62,7 @@ class Writes:
 
 def is_copying(manager):
     """Tell whether a save is under way whose copies are not all made."""
-    flight = manager._job.flight
+    flight = manager._save_state.flight
     return flight is not None and not flight.staged.is_set()
 
 

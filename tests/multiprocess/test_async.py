@@ -613,12 +613,12 @@ def _save_twenty_times(rank, directory):
     limit = 1.05 * size + 64 * 2**20
     assert max(resident) < limit, (max(resident), limit)
     assert resident[-1] - resident[2] < 8 * 2**20, resident
-    assert (manager._job.arena.bytes.nbytes) < limit
+    assert (manager._save_state.arena.bytes.nbytes) < limit
     # Where there is much less to save, the memory goes back, too.
     checkpoint.weight = weight = torch.zeros(2**20)
     manager.save(options=EAGER)
     manager.sync()
-    small = manager._job.arena.bytes.nbytes
+    small = manager._save_state.arena.bytes.nbytes
     manager.close()
     return small, _rss_bytes() - bare
 
@@ -769,7 +769,7 @@ def _be_fenced(rank, directory):
             writes.hold()
         manager.save(options=EAGER)
         if how == "written":
-            manager._job.flight.done.wait()
+            manager._save_state.flight.done.wait()
         newer = CheckpointManager(
             Checkpoint(x=torch.zeros(10)), directory, max_to_keep=None, takeover=True
         )

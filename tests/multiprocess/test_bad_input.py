@@ -30,7 +30,7 @@ from outcome_helpers import (
 )
 
 import distckpt.chief
-import distckpt.job
+import distckpt.save_state
 from distckpt import Checkpoint, CheckpointManager, ConfigError, PerRank, readers
 from distckpt.run_directory import RunDirectory
 from distckpt.shard_header import Draft
@@ -706,7 +706,7 @@ def _restore_what_needs_a_feature(rank, directory):
         manager.save()
         if rank == 1:
             newer = Stamp(version="7.3.1", needs=("telepathy",))
-            distckpt.job.Draft = partial(Draft, written_by=newer)
+            distckpt.save_state.Draft = partial(Draft, written_by=newer)
         step += 1
         manager.save()
     with _manager(Checkpoint(step=step, own=PerRank(0)), directory) as manager:

@@ -685,7 +685,7 @@ def _choose(rank, directory, num_hosts):
         identity.host = lambda _: b"%12d" % (rank % num_hosts)
     construct.is_faster_once = lambda *of: asked.append(of) or True
     manager = _manager(Checkpoint(step=torch.zeros(())), directory, "auto")
-    return asked, manager._job.reads_once
+    return asked, manager._session.reads_once
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from distckpt import layout, messages, readers, values
+from distckpt.agree import Ran
 from distckpt.chief import Chief
 from distckpt.comm import _check_same_phase
 from distckpt.commit import _ChiefsPart
 from distckpt.events import Events
 from distckpt.flight import Saving
 from distckpt.identity import Identity
-from distckpt.job import Ran
 from distckpt.layout import SHARDED, SPLIT, Layouts, Row, Table
 from distckpt.manifest import Manifest
 from distckpt.messages import Phase, Vote

@@ -30,16 +30,16 @@ LAYERS = {
     | {"tensor_paths", "tensors", "worker"},
     4: {"known", "lookout", "near_paths", "read_plan", "sinks", "taken", "waiting"},
     5: {"comm", "exchange_plan", "leaves", "restore_plan", "run_directory"},
-    6: {"flight", "groups", "history", "leases", "mailbox", "module_loading", "node"}
-    | {"probe", "shard_file", "state"},
-    7: {"janitor", "marked_nodes", "module_node", "optimizers", "report", "ring"}
-    | {"run_checks", "watching"},
+    6: {"agree", "flight", "groups", "history", "leases", "mailbox"}
+    | {"module_loading", "node", "probe", "shard_file", "state"},
+    7: {"cadence", "janitor", "marked_nodes", "module_node", "optimizers", "report"}
+    | {"ring", "run_checks", "watching"},
     8: {"chief", "doctor", "frozen_node", "optimizer_node", "readers", "schedulers"},
-    9: {"prune", "requests", "stored_tensor", "tracked", "verify"},
+    9: {"prune", "requests", "session", "stored_tensor", "tracked", "verify"},
     10: {"loading", "object_types", "opened", "repair"},
-    11: {"checkpoint", "diff"},
-    12: {"own_file", "pretrained", "replica_digests"},
-    13: {"job", "snapshot"},
+    11: {"capture", "diff"},
+    12: {"checkpoint", "own_file", "replica_digests"},
+    13: {"pretrained", "save_state", "snapshot"},
     14: {"asking", "claim", "construct", "exchange", "replicas", "savable"},
     15: {"restore", "save_plan"},
     16: {"commit"},
@@ -109,7 +109,7 @@ TORCH_FREE = {
 # Of ``os``, what touches no file, and of ``os.path``, what only handles names.
 PLAIN_OS = {
     *{"path", "sep", "curdir", "fspath", "PathLike", "environ", "getpid", "urandom"},
-    *{"register_at_fork", "kill", "setpriority", "PRIO_PROCESS"},
+    *{"register_at_fork", "kill", "setpriority", "PRIO_PROCESS", "strerror"},
 }
 PLAIN_OS_PATH = {"join", "dirname", "basename", "split", "abspath", "realpath", "normpath"}
 PLAIN_OS_PATH |= {"expanduser", "expandvars"}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, CheckpointManager, known, shard_file
-from distckpt.checkpoint import capture, remembered_of
+from distckpt.capture import capture, remembered_of
 from distckpt.known import KnownTensor, KnownTensors
 
 

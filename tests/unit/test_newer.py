@@ -33,8 +33,8 @@ from distckpt import (
     __version__,
     chief,
     cli,
-    job,
     paths,
+    save_state,
     stamp,
     state,
 )
@@ -295,7 +295,7 @@ def test_restore_of_a_shard_that_needs_an_unknown_feature_does_not_fall_back(
     with CheckpointManager(Checkpoint(step=step), run_dir, max_to_keep=None) as manager:
         manager.save()
         step += 1
-        monkeypatch.setattr(job, "Draft", partial(Draft, written_by=UNKNOWN_NEED))
+        monkeypatch.setattr(save_state, "Draft", partial(Draft, written_by=UNKNOWN_NEED))
         manager.save()
     manager = CheckpointManager(Checkpoint(step=step), run_dir, max_to_keep=None)
     with manager, pytest.raises(NewerFormatError, match=r"safetensors: .*'telepathy'"):

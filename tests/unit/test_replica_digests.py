@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpoint, strict_json
-from distckpt.checkpoint import capture
+from distckpt.capture import capture
 from distckpt.errors import SaveFailed
 from distckpt.messages import Phase, Vote
 from distckpt.replica_digests import (

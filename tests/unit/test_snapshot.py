@@ -21,7 +21,7 @@ from distckpt import (
     shard_file,
 )
 from distckpt.arena import Arena
-from distckpt.checkpoint import capture
+from distckpt.capture import capture
 from distckpt.errors import SaveFailed, StorageError
 from distckpt.layout import Layouts
 from distckpt.own_file import OwnFile

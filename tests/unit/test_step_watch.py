@@ -241,9 +241,9 @@ def test_lengths_of_time_are_seconds_or_a_timedelta(run_dir, timeout):
         checkpoint_interval=timedelta(minutes=5),
         timeout=timeout,
     ) as manager:
-        assert manager._job.timeout_seconds == 60.0
-        assert manager._job.chief._retention.keep_every_n_hours == 1.5
-        (rule,) = manager._job.gate.when.clocked
+        assert manager._session.timeout_seconds == 60.0
+        assert manager._session.chief._retention.keep_every_n_hours == 1.5
+        (rule,) = manager._cadence.gate.when.clocked
         assert rule.seconds == 300.0
 
 

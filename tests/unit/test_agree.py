@@ -2,9 +2,9 @@
 
 import pytest
 
+from distckpt.agree import Ran, agree
 from distckpt.comm import SoloChannel
 from distckpt.errors import SaveFailed, UnsupportedError
-from distckpt.job import Ran, agree
 from distckpt.messages import Phase, Vote, raise_failures
 from distckpt.waiting import Lane
 from distckpt.worker import Worker
