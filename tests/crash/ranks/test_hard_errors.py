@@ -40,9 +40,9 @@ from distckpt import (
     PerRank,
     readers,
     save,
-    storage,
 )
 from distckpt.run_directory import RunDirectory
+from distckpt.storage import posix
 
 _SMALL_BYTES, _BIG_BYTES = 2**15, 2**22
 _SHORT_SECONDS = 1.5
@@ -951,14 +951,14 @@ def _hang_in_the_commit(rank: int, directory: str, operation: str) -> dict[str, 
     dist.barrier()
     disk = os.path.dirname(directory)
     if rank == 0:
-        real = getattr(storage, operation)
+        real = getattr(posix, operation)
 
         def freeze_first(source: str, target: str) -> None:
-            setattr(storage, operation, real)
+            setattr(posix, operation, real)
             faults.freeze(disk)
             real(source, target)
 
-        setattr(storage, operation, freeze_first)
+        setattr(posix, operation, freeze_first)
     seen: dict[str, Any] = {"first": outcome(manager.save), "again": outcome(manager.save)}
     dist.barrier()
     if rank == 0:
