@@ -573,7 +573,7 @@ class Chief:
         try:
             if self._directory.has(attempt):
                 self._directory.discard(attempt)
-            self._directory.clear(attempt)
+            self._directory.clear(attempt, is_own=True)
             self._unsettled.discard(attempt)
             self._answers.pop(attempt, None)
         except StorageError as error:

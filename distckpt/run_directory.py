@@ -219,9 +219,9 @@ class RunDirectory:
         """See ``Store.discard``."""
         self.place.store.discard(self.place.name, attempt)
 
-    def clear(self, attempt: Attempt) -> bool:
+    def clear(self, attempt: Attempt, *, is_own: bool = False) -> bool:
         """See ``Store.clear``."""
-        return self.place.store.clear(self.place.name, attempt)
+        return self.place.store.clear(self.place.name, attempt, is_own=is_own)
 
     def unfinished(self, names: Sequence[str]) -> list[Attempt]:
         """See ``Store.unfinished``."""

@@ -200,7 +200,7 @@ class MemoryStore(Store):
         if not self._remove_folder(published):
             _fail("discard", published, errno.ENOENT)
 
-    def clear(self, folder: str, attempt: Attempt) -> bool:
+    def clear(self, folder: str, attempt: Attempt, *, is_own: bool = False) -> bool:
         """See ``Store.clear``."""
         return self._remove_folder(self.join(folder, attempt.pending))
 

@@ -188,10 +188,15 @@ class PosixStore(Store):
         posix.sync_directory(folder)
         posix.remove_tree(trash)
 
-    def clear(self, folder: str, attempt: Attempt) -> bool:
+    def clear(self, folder: str, attempt: Attempt, *, is_own: bool = False) -> bool:
         """See ``Store.clear``."""
         pending = os.path.join(folder, attempt.pending)
         trash = os.path.join(folder, attempt.trash)
+        if is_own:
+            # In place: a disk that refuses to rename must not keep what a failed save left.
+            posix.remove_tree(pending)
+            posix.remove_tree(trash)
+            return True
         was_there = posix.exists(trash)
         if was_there:
             posix.remove_tree(trash)

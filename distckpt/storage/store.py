@@ -340,16 +340,20 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def clear(self, folder: str, attempt: Attempt) -> bool:
+    def clear(self, folder: str, attempt: Attempt, *, is_own: bool = False) -> bool:
         """Delete what there is of an attempt that is not published; there may be nothing.
 
-        Out of its writer's reach first: a stopped one that goes on would publish what is
-        left of it, which nobody could tell from an attempt that was copied here.
+        Called by: the chief.
 
-        Called by: the chief, of an attempt of its own or of an older epoch.
+        Args:
+            folder: The run directory.
+            attempt: Of this chief, or of an older epoch.
+            is_own: It is this chief's. If not, it is taken out of its writer's reach first:
+                a stopped one that goes on would publish what is left of it, which nobody
+                could tell from an attempt that was copied here.
 
         Returns:
-            Whether there was anything.
+            Whether there was anything; True if it is its own.
         """
 
     @abstractmethod

@@ -25,7 +25,7 @@ from outcome_helpers import (
     train,
 )
 
-from distckpt import CheckpointManager, every, on_signal
+from distckpt import CheckpointManager, every, files, on_signal
 from distckpt.storage import posix
 
 TERM = on_signal("SIGTERM")
@@ -367,7 +367,7 @@ def _look_where_nothing_can_be(rank, directory, hangs):
         10**6 | on_signal("SIGTERM", file=loop / "stop"),
         timeout_seconds=1.0 if hangs else 30.0,
     )
-    real, looked = posix.exists, []
+    real, looked = files.exists, []
 
     def exists(path):
         if path.endswith("/stop"):
@@ -376,7 +376,7 @@ def _look_where_nothing_can_be(rank, directory, hangs):
                 time.sleep(2.0 * hangs)
         return real(path)
 
-    posix.exists = exists
+    files.exists = exists
     logged = LoggedTexts()
     with manager:
         manager.save()

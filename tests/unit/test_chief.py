@@ -433,7 +433,7 @@ def test_abandon_that_fails_is_a_warning(run_dir, monkeypatch, caplog):
     """The error of the save is the one to see; the next claim sweeps."""
     chief = make_claimed(run_dir)
     attempt = chief.begin(1, 0)
-    fail_once(monkeypatch, "remove_tree", attempt.trash)
+    fail_once(monkeypatch, "remove_tree", attempt.pending)
     with caplog.at_level(logging.WARNING):
         chief.abandon(attempt)
     assert "left for later" in caplog.text

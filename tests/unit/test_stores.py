@@ -309,10 +309,11 @@ def test_discarded_attempt_is_gone(store, folder):
         store.discard(folder, ATTEMPT)
 
 
-def test_cleared_attempt_cannot_be_published_by_its_writer(store, folder):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_cleared_attempt_cannot_be_published_by_its_writer(store, folder, is_own):
     store.begin(folder, ATTEMPT)
     write_shard(store, folder)
-    assert store.clear(folder, ATTEMPT)
+    assert store.clear(folder, ATTEMPT, is_own=is_own)
     assert not store.clear(folder, ATTEMPT)
     for late in (
         lambda: write_shard(store, folder, "rank-1"),
