@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from distckpt import layout, messages, readers, values
 from distckpt.agree import Ran
+from distckpt.capture import Tracked
 from distckpt.chief import Chief
 from distckpt.comm import _check_same_phase
 from distckpt.commit import _ChiefsPart
@@ -41,6 +41,8 @@ from distckpt.retention import Retention
 from distckpt.run_directory import RunDirectory
 from distckpt.save import CheckpointOptions, Request, _begin
 from distckpt.save_plan import SavePlan, _decide
+from distckpt.save_state import SaveState
+from distckpt.session import Session
 from distckpt.sharding import Mesh, Sharding, mesh_of
 
 # A block of a transformer: what of it, its shape, and how tensor parallelism cuts it.
@@ -201,7 +203,13 @@ class _Round:
         return messages.decode_answer(answer)
 
 
-def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None:
+def _save(
+    costs: Costs,
+    session: Session,
+    save_state: SaveState,
+    simulated: Job,
+    plain: dict[str, Any],
+) -> None:
     """Play the two rounds of a save whose tables were exchanged before."""
     ranks = range(len(simulated.table_of_rank))
     tables, table_of_rank = simulated.tables, simulated.table_of_rank
@@ -209,8 +217,9 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
     asked = request.vote(Phase.DECIDE)
     rounds = _Round(costs)
     votes = [asked._replace(digest_a=tables[index].digest) for index in table_of_rank]
-    begin = partial(_begin, job, Ran(lambda: request), job.checkpoint.save_counter)
-    began = rounds.consult(votes, lambda votes: _decide(job, votes, begin))
+    counter = save_state.tracked.save_counter
+    begin = partial(_begin, session, Ran(lambda: request), counter)
+    began = rounds.consult(votes, lambda votes: _decide(save_state, votes, begin))
     attempt = readers.paths.parse_published(began["attempt"])
     assert attempt is not None
 
@@ -218,9 +227,10 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
         Vote(Phase.WRITE, size_bytes=4096 + rank, digest_a=rank.to_bytes(16, "big"))
         for rank in ranks
     ]
-    plan = SavePlan(job.layouts, plain)
+    assert save_state.layouts is not None
+    plan = SavePlan(save_state.layouts, plain)
     saving = Saving(attempt, 1000, NOTHING, ("simulated",), time.monotonic())
-    part = _ChiefsPart(job, saving, plan)
+    part = _ChiefsPart(session, saving, plan)
     commit = part._commit
 
     def timed_apart(chief: Chief, votes: Sequence[Vote]) -> None:
@@ -232,8 +242,8 @@ def _save(costs: Costs, job: Any, simulated: Job, plain: dict[str, Any]) -> None
 
     part._commit = timed_apart  # type: ignore[method-assign]
     answer = rounds.consult(written, part.decide)
-    job.checkpoints = [*job.checkpoints, *answer["added"]]
-    job.checkpoint.save_counter += 1
+    session.take_changes(answer)
+    save_state.tracked.save_counter += 1
 
 
 def _restore_plan(manifest: Manifest, simulated: Job, rank: int) -> int:
@@ -280,20 +290,23 @@ def simulate(make: Callable[[int, int], Job], ranks: int, tensors: int) -> Costs
         with closing(chief):
             chief.prepare_claim()
             chief.finish_claim()
-            job = SimpleNamespace(
+            nobody: Any = None  # the votes are made up, no channel carries them
+            session = Session(
+                directory=RunDirectory.at(directory),
+                decisions=nobody,
+                commits=nobody,
+                liveness=None,
+                timeout_seconds=60.0,
+                events=Events([lambda _: None]),
                 chief=chief,
                 claimed=True,
-                checkpoint=SimpleNamespace(save_counter=0),
-                events=Events([lambda _: None]),
-                checkpoints=[],
-                directory=directory,
-                layouts=layouts,
-                path=lambda *parts: os.path.join(directory, *parts),
             )
-            _save(Costs(), job, simulated, plain)
-            _save(costs, job, simulated, plain)
+            num_ranks = len(simulated.table_of_rank)
+            save_state = SaveState(Tracked(), 0, num_ranks, layouts=layouts)
+            _save(Costs(), session, save_state, simulated, plain)
+            _save(costs, session, save_state, simulated, plain)
             with costs.traced("save"):
-                _save(Costs(), job, simulated, plain)
+                _save(Costs(), session, save_state, simulated, plain)
             attempt = chief.latest
             assert attempt is not None
             chief.settle(60.0)
