@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 class Ran(Generic[_Result]):
-    """What a phase came to on this rank: a result, or the error that will be its vote.
+    """The outcome of a phase on this rank: a result, or the error that will be its vote.
 
     Attributes:
         error: The error; None if there was none.
@@ -53,19 +53,19 @@ def agree(
     status_of: Callable[[BaseException], Status] = lambda _: Status.FAILED,
     how: How = AS_USUAL,
 ) -> Answer:
-    """Vote on what a phase came to, and return the chief's answer: collective.
+    """Vote on the outcome of a phase, and return the chief's answer: collective.
 
     An error becomes this rank's vote, whatever it is, so that no rank raises between two
     votes; once all agree, a rank raises its own error as the cause.
 
     Args:
-        channel: Over which.
-        phase: Where in the protocol.
-        ran: What the phase came to here.
+        channel: The channel for the votes and the answer.
+        phase: The phase of the protocol.
+        ran: The outcome of the phase here.
         decide: The chief's decision from all votes.
-        says: Makes the vote from the result; by default it says that all is well.
-        status_of: How this rank's error is to be judged.
-        how: In which manner; see ``comm.How``.
+        says: Makes the vote from the result; by default a vote that all is well.
+        status_of: Returns the status of this rank's error.
+        how: The manner of the round; see ``comm.How``.
     """
     if isinstance(ran.error, ManagerBroken):
         raise ran.error  # nobody is left to vote with

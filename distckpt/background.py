@@ -51,7 +51,7 @@ def take_off(
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
+        save_state: The state that saves need.
         flight: The save; the job's from now on.
         captured: What this rank has to save.
         plan: What all ranks agreed to write.
@@ -149,8 +149,8 @@ def bring_in(
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
-        cadence: What decides when to save.
+        save_state: The state that saves need.
+        cadence: The rules for when to save.
         call: What this rank's call of ``save()`` says of itself, to be compared.
         wait: Wait until the outcome is there.
 

@@ -1,4 +1,4 @@
-"""What decides when a save is made: steps, time, requests of others, being told to stop."""
+"""The rules for when to save: steps, time, requests of others, a notice to stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distckpt.step_watch import NumberWatch, StepWatch
 
 @dataclass(slots=True)
 class Stop:
-    """What this rank knows of the job's being told to stop.
+    """The notice that the job is to stop, as this rank knows it.
 
     Attributes:
         notice: Whether this process was told.
@@ -35,7 +35,7 @@ class Stop:
 
 @dataclass(slots=True)
 class Cadence:
-    """What one manager knows of when to save, on one rank.
+    """The state of the rules for when to save, on one rank.
 
     Attributes:
         gate: The step interval, alike on all ranks.
@@ -49,8 +49,9 @@ class Cadence:
         steps: Watches the step counter; on the chief, if there is one.
         numbers: Watches tracked numbers that are named like the step; on the chief.
         clock: When rules of time want a save; on the chief, if there are any.
-        requests: What other processes ask for; on the chief, if saves are made for that.
-        requested: Who asked for a save when the ranks asked last; on the chief.
+        requests: Polls the requests of other processes; on the chief, if there are rules
+            for them.
+        requested: The requests for a save at the last poll; on the chief.
     """
 
     gate: IntervalGate

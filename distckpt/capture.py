@@ -16,7 +16,7 @@ COUNTER = "save_counter"
 
 
 class Captured(NamedTuple):
-    """What one rank has to save."""
+    """The state that one rank has to save."""
 
     shared: Leaves
     per_rank: Leaves

@@ -142,7 +142,7 @@ class Arguments:
 
 
 class Made(NamedTuple):
-    """A manager on one rank: what it is, what its saves leave, and what decides when."""
+    """A manager on one rank, in three parts."""
 
     session: Session
     save_state: SaveState

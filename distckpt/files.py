@@ -1,6 +1,6 @@
 """Files that a user names, outside of run directories: on this machine's filesystem.
 
-What is in a run directory is reached by ``run_directory.py``, whatever store it is in.
+Files in a run directory are reached by ``run_directory.py``, in any store.
 """
 
 from __future__ import annotations

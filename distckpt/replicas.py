@@ -53,7 +53,7 @@ def report_of(
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
+        save_state: The state that saves need.
         captured: What this rank has to save.
         table: Its table.
         validates: Whether this save compares everything.
@@ -109,7 +109,7 @@ def name_differing(
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
+        save_state: The state that saves need.
         path: What is saved.
         captured: What this rank has to save.
         classes: Of this rank.

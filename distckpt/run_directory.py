@@ -101,8 +101,8 @@ class RunDirectory:
     """A run directory in a store; its text is its path.
 
     Args:
-        place: Where it is, or will be made.
-        spelling: How the user has called it; by default as the store does.
+        place: Its place, whether or not it is made yet.
+        spelling: The path as the user has spelled it; by default as the store does.
     """
 
     place: Place

@@ -32,7 +32,7 @@ def problem_of(session: Session, save_state: SaveState, *, loaders: bool = True)
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
+        save_state: The state that saves need.
         loaders: Whether to ask data loaders, too. Before the loop has begun they would
             make iterators for that: with an epoch that is not set yet.
 
@@ -79,7 +79,7 @@ def take(save_state: SaveState, answer: Answer, *, is_complete: bool = True) -> 
     """Raise what the ranks have found, if they have found anything: on all of them.
 
     Args:
-        save_state: What the saves before it have left.
+        save_state: The state that saves need.
         answer: The chief's.
         is_complete: Whether all objects were looked at; else the first save looks again.
     """

@@ -106,7 +106,7 @@ def decide_and_plan(
 
     Args:
         session: The manager's, on this rank.
-        save_state: What the saves before this one have left.
+        save_state: The state that saves need.
         call: What this rank's call of ``save()`` says of itself, to be compared.
         begin: Makes a new attempt's pending directory; called on the chief.
         validates: Tells whether this save compares all that is replicated.

@@ -1,4 +1,4 @@
-"""What a save needs: the tracked objects, and what the saves before it have left."""
+"""The state that a save needs: the tracked objects, and results of earlier saves."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from distckpt.shard_header import Draft
 
 @dataclass(slots=True)
 class SaveState:
-    """What a save needs, on one rank.
+    """The state that a save needs, on one rank.
 
     Attributes:
         tracked: The tracked objects.
         rank: This rank in the manager's group.
         world_size: Number of ranks in the manager's group.
-        replicas: What is compared between ranks.
+        replicas: The comparison of equal state between ranks.
         layouts: All ranks' tables at the last save, and who writes what.
-        own_file: What this rank wrote then.
+        own_file: The contents of this rank's file then.
         arena: The memory that asynchronous saves are copied to.
         flight: The asynchronous save in progress.
         is_checked: Whether all ranks know that what is tracked can be stored.

@@ -22,16 +22,16 @@ _Result = TypeVar("_Result")
 class Session:
     """One manager on one rank.
 
-    What a save needs besides is in ``save_state.py``, what decides when in ``cadence.py``.
+    ``save_state.py`` has the state that a save needs, ``cadence.py`` the rules for when.
 
     Attributes:
         directory: The run directory.
         decisions: Channel of the caller's thread.
         commits: Channel of what follows capture: of the same thread, or of one that
             brings an asynchronous save to its end.
-        liveness: Who is still there; None with one rank.
+        liveness: Tells which ranks are still there; None with one rank.
         timeout_seconds: Deadline of every wait for another rank.
-        events: Whoever wants to know what happens.
+        events: The callbacks that are told what happens.
         chief: The chief's side; None on the other ranks.
         claimed: Whether the directory is ours to write.
         latest: Prefix of the newest checkpoint.

@@ -1,4 +1,4 @@
-"""What a filesystem can do, for people: what it is, and small files to try it with."""
+"""Findings on a filesystem, for people: its kind, and trials with small files."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The contract of a store, in terms of what the protocol needs of it.
 
 A store has folders and files under names. Every implementation passes the tests of
-``tests/unit/test_stores.py``, with an error at each of its verbs. What the protocol asks:
+``tests/unit/test_stores.py``, with an error at each of its verbs. The protocol asks:
 
 * ``create`` is compare-and-swap: of all who create one name, one succeeds, and after that
   every reader sees its bytes, whole.
-* What a verb has returned from survives a loss of power, unless the verb says otherwise.
+* The effect of a verb survives a loss of power once it has returned, unless it says
+  otherwise.
 * An attempt is invisible until ``publish`` has returned, and never half visible.
 
 All errors are ``StorageError``s that carry the operation and the name. Every verb may be
@@ -40,12 +41,12 @@ class Created(Enum):
 
 
 class Creation(NamedTuple):
-    """What became of a file that was to be created.
+    """The outcome of creating one file.
 
     Attributes:
         outcome: ``MADE``: it is there, durably, with these bytes. ``TAKEN``: it has other
             bytes. ``UNKNOWN``: the store will not say.
-        error: What the store reported, where that was not plain success.
+        error: The error that the store reported; None after plain success.
     """
 
     outcome: Created
@@ -53,7 +54,7 @@ class Creation(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What may still be written.
+    """The room that is left.
 
     Attributes:
         size_bytes: Bytes; None where there is no limit, or none is known.
@@ -73,7 +74,7 @@ class Finding(NamedTuple):
     Attributes:
         what: For example ``"hard links"``.
         verdict: ``OK``, ``WARNING`` or ``BAD``.
-        text: What was found, and what to do about it.
+        text: The finding, and a remedy.
     """
 
     what: str
@@ -244,7 +245,7 @@ class Store(ABC):
 
     @abstractmethod
     def stamp(self, name: str) -> float:
-        """Return what changes whenever a file is written or refreshed.
+        """Return a number that changes whenever a file is written or refreshed.
 
         Raises:
             StorageError: Of a file that is not there the cause is ``FileNotFoundError``.
@@ -287,7 +288,7 @@ class Store(ABC):
 
     @abstractmethod
     def examine(self, folder: str) -> Iterator[Finding]:
-        """Yield what is worth knowing of the store that a run directory is in."""
+        """Yield findings on the store that a run directory is in, for people."""
 
     @abstractmethod
     def try_out(self, folder: str, names: Iterator[str]) -> Iterator[Finding]:
@@ -341,7 +342,7 @@ class Store(ABC):
 
     @abstractmethod
     def clear(self, folder: str, attempt: Attempt, *, is_own: bool = False) -> bool:
-        """Delete what there is of an attempt that is not published; there may be nothing.
+        """Delete all files of an attempt that is not published; there may be none.
 
         Called by: the chief.
 

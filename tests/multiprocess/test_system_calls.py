@@ -1,7 +1,7 @@
 """The system calls on a run directory, thread by thread, are those that were recorded.
 
 A refactoring of storage must not move, add or lose one: their order is what makes a commit
-durable. Where a change of them is meant, record them again and read the difference:
+durable. If a change of them is meant, record them again and read the difference:
 
     python tests/multiprocess/test_system_calls.py
 """

@@ -562,7 +562,7 @@ def _life(directory):
 @pytest.mark.parametrize("how", [REFUSED, LOST])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_error_at_any_verb_harms_only_that_save(kind, how, tmp_path, report_figures):
-    """What was acknowledged is there, whole; the next claim and save put all in order."""
+    """Acknowledged checkpoints stay, whole; the next claim and save put all in order."""
     one = Faulty(MAKERS[kind]())
     _life(RunDirectory(Place(one, str(tmp_path / "without"))))
     failed = 0
