@@ -618,13 +618,12 @@ def test_json_output_is_ascii(run_dir):
 # As a process
 
 
-def test_list_as_a_process_takes_less_than_300_ms(several, tmp_path, monkeypatch):
-    """Without torch it answers at once: processor time, the best of five runs."""
+def test_list_as_a_process_takes_less_than_300_ms(several, monkeypatch):
+    """Without torch it answers at once: processor time, the best of at most five runs."""
     # As where it is installed: its modules are compiled once, not in every process.
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "compiled"))
     times = []
-    for _ in range(5):
+    while len(times) < 5 and min(times, default=1.0) >= 0.3:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_process("list", several).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
